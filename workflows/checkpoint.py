@@ -1,0 +1,221 @@
+"""The checkpoint directory: the only thing that model steps pass to each other, always in LitGPT's own shape.
+
+`lit_model.pth` (merged weights), `model_config.yaml` (LitGPT's Config), the Hugging Face files that describe the model
+and its tokenizer, `chat_template.jinja`, `prompt_style.yaml` for LitGPT's CLI, and three files about how it came to be:
+`hyperparameters.yaml`, `metrics.json`, `provenance.json`. A LoRA step adds `lit_model.pth.lora`.
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from litgpt.config import Config
+
+from workflows.errors import UserError
+from workflows.files import read_json, sha256, write_json, write_text
+
+WEIGHTS = "lit_model.pth"
+LORA_WEIGHTS = "lit_model.pth.lora"
+PROVENANCE = "provenance.json"
+COMPANIONS = (
+    "config.json",
+    "model_config.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "prompt_style.yaml",
+)
+"""Files that a training step hands on unchanged."""
+REQUIRED = ("config.json", "model_config.yaml", "tokenizer.json", "tokenizer_config.json")
+VERSIONED = ("torch", "litgpt", "lightning", "transformers", "tokenizers", "lm-eval", "datasets", "jsonargparse")
+"""Packages whose versions are written into every provenance.json."""
+
+
+def check_checkpoint_dir(checkpoint_dir: Path | str, weights: str = WEIGHTS) -> Path:
+    """Make sure that a checkpoint directory is there and complete.
+
+    Args:
+        checkpoint_dir: The folder to check.
+        weights: The weights file that must be in it.
+
+    Returns:
+        The folder as a `Path`.
+
+    Raises:
+        UserError: If it is missing, half-written, or not a LitGPT checkpoint; with the command that mends it.
+    """
+    directory = Path(checkpoint_dir)
+    if not directory.is_dir():
+        known = sorted(str(path.parent) for path in Path("checkpoints").glob(f"*/*/{WEIGHTS}"))
+        raise UserError(
+            f"There is no checkpoint at {directory}. Get one with `make download MODEL=…`"
+            + (f"; here are: {', '.join(known)}." if known else ".")
+        )
+    missing = [name for name in (*REQUIRED, weights) if not (directory / name).is_file()]
+    if missing:
+        hint = "is in Hugging Face's form: convert it with `make download MODEL=" + str(directory) + "`"
+        if any(directory.glob("*.safetensors")) and WEIGHTS in missing:
+            raise UserError(f"{directory} {hint}.")
+        raise UserError(
+            f"{directory} is not a complete checkpoint, it lacks {', '.join(missing)}. "
+            "Run the step that makes it (`make download`, `make lora`) again."
+        )
+    return directory
+
+
+def load_config(checkpoint_dir: Path, **overrides: Any) -> Any:
+    """LitGPT's `Config` of a checkpoint directory.
+
+    Args:
+        checkpoint_dir: A folder with `model_config.yaml`.
+        **overrides: Fields to set; with any `lora_*` field the result is a `litgpt.lora.Config`.
+
+    Raises:
+        UserError: If the file is malformed or names an unknown field.
+    """
+    file = checkpoint_dir / "model_config.yaml"
+    if any(name.startswith("lora_") for name in overrides):
+        from litgpt.lora import Config as config_class
+    else:
+        config_class = Config
+    try:
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return config_class(**{**fields, **overrides})
+    except (yaml.YAMLError, TypeError, ValueError, AssertionError) as e:
+        raise UserError(f"{file} is not a LitGPT model configuration ({e}). Download the checkpoint again.") from None
+
+
+def write_config(config: Config, checkpoint_dir: Path) -> None:
+    """Write LitGPT's `model_config.yaml`."""
+    write_text(checkpoint_dir / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(config)))
+
+
+def load_weights(checkpoint_dir: Path, name: str = WEIGHTS) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, mapped from the file: memory is used only for what is read.
+
+    Raises:
+        UserError: If the file is cut short, or is a pickle with anything but tensors in it.
+    """
+    file = checkpoint_dir / name
+    try:
+        state_dict = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist. Run the step that makes it again.") from None
+    except Exception as e:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is no checkpoint
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(
+            f"{file} cannot be read as a checkpoint of tensors: {reason}\n"
+            "It is cut short or holds more than tensors. Delete its folder and run the step that makes it again."
+        ) from None
+    return state_dict.get("model", state_dict)
+
+
+def is_tied(checkpoint_dir: Path) -> bool:
+    """Whether the language-model head is the embedding matrix (`tie_word_embeddings` in config.json)."""
+    return bool(read_json(checkpoint_dir / "config.json").get("tie_word_embeddings", False))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that describe a model from one checkpoint directory to the next."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def plain(value: Any) -> Any:
+    """A configuration as plain dicts, lists, strings and numbers, fit for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return fields
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def write_hyperparameters(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
+    """Write `hyperparameters.yaml`: the step's arguments under LitGPT's names, so that `litgpt merge_lora` reads it."""
+    write_text(checkpoint_dir / "hyperparameters.yaml", yaml.safe_dump(plain(settings), sort_keys=False))
+
+
+def write_provenance(checkpoint_dir: Path, step: str, sources: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write `provenance.json`: what a directory was made from, by what, and with which settings.
+
+    Args:
+        checkpoint_dir: The folder that is described.
+        step: The name of the step that made it.
+        sources: Inputs by role; for a checkpoint or data directory use `describe_source`.
+        settings: The step's arguments.
+    """
+    write_json(
+        checkpoint_dir / PROVENANCE,
+        {
+            "step": step,
+            "sources": plain(sources),
+            "settings": plain(settings),
+            "versions": versions(),
+            "files": {p.name: sha256(p) for p in sorted(checkpoint_dir.glob("lit_model.pth*"))},
+        },
+    )
+
+
+def describe_source(directory: Path) -> dict[str, Any]:
+    """A checkpoint or data directory as one entry of `provenance.json`: its path and the hashes it came with."""
+    entry: dict[str, Any] = {"path": str(directory)}
+    if (file := directory / PROVENANCE).is_file():
+        entry["files"] = read_json(file)["files"]
+    elif (file := directory / "manifest.json").is_file():
+        entry["manifest_sha256"] = sha256(file)
+    return entry
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}}
+
+
+def metric(
+    name: str, value: float, *, stderr: float | None = None, n: int | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """One row of `metrics.json`. Accuracies are shares from 0 to 1."""
+    return {"name": name, "value": value, "stderr": stderr, "n": n, "split": split}
+
+
+def write_metrics(
+    path: Path,
+    metrics: list[dict[str, Any]],
+    *,
+    seconds: float,
+    tokens_per_second: float | None = None,
+    peak_bytes: int | None = None,
+    **more: Any,
+) -> None:
+    """Write a step's `metrics.json` in the one shape that the demo and the README's tables read.
+
+    Args:
+        path: The file to write.
+        metrics: Rows made by `metric`.
+        seconds: Wall time of the step.
+        tokens_per_second: Real tokens (those of the samples, without padding) per second, where the step has them.
+        peak_bytes: Peak memory: anonymous plus shared memory of the process (GPU: `max_memory_allocated`).
+        **more: Further facts of the step.
+    """
+    write_json(
+        path,
+        {
+            "metrics": metrics,
+            "seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "peak_bytes": peak_bytes,
+            **more,
+        },
+    )

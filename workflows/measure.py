@@ -1,0 +1,88 @@
+"""Peak memory and hardware, measured the same way by every step and bench."""
+
+import os
+import platform
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Peak memory of this process and its children while the `with` block runs.
+
+    On Linux: the largest RssAnon + RssShmem of the process tree, sampled every 50 ms. Pages of mapped files (weights
+    that are read from the disk) can be dropped by the kernel at any time and do not count. Elsewhere the resident set
+    is used, which does count them. With a CUDA device it is torch's `max_memory_allocated`.
+    """
+
+    INTERVAL = 0.05  # seconds
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            self._stop.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, tree_bytes(me))
+            if self._stop.wait(self.INTERVAL):
+                return
+
+
+def tree_bytes(process: psutil.Process) -> int:
+    """Private and shared memory of a process and all its descendants, in bytes."""
+    total = 0
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for member in family:
+        try:
+            total += _resident_bytes(member)
+        except (psutil.Error, OSError):  # it ended between the listing and the reading
+            continue
+    return total
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    if platform.system() != "Linux":
+        return process.memory_info().rss
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in fields)
+
+
+def hardware() -> dict[str, str | int]:
+    """The machine in a few words, for every table of measurements."""
+    cpu = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    described: dict[str, str | int] = {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": platform.system(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
