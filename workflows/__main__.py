@@ -70,11 +70,9 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
                 break
             remaining = shorter
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
-        print(
-            f"{parser.prog}: {lines.removeprefix('  - ') if len(problems) == 1 else f'wrong arguments:{chr(10)}{lines}'}",
-            file=sys.stderr,
-        )
+        problems = list(dict.fromkeys(problems))
+        listed = problems[0] if len(problems) == 1 else "\n".join(["wrong arguments:", *(f"  - {p}" for p in problems)])
+        print(f"{parser.prog}: {listed}", file=sys.stderr)
         print(f"Try `{parser.prog} --help`.", file=sys.stderr)
         raise SystemExit(2)
     namespace.pop("config", None)

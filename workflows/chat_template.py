@@ -14,7 +14,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -40,7 +40,7 @@ _CONTENT = "\ue000content\ue001"
 class _GenerationTag(jinja2.ext.Extension):
     """Accept Hugging Face's `{% generation %}…{% endgeneration %}` marks, which render as their contents."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -1,0 +1,89 @@
+"""The command line: every wrong argument is named at once, and a user's mistake is no traceback."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from workflows.__main__ import STEPS, main, parse_all
+
+
+@dataclass
+class TrainArgs:
+    max_steps: int = 3
+    """Number of steps."""
+    lr: float = 1e-3
+    """Learning rate."""
+
+
+def setup(checkpoint_dir: Path, data: Path = Path("x"), train: TrainArgs = TrainArgs(), kind: str | None = None) -> None:
+    """Do it.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        data: The data.
+        train: Training settings.
+        kind: A kind.
+    """
+
+
+def test_signature_is_the_interface():
+    parsed = parse_all(setup, ["--checkpoint_dir", "c", "--train.lr", "0.5"], "step")
+    assert parsed["checkpoint_dir"] == Path("c")
+    assert parsed["train"] == TrainArgs(3, 0.5)
+
+
+def test_config_file_with_overrides(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump({"checkpoint_dir": "c", "train": {"lr": 0.5, "max_steps": 9}}))
+    parsed = parse_all(setup, ["--config", str(config), "--train.max_steps", "4"], "step")
+    assert parsed["train"] == TrainArgs(4, 0.5)
+
+
+def test_every_wrong_argument_is_reported_at_once(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_all(setup, ["--train.lr", "much", "--train.max_steps=few", "--wrong", "3", "--data", "d"], "step")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("train.lr", "much", "train.max_steps", "few", "--wrong", "checkpoint_dir"))
+
+
+@pytest.mark.parametrize("text", ["train:\n  lr: abc\ncheckpoint_dir: c", "train: [", "nonsense: 1"])
+def test_bad_config_file_is_refused(tmp_path, capsys, text):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse_all(setup, ["--config", str(config), "--checkpoint_dir", "c"], "step")
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_print_config_prints_yaml(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_all(setup, ["--checkpoint_dir", "c", "--print_config"], "step")
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"] == {"max_steps": 3, "lr": 0.001}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_explains_itself(step):
+    result = subprocess.run([sys.executable, "-m", "workflows", step, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: python -m workflows " + step in result.stdout
+
+
+def test_unknown_step_lists_the_known_ones(capsys):
+    assert main(["trian"]) == 2
+    assert "no step 'trian'" in (said := capsys.readouterr().err) and "lora" in said
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+
+
+def test_users_mistake_is_one_message_without_traceback(tmp_path):
+    command = [sys.executable, "-m", "workflows", "lora", "--checkpoint_dir", str(tmp_path / "nowhere")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: There is no checkpoint at") and "Traceback" not in result.stderr

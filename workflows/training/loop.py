@@ -1,0 +1,449 @@
+"""The one training loop (Lightning Fabric): what SFT, DPO, GRPO and reward modelling share.
+
+In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
+gradient clipping, the learning-rate schedule, devices and strategies, progress bar, CSV/TensorBoard/W&B logs, and
+checkpoints that make a killed run end bit-identical to one that never stopped: data order, dropout and learning rate
+are functions of the seed and the step's number alone, so a checkpoint holds trained weights, optimizer state and step.
+
+A step file supplies an `Objective`: its batches, its loss, its validation.
+"""
+
+import csv
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import lightning as L
+import torch
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+from workflows.checkpoint import plain
+from workflows.errors import UserError
+from workflows.files import no_room_explained, write_text
+
+Resume = bool | Literal["auto"]
+
+
+@dataclass
+class TrainArgs:
+    """Training settings; names are LitGPT's where LitGPT has them."""
+
+    max_steps: int = 200
+    """Optimizer steps."""
+    global_batch_size: int = 8
+    """Samples per optimizer step, over all devices."""
+    row_tokens: int = 512
+    """Capacity of a packed row in tokens. A row is one forward and backward pass, so this bounds the memory."""
+    max_seq_length: int = 512
+    """Longest sample in tokens; longer ones are truncated (and counted) before training."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.999
+    """AdamW's decay of the gradient's square."""
+    max_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null for no clipping."""
+    log_interval: int = 1
+    """Steps between rows of metrics.csv."""
+    eval_interval: int = 50
+    """Steps between validations; the last step always validates."""
+    save_interval: int = 50
+    """Steps between checkpoints to resume from."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, as messages."""
+        positive = ("max_steps", "global_batch_size", "row_tokens", "max_seq_length", "log_interval")
+        found = [
+            f"--train.{name} must be at least 1, not {getattr(self, name)}."
+            for name in positive
+            if getattr(self, name) < 1
+        ]
+        found += [
+            f"--train.{name} must be at least 1, not {getattr(self, name)}."
+            for name in ("eval_interval", "save_interval")
+            if getattr(self, name) < 1
+        ]
+        if self.learning_rate <= 0:
+            found.append(f"--train.learning_rate must be positive, not {self.learning_rate}.")
+        if not 0 <= self.lr_warmup_steps <= self.max_steps:
+            found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
+        if self.max_norm is not None and self.max_norm <= 0:
+            found.append("--train.max_norm must be positive, or null for no clipping.")
+        return found
+
+
+class Batch(Protocol):
+    """What the loop needs of a batch: one row, one forward and backward pass."""
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the samples, without padding or sharing."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on a device."""
+
+
+B = TypeVar("B", bound=Batch, contravariant=True)
+
+
+class Objective(Protocol):
+    """What a step trains on. The loss of a step is the sum over its units divided by their number."""
+
+    def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
+        """The rows of one optimizer step for one process; a function of its arguments alone."""
+
+    def units(self, batch: Any) -> int:
+        """How many units (tokens, pairs) a row adds to the loss."""
+
+    def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The row's loss summed over its units, and further sums to log (divided by the units, too)."""
+
+    def validate(self, model: Any) -> dict[str, float]:
+        """Validation metrics, the same on every process."""
+
+
+@dataclass
+class FitResult:
+    """What a run of the loop did.
+
+    Attributes:
+        steps: Optimizer steps in all, those before a resume included.
+        seconds: Time in training steps alone (no validation, no saving), those before a resume included.
+        real_tokens: Tokens trained on, without padding or sharing.
+        metrics: The last validation's metrics.
+        losses: Training loss of each step since the start or the resume.
+    """
+
+    steps: int
+    seconds: float
+    real_tokens: int
+    metrics: dict[str, float]
+    losses: list[float] = field(default_factory=list)
+
+
+def learning_rate(step: int, train: TrainArgs) -> float:
+    """Learning rate of a step (0-based): linear warm-up to the peak, then the decay of `lr_schedule` to `min_lr`."""
+    if step < train.lr_warmup_steps:
+        return train.learning_rate * (step + 1) / train.lr_warmup_steps
+    if train.lr_schedule == "constant":
+        return train.learning_rate
+    done = (step - train.lr_warmup_steps) / max(1, train.max_steps - train.lr_warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if train.lr_schedule == "cosine" else 1 - done
+    return train.min_lr + (train.learning_rate - train.min_lr) * share
+
+
+def step_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
+    """Which rows a step trains on: each epoch is a permutation drawn from the seed and the epoch's number.
+
+    Args:
+        step: The step's number, from 0.
+        rows: Rows of the training split.
+        batch_size: Rows a step.
+        seed: The run's seed.
+    """
+    indices = []
+    permutation: dict[int, list[int]] = {}
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, rows)
+        if epoch not in permutation:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            permutation[epoch] = torch.randperm(rows, generator=generator).tolist()
+        indices.append(permutation[epoch][offset])
+    return indices
+
+
+def make_fabric(devices: int | str, num_nodes: int, strategy: str, plugins: Any = None) -> L.Fabric:
+    """Fabric for this machine: one process per device, data-parallel (`ddp`) or sharded (`fsdp`).
+
+    Weights are put into their precision by `load_model`, so Fabric itself casts nothing.
+
+    Args:
+        devices: Devices per node, or "auto".
+        num_nodes: Machines.
+        strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
+        plugins: A precision plugin, for quantized weights.
+    """
+    chosen: Strategy | str = "auto"
+    if strategy == "fsdp":
+        backend = None if torch.cuda.is_available() else "gloo"
+        chosen = ModelParallelStrategy(
+            parallelize_fn=_shard, save_distributed_checkpoint=False, process_group_backend=backend
+        )
+    elif strategy == "ddp" or num_nodes > 1 or (isinstance(devices, int) and devices > 1):
+        chosen = "ddp"
+    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = 1 if devices == "auto" and accelerator == "cpu" else devices
+    return L.Fabric(accelerator=accelerator, devices=count, num_nodes=num_nodes, strategy=chosen, plugins=plugins)
+
+
+def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    """FSDP2: every block is a unit of its own, gathered when it runs and freed after."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh["data_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def fit(
+    fabric: L.Fabric,
+    model: Any,
+    objective: Objective,
+    train: TrainArgs,
+    out_dir: Path,
+    *,
+    seed: int,
+    identity: dict[str, Any],
+    resume: Resume = "auto",
+    loggers: Iterable[str] = (),
+) -> FitResult:
+    """Train a model.
+
+    Args:
+        fabric: A launched Fabric.
+        model: The bare model; the parameters with `requires_grad` are trained.
+        objective: Data and loss.
+        train: Settings.
+        out_dir: Where `metrics.csv` and `checkpoints/` go.
+        seed: Seeds dropout, by step and rank.
+        identity: What the run's result depends on (model and data hashes, settings). A checkpoint with another identity
+            is not resumed.
+        resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew.
+        loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
+
+    Returns:
+        Steps, seconds, tokens and the last validation metrics.
+
+    Raises:
+        UserError: If the loss stops being a number, a checkpoint cannot be written, or `resume` finds none that fits.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    wrapped = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(
+            [p for p in wrapped.parameters() if p.requires_grad],
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
+            weight_decay=train.weight_decay,
+        )
+    )
+    saver = _Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
+    start = saver.restore(resume)
+    result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
+    log = _Logs(fabric, out_dir, result.steps, loggers)
+    fabric.print(
+        f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
+    )
+
+    with tqdm(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step") as bar:
+        for step in range(result.steps, train.max_steps):
+            began = time.perf_counter()
+            torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, train)
+            batches = objective.batches(step, fabric.global_rank, fabric.world_size)
+            logged = _accumulate(fabric, wrapped, objective, batches)
+            if not math.isfinite(logged["loss"]):
+                raise UserError(
+                    f"The loss is {logged['loss']} at step {step}. Lower --train.learning_rate, or use "
+                    "--precision 32-true; the last good checkpoint is in " + str(saver.directory)
+                )
+            if train.max_norm is not None:
+                norm = fabric.clip_gradients(wrapped, optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
+                logged["grad_norm"] = float(norm if norm is not None else math.nan)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            result.steps = step + 1
+            seconds = time.perf_counter() - began
+            tokens = logged.pop("real_tokens")
+            result.seconds += seconds
+            result.real_tokens += int(tokens)
+            result.losses.append(logged["loss"])
+            last = result.steps == train.max_steps
+            if last or result.steps % train.eval_interval == 0:
+                result.metrics = objective.validate(wrapped)
+                logged |= result.metrics
+            if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
+                log.write(
+                    result.steps, {**logged, "lr": learning_rate(step, train), "tokens_per_second": tokens / seconds}
+                )
+            if last or result.steps % train.save_interval == 0:
+                saver.save(result)
+            bar.set_postfix_str(
+                f"loss {logged['loss']:.3f}, {result.real_tokens / result.seconds:,.0f} tokens/s"
+                + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
+            )
+            bar.update()
+    return result
+
+
+def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: list[Any]) -> dict[str, float]:
+    """Forward and backward of one optimizer step; returns the step's loss, logged sums and real tokens.
+
+    The units of all rows and processes are counted first, so that each weighs the same. A process with fewer rows than
+    another runs its last one again with weight zero: sharded models gather their weights together, row by row.
+    """
+    device = fabric.device
+    counts = torch.tensor(
+        [sum(map(objective.units, batches)), sum(b.real_tokens for b in batches)], dtype=torch.float64
+    )
+    rounds = torch.tensor(len(batches))
+    if fabric.world_size > 1:
+        counts = fabric.all_reduce(counts.to(device), reduce_op="sum").cpu()
+        rounds = fabric.all_gather(rounds.to(device)).max().cpu()
+    units, real_tokens = counts.tolist()
+    if not units:
+        raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
+
+    sums: dict[str, torch.Tensor] = {}
+    for index in range(int(rounds)):
+        idle = index >= len(batches)
+        batch = batches[min(index, len(batches) - 1)].to(device)
+        with fabric.no_backward_sync(model, enabled=index < int(rounds) - 1):
+            loss, extras = objective.loss(model, batch)
+            # DDP and FSDP average over processes; times world_size, the sum over all of them is left.
+            fabric.backward(loss * (0.0 if idle else fabric.world_size / units))
+        if not idle:
+            for name, value in {"loss": loss, **extras}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+    if fabric.world_size > 1:
+        sums = {name: fabric.all_reduce(value, reduce_op="sum") for name, value in sums.items()}
+    return {**{name: value.item() / units for name, value in sums.items()}, "real_tokens": real_tokens}
+
+
+class _Checkpoints:
+    """Checkpoints to resume from: written whole or not at all, the newest two kept."""
+
+    KEEP = 2
+
+    def __init__(
+        self, fabric: L.Fabric, directory: Path, model: Any, optimizer: Any, names: set[str], identity: dict[str, Any]
+    ) -> None:
+        self.fabric, self.directory, self.identity = fabric, directory, identity
+        self.state = {"model": model, "optimizer": optimizer}
+        self.filter = {"model": lambda name, _: name in names}
+
+    def found(self) -> list[Path]:
+        return sorted(self.directory.glob("step-*.pth"))
+
+    def restore(self, resume: Resume) -> dict[str, Any]:
+        """Load the newest checkpoint into the model and the optimizer, if `resume` says so; the run's counters."""
+        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}}
+        found = self.found()
+        if resume is False:
+            self.fabric.barrier()
+            if self.fabric.global_rank == 0:
+                for path in found:
+                    path.unlink()
+            return fresh
+        if not found:
+            if resume is True:
+                raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
+            return fresh
+        rest = self.fabric.load(found[-1], self.state, strict=False, weights_only=True)
+        if rest["identity"] != self.identity:
+            changed = [
+                k for k in {**rest["identity"], **self.identity} if rest["identity"].get(k) != self.identity.get(k)
+            ]
+            raise UserError(
+                f"{found[-1]} belongs to a run with other settings ({', '.join(sorted(changed))}). "
+                "Give another --out_dir, or --resume false to start this one anew."
+            )
+        self.fabric.print(f"resuming from {found[-1]}")
+        return {name: rest[name] for name in fresh}
+
+    def save(self, result: FitResult) -> None:
+        path = self.directory / f"step-{result.steps:08d}.pth"
+        temporary = self.directory / f".{path.name}.part"  # one name for all processes: sharded saves write it together
+        self.directory.mkdir(parents=True, exist_ok=True)
+        counters = {
+            "step": result.steps,
+            "seconds": result.seconds,
+            "real_tokens": result.real_tokens,
+            "metrics": result.metrics,
+            "identity": self.identity,
+        }
+        try:
+            with no_room_explained(path):
+                self.fabric.save(temporary, {**self.state, **counters}, filter=self.filter)
+                self.fabric.barrier()
+                if self.fabric.global_rank == 0:
+                    temporary.replace(path)
+                    for old in self.found()[: -self.KEEP]:
+                        old.unlink()
+        finally:
+            if self.fabric.global_rank == 0:
+                temporary.unlink(missing_ok=True)
+        self.fabric.barrier()
+
+
+class _Logs:
+    """`metrics.csv`, always; TensorBoard and W&B where asked for. Rows after the step resumed from are dropped."""
+
+    def __init__(self, fabric: L.Fabric, out_dir: Path, start: int, loggers: Iterable[str]) -> None:
+        self.active = fabric.global_rank == 0
+        self.path = out_dir / "metrics.csv"
+        self.columns: list[str] = []
+        self.others = [_make_logger(name, out_dir) for name in loggers] if self.active else []
+        rows = []
+        if self.active and self.path.is_file() and start:
+            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may leave half a line
+            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= start]
+        if self.active:
+            self._rewrite(rows)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add one row; the file is rewritten only when a column is new."""
+        if not self.active:
+            return
+        row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
+        if set(row) <= set(self.columns):
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(self._line(row))
+        else:
+            with open(self.path, encoding="utf-8") as f:
+                self._rewrite([*csv.DictReader(f), row])
+        for logger in self.others:
+            logger.log_metrics(metrics, step)
+
+    def _line(self, row: dict[str, str]) -> str:
+        return ",".join(row.get(name) or "" for name in self.columns) + "\n"
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        header = {name: name for name in self.columns}
+        write_text(self.path, "".join(map(self._line, [header, *rows])) if rows else "")
+
+
+def _make_logger(name: str, out_dir: Path) -> Any:
+    """A Lightning logger by name.
+
+    Raises:
+        UserError: If its package is not installed.
+    """
+    try:
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(root_dir=out_dir, name="tensorboard")
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project="own-language-model", save_dir=out_dir)
+    except ModuleNotFoundError:
+        raise UserError(f"--loggers {name} needs a package: `.venv/bin/pip install {name}`.") from None

@@ -1,0 +1,212 @@
+"""LitGPT's LoRA GPT, able to read a tree-packed batch and to give one log-probability per completion token.
+
+What is in: explicit masks and rotary positions, a language-model head that runs only where a token is predicted, in
+chunks that are recomputed in the backward pass (the logits of a whole batch never exist at once), tied embeddings that
+stay tied, 32-bit adapters over 16-bit weights, and LoRA layers that add their update in one product.
+What is not: models with sliding windows, multi-head latent attention or learned positions (LitGPT's own forward runs
+them; a packed one would need more than a mask).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import litgpt.lora
+import torch
+import torch.nn.functional as F
+from litgpt.model import do_softcapping
+from torch.utils.checkpoint import checkpoint
+
+from workflows.checkpoint import check_checkpoint_dir, is_tied, load_config, load_weights
+from workflows.errors import UserError
+from workflows.training.batch import PackedBatch
+
+Precision = Literal["32-true", "bf16-true", "16-true"]
+DTYPES: dict[str, torch.dtype] = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+HEAD_CHUNK = 256
+"""Predicted tokens per chunk of the head: 256 rows of 49,152 logits in float32 are 50 MB."""
+
+
+@dataclass
+class LoRAArgs:
+    """Which linear layers are adapted, and how (Hu et al. 2021, arXiv 2106.09685). Names are LitGPT's."""
+
+    r: int = 16
+    """Rank of the update; 0 trains the full weights instead."""
+    alpha: int = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    query: bool = True
+    key: bool = True
+    value: bool = True
+    projection: bool = True
+    mlp: bool = True
+    head: bool = False
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of `litgpt.lora.Config`."""
+        return {f"lora_{name}": value for name, value in vars(self).items()}
+
+
+class LoRALinear(litgpt.lora.LoRALinear):
+    """LitGPT's layer with a faster forward; adapters of higher precision than the weights are cast when used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, in_features). Returns (B, T, out_features)."""
+        pretrained = self.linear(x)  # (B, T, out_features)
+        if self.r == 0 or self.merged:
+            return pretrained
+        down = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (B, T, r)
+        up = self.lora_B.to(x.dtype)  # (out_features, r)
+        return _add_product(pretrained, down, up)
+
+
+class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
+    """LitGPT's fused query-key-value layer; the three updates are one product with a block-diagonal matrix."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, C). Returns (B, T, (n_head + 2 * n_query_groups) * head_size)."""
+        pretrained = self.linear(x)
+        if self.r == 0 or not any(self.enable_lora) or self.merged:
+            return pretrained
+        down = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (B, T, r * enabled)
+        return _add_product(pretrained, down, self.block_diagonal_B().to(x.dtype))
+
+    def block_diagonal_B(self) -> torch.Tensor:
+        """Shape (out_features, r * enabled): B of query, key, value on the diagonal, zeros for what is not adapted."""
+        sizes = [self.head_size * n for n in (self.n_head, self.n_query_groups, self.n_query_groups)]
+        learned = iter(self.lora_B.split(self.qkv_shapes))
+        blocks = [
+            next(learned) if on else self.lora_B.new_zeros(size, 0)
+            for on, size in zip(self.enable_lora, sizes, strict=True)
+        ]
+        return torch.block_diag(*blocks)
+
+
+def _add_product(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """base (B, T, out) + down (B, T, r) @ up.T, in one call that needs no second (B, T, out) tensor."""
+    flat = torch.addmm(base.view(-1, base.size(-1)), down.reshape(-1, down.size(-1)), up.T)  # (B * T, out)
+    return flat.view_as(base)
+
+
+_OURS: dict[type, type] = {litgpt.lora.LoRALinear: LoRALinear, litgpt.lora.LoRAQKVLinear: LoRAQKVLinear}
+
+
+class GPT(litgpt.lora.GPT):
+    """LitGPT's model whose `forward` also takes a `PackedBatch`."""
+
+    def __init__(self, config: Any) -> None:
+        if config.sliding_window_size is not None or config.latent_attention or config.rope_local_base_freq is not None:
+            raise UserError(
+                f"{config.name}: models with sliding windows or latent attention cannot be trained on packed batches."
+            )
+        super().__init__(config)
+        for module in self.modules():
+            module.__class__ = _OURS.get(type(module), type(module))  # same parameters, our forward
+
+    def forward(self, idx: torch.Tensor | PackedBatch, *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities of a packed batch's learned tokens, shape (N,); for a tensor, LitGPT's own forward."""
+        if isinstance(idx, PackedBatch):
+            return self.token_logprobs(idx)
+        return super().forward(idx, *args, **kwargs)
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Final hidden states of a packed row, shape (1, T, n_embd), norm applied."""
+        mask = batch.attention_mask()  # (1, 1, T, T) or None
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # (1, T, rope_n_elem)
+        x = self.transformer.wte(batch.input_ids)  # (1, T, n_embd)
+        if self.config.scale_embeddings:
+            x = x * self.config.n_embd**0.5
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for block in self.transformer.h:
+            x = block(x, cos, sin, mask)  # (1, T, n_embd)
+        return self.transformer.ln_f(x)
+
+    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """log p(token | what it sees) of every learned token.
+
+        Returns:
+            float32, shape (N,), in the order of `batch.targets`; of the untruncated distribution at temperature 1.
+        """
+        states = self.hidden(batch)[0].index_select(0, batch.predictors)  # (N, n_embd)
+        chunks = zip(states.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False)[0] for chunk in chunks])
+        return torch.cat([self._chunk(*chunk)[0] for chunk in chunks])
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the learned tokens, and whether each is the most likely one.
+
+        Returns:
+            Two tensors of shape (N,): float32 log-probabilities, and booleans.
+        """
+        states = self.hidden(batch)[0].index_select(0, batch.predictors)  # (N, n_embd)
+        pairs = zip(states.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
+        logprobs, greedy = zip(*(self._chunk(*pair) for pair in pairs), strict=True)
+        return torch.cat(logprobs), torch.cat(greedy)
+
+    def _chunk(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """states (n, n_embd), targets (n,) -> log-probabilities (n,) and whether each target is the argmax (n,)."""
+        logits = self.lm_head(states).float()  # (n, padded_vocab_size)
+        if self.config.final_logit_softcapping is not None:
+            logits = do_softcapping(logits, self.config.final_logit_softcapping)
+        chosen = logits.gather(1, targets[:, None])[:, 0]  # (n,)
+        return chosen - logits.logsumexp(dim=-1), chosen == logits.amax(dim=-1)
+
+
+def load_model(
+    checkpoint_dir: Path | str,
+    lora: LoRAArgs | None = None,
+    precision: Precision = "32-true",
+    max_seq_length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """Load a checkpoint as a trainable model.
+
+    Weights are mapped from the file and cast only where the precision asks for it. Adapters are always float32: AdamW's
+    small updates would be lost in bfloat16's 8 bits. Their A matrices are drawn from torch's generator, B is zero.
+
+    Args:
+        checkpoint_dir: A LitGPT checkpoint directory.
+        lora: The adapters to add; None or rank 0 for none (then all weights are trainable).
+        precision: What the weights and the arithmetic are in.
+        max_seq_length: The longest sample, at most the model's context; the whole context if None.
+        device: Where to put the model.
+
+    Raises:
+        UserError: If the checkpoint is incomplete or not of the shape its configuration says, or the length too long.
+    """
+    directory = check_checkpoint_dir(checkpoint_dir)
+    lora = lora or LoRAArgs(r=0)
+    config = load_config(directory, **lora.config_fields())
+    if max_seq_length is not None and max_seq_length > config.block_size:
+        raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the model's context of {config.block_size}.")
+
+    dtype = DTYPES[precision]
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {name: tensor.to(dtype) for name, tensor in load_weights(directory).items()}
+    try:
+        loaded = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{directory}: the weights do not fit model_config.yaml. {e}") from None
+    missing = [name for name in loaded.missing_keys if "lora_" not in name]
+    if missing or loaded.unexpected_keys:
+        raise UserError(
+            f"{directory}: lit_model.pth lacks {missing[:3] or 'nothing'} and holds unknown "
+            f"{loaded.unexpected_keys[:3] or 'nothing'}. Download or make the checkpoint again."
+        )
+    if is_tied(directory) and not (lora.r > 0 and lora.head):
+        model.lm_head.linear.weight = model.transformer.wte.weight
+
+    for module in model.modules():
+        if isinstance(module, litgpt.lora.LoRALinear) and hasattr(module, "lora_A"):
+            module.lora_A = torch.nn.Parameter(torch.empty(module.lora_A.shape, dtype=torch.float32))
+            module.lora_B = torch.nn.Parameter(torch.empty(module.lora_B.shape, dtype=torch.float32))
+            module.reset_parameters()
+    model._max_seq_length = max_seq_length or config.block_size  # the setter would compute the rotary table on "meta"
+    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
+    if lora.r > 0:
+        litgpt.lora.mark_only_lora_as_trainable(model)
+    return model.to(device)
