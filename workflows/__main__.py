@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"There is no step {step!r}.\n{usage()}", file=sys.stderr)
         return 2
 
+    # Idle OpenMP threads sleep rather than spin: where something else runs too, spinning threads keep each other from
+    # the cores (measured on two busy ones: a step of 1.5 s took up to 14 s). Must be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
     logging.getLogger("lightning").setLevel(logging.WARNING)

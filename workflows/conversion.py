@@ -5,6 +5,7 @@ tensors as promises that are kept one by one. Each output tensor is read, brough
 name maps, written to `lit_model.pth` and forgotten, so that memory holds little more than the largest tensor.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from litgpt import GPT, Config
+from tqdm import tqdm
 
 from workflows import litgpt_api
 from workflows.chat_template import ChatTemplate
@@ -35,13 +37,13 @@ class LazyTensor:
 
     Attributes:
         shape: Its shape, known from the file's header.
-        dtype: The type that `load` returns.
-        load: Reads it; the result may be mapped from the file.
+        dtype: The type that it is stored in (float32 if it is quantized).
+        read_into: Reads it into a contiguous tensor of the same shape, converting to that one's type.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    read_into: Callable[[torch.Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def litgpt_config(hf_config: dict[str, Any], name: str, place: str) -> Config:
             n_embd=hf.hidden_size,
             n_head=hf.num_attention_heads,
             n_query_groups=hf.num_key_value_heads,
-            head_size=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            head_size=getattr(hf, "head_dim", None),
             vocab_size=hf.vocab_size,
             padded_vocab_size=hf.vocab_size,
             padding_multiple=1,
@@ -139,7 +141,7 @@ def litgpt_config(hf_config: dict[str, Any], name: str, place: str) -> Config:
             mlp_class_name="LLaMAMLP",
             intermediate_size=hf.intermediate_size,
             rotary_percentage=1.0,
-            rope_base=int(base) if base.is_integer() else base,  # type: ignore[arg-type]
+            rope_base=int(base) if base.is_integer() else base,
             rope_condense_ratio=rope["factor"] if rope_type == "linear" else 1,
             rope_adjustments=adjustments,
         )
@@ -172,21 +174,20 @@ def write_checkpoint(source: Source, output: Path, name: str, dtype: torch.dtype
     config = litgpt_config(source.config, name, source.place)
     tied = bool(source.config.get("tie_word_embeddings", False))
     dtype = dtype or _stored_dtype(source)
-    tensors = _checked(source, config, tied)
+    outputs = _plan(source, config, tied)
 
     write_config(config, output)
     write_json(output / "config.json", _with_dtype(source.config, dtype))
     write_json(output / "generation_config.json", source.generation_config)
     write_text(output / "tokenizer.json", source.tokenizer_json)
     _write_prompt_files(source, output)
-    _write_weights(output / WEIGHTS, config, tensors, _COPY[source.config["architectures"][0]], dtype, tied)
+    _write_weights(output / WEIGHTS, outputs, dtype, tied)
 
 
 def _stored_dtype(source: Source) -> torch.dtype:
     stored = {tensor.dtype for tensor in source.tensors.values() if len(tensor.shape) > 1}
-    if odd := stored - {torch.float32, torch.float16, torch.bfloat16}:
-        raise UserError(f"{source.place} holds weights of type {', '.join(map(str, odd))}; use its bf16 checkpoint.")
-    return stored.pop() if len(stored) == 1 else torch.float32
+    kept = len(stored) == 1 and stored <= {torch.float16, torch.bfloat16}
+    return stored.pop() if kept else torch.float32
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -194,76 +195,75 @@ def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {**kept, "torch_dtype": str(dtype).removeprefix("torch.")}  # the older key, which every version reads
 
 
-def _groups(names: list[str]) -> list[list[str]]:
-    """Names that make one output tensor: query, key and value of a layer together, all others alone."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\.[qkv]_proj\.", ".qkv.", name), []).append(name)
-    return list(groups.values())
+@dataclass(frozen=True)
+class _Output:
+    """One tensor of `lit_model.pth`, and the source tensors that are stacked along its rows to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: list[LazyTensor]
 
 
-def _convert_group(
-    config: Config, copy: Callable[..., None], tensors: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    # LitGPT's functions tie the head at the end of every call if it is absent; the two None keep them from it.
-    converted: dict[str, Any] = {_EMBEDDING: None, _HEAD: None}
-    copy(config, {}, converted, tensors, dtype=dtype)
-    return {name: tensor for name, tensor in converted.items() if tensor is not None}
+def _plan(source: Source, config: Config, tied: bool) -> list[_Output]:
+    """Rehearse the conversion without data: every name known, none missing, every shape right.
 
-
-def _checked(source: Source, config: Config, tied: bool) -> dict[str, LazyTensor]:
-    """The tensors to convert, after a rehearsal without data: every name known, none missing, every shape right."""
+    LitGPT's functions get tensors without contents and so reveal where each one goes.
+    """
     tensors = {n: t for n, t in source.tensors.items() if not (tied and n == _HEAD) and not n.endswith(".inv_freq")}
     copy = _COPY[source.config["architectures"][0]]
-    shapes: dict[str, tuple[int, ...]] = {}
-    problems = []
+    outputs, problems = [], []
     for group in _groups(list(tensors)):
+        # LitGPT's functions tie the head at the end of every call if it is absent; the two None keep them from it.
+        converted: dict[str, Any] = {_EMBEDDING: None, _HEAD: None}
         try:
-            empty = {name: torch.empty(tensors[name].shape, device="meta") for name in group}
-            shapes |= {name: tuple(t.shape) for name, t in _convert_group(config, copy, empty, None).items()}
-        except (KeyError, RuntimeError, IndexError):
-            problems.append(f"{', '.join(group)}: not a weight of this architecture")
-    if tied and _EMBEDDING in shapes:
-        shapes[_HEAD] = shapes[_EMBEDDING]
+            copy(config, {}, converted, {name: torch.empty(tensors[name].shape, device="meta") for name in group})
+            ((name, tensor),) = ((name, tensor) for name, tensor in converted.items() if tensor is not None)
+        except (KeyError, ValueError, IndexError, RuntimeError):  # no such name; query without key; widths differ
+            problems.append(f"{', '.join(group)}: not the weights of a layer of this architecture")
+            continue
+        outputs.append(_Output(name, tuple(tensor.shape), [tensors[name] for name in group]))
 
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
-    problems += [f"{name} is missing" for name in expected if name not in shapes]
+    if tied:
+        del expected[_HEAD]
+    made = {output.name for output in outputs}
+    problems += [f"{name} is missing" for name in expected if name not in made]
     problems += [
-        f"{name} has shape {shapes[name]}, expected {expected.get(name)}"
-        for name in shapes
-        if shapes[name] != expected.get(name)
+        f"{output.name} has shape {output.shape}, expected {expected.get(output.name)}"
+        for output in outputs
+        if output.shape != expected.get(output.name)
     ]
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems[:8])
         more = f"\n  - and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{source.place}: the weights do not fit config.json; is a file missing?\n{shown}{more}")
-    return tensors
+    return outputs
 
 
-def _write_weights(
-    file: Path,
-    config: Config,
-    tensors: dict[str, LazyTensor],
-    copy: Callable[..., None],
-    dtype: torch.dtype,
-    tied: bool,
-) -> None:
+def _groups(names: list[str]) -> list[list[str]]:
+    """Names that make one output tensor: query, key and value of a layer (in this order) together, others alone."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: name.replace(".k_proj.", ".r_proj.")):  # q, r, v: key after query
+        groups.setdefault(re.sub(r"\.[qkv]_proj\.", ".qkv.", name), []).append(name)
+    return list(groups.values())
+
+
+def _write_weights(file: Path, outputs: list[_Output], dtype: torch.dtype, tied: bool) -> None:
+    # One buffer for all: tensors allocated and freed one by one would leave holes in the heap, layer by layer.
+    buffer = bytearray(max(math.prod(output.shape) for output in outputs) * dtype.itemsize)
     saved: dict[str, Any] = {}
-    with litgpt_api.incremental_save(file) as saver, torch.inference_mode():
-        for group in _groups(list(tensors)):
-            for name, tensor in _convert_group(config, copy, {n: tensors[n].load() for n in group}, dtype).items():
-                saved[name] = saver.store_early(_owned(tensor))
-                del tensor
+    with litgpt_api.incremental_save(file) as saver:
+        for output in tqdm(outputs, desc="converting", unit="tensor", disable=None):
+            tensor = torch.frombuffer(buffer, dtype=dtype, count=math.prod(output.shape)).view(output.shape)
+            row = 0
+            for part in output.parts:
+                part.read_into(tensor[row : row + part.shape[0]])
+                row += part.shape[0]
+            saved[output.name] = saver.store_early(tensor)
         if tied:
             saved[_HEAD] = saved[_EMBEDDING]
         saver.save(saved)
-
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a storage of exactly its own size: what is saved is the storage, not the view."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _write_prompt_files(source: Source, output: Path) -> None:

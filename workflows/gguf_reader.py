@@ -5,6 +5,7 @@ embedding turns neighbouring pairs; Hugging Face and LitGPT turn the two halves.
 matrices are dequantized a few rows at a time.
 """
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _NAMES = {
 """GGUF's names (between `blk.N.` and `.weight`) to Hugging Face's."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK = 1 << 22  # elements dequantized at once; the temporaries of k-quants are several times as large
+_CHUNK = 1 << 20  # elements dequantized at once; the temporaries of k-quants are several times as large
 
 
 def read_gguf(file: Path) -> Source:
@@ -87,9 +88,7 @@ def _open(file: Path) -> GGUFReader:
         ) from None
 
 
-def _config(
-    file: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
-) -> dict[str, Any]:
+def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
     """The `config.json` that the model has, or would have, on the Hub."""
 
     def field(key: str, default: Any = None) -> Any:
@@ -178,32 +177,22 @@ def _lazy_tensors(config: dict[str, Any], tensors: dict[str, ReaderTensor]) -> d
         shape = tuple(int(size) for size in reversed(tensor.shape))
         dtype = _TORCH_DTYPES.get(tensor.tensor_type.name, torch.float32)
         interleaved = heads.get(part, 0) if config["model_type"] == "llama" else 0
-
-        def load(
-            tensor: ReaderTensor = tensor,
-            shape: tuple[int, ...] = shape,
-            dtype: torch.dtype = dtype,
-            interleaved: int = interleaved,
-        ) -> torch.Tensor:
-            loaded = _dequantize(tensor, shape, dtype)
-            return _halves_apart(loaded, interleaved) if interleaved else loaded
-
-        lazy[hf_name] = LazyTensor(shape, dtype, load)
+        lazy[hf_name] = LazyTensor(shape, dtype, functools.partial(_read_into, tensor, interleaved))
     return lazy
 
 
-def _dequantize(tensor: ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    result = torch.empty(shape, dtype=dtype)
-    rows = result.view(-1, shape[-1])
+def _read_into(tensor: ReaderTensor, interleaved_heads: int, out: torch.Tensor) -> None:
+    """Dequantize a tensor into `out`, a few rows at a time; undo llama.cpp's permutation of the rows if asked."""
+    rows = out.view(out.shape[0], -1) if out.dim() > 1 else out.view(1, -1)
+    if interleaved_heads:  # row (head, i, half) of the file is row (head, half, i) of the matrix
+        size = len(rows) // interleaved_heads
+        order = torch.arange(len(rows)).view(interleaved_heads, 2, size // 2).transpose(1, 2).flatten()
     data = tensor.data.reshape(len(rows), -1)  # each row of a quantized matrix is whole blocks of bytes
-    step = max(1, _CHUNK // shape[-1])
+    step = max(1, _CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):
         chunk = dequantize(np.array(data[start : start + step]), tensor.tensor_type)
-        rows[start : start + step] = torch.from_numpy(chunk.astype(np.float32, copy=False)).view(-1, shape[-1])
-    return result
-
-
-def _halves_apart(weight: torch.Tensor, n_head: int) -> torch.Tensor:
-    """Undo llama.cpp's permutation of the rows of a query or key matrix, (n_head * head_size, ...)."""
-    size = weight.shape[0] // n_head
-    return weight.reshape(n_head, size // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+        values = torch.from_numpy(chunk.astype(np.float32, copy=False)).view(-1, rows.shape[1])
+        if interleaved_heads:
+            rows[order[start : start + step]] = values.to(rows.dtype)
+        else:
+            rows[start : start + step] = values

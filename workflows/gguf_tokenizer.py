@@ -5,7 +5,6 @@ llama.cpp identifies a pre-tokenizer by a name and keeps the regular expression 
 expressions below are those.
 """
 
-import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -57,8 +56,7 @@ def build_tokenizer(fields: dict[str, Any], place: str) -> tuple[str, dict[str, 
 
     tokenizer = _bpe(tokens, types, fields["tokenizer.ggml.merges"], pre, place)
     bos, eos, unk, pad = (
-        _token(tokens, fields.get(f"tokenizer.ggml.{role}_token_id"))
-        for role in ("bos", "eos", "unknown", "padding")
+        _token(tokens, fields.get(f"tokenizer.ggml.{role}_token_id")) for role in ("bos", "eos", "unknown", "padding")
     )
     if fields.get("tokenizer.ggml.add_bos_token", pre in _ADDS_BOS) and bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -10,6 +10,7 @@ from workflows.conversion import LazyTensor, Source
 from workflows.errors import UserError
 from workflows.files import read_json
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 
 
@@ -96,7 +97,6 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _safetensors(file: Path) -> dict[str, LazyTensor]:
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import _TYPES as dtypes
 
     try:
         opened = safe_open(file, framework="pt")
@@ -105,8 +105,9 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for name in opened.keys():  # noqa: SIM118 - not a dict
         header = opened.get_slice(name)
-        shape, dtype = tuple(header.get_shape()), dtypes[header.get_dtype()]
-        tensors[name] = LazyTensor(shape, dtype, partial(opened.get_tensor, name))
+        if (dtype := _DTYPES.get(header.get_dtype())) is None:
+            raise UserError(f"{file}: {name} is stored as {header.get_dtype()}; use the model's 16-bit checkpoint.")
+        tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(_copy_mapped, opened, name))
     return tensors
 
 
@@ -121,9 +122,17 @@ def _pickled(file: Path) -> dict[str, LazyTensor]:
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise UserError(f"{file} is not a dictionary of tensors. Use the model's safetensors.")
     return {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(torch.Tensor.detach, tensor))
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_copy, tensor))
         for name, tensor in state_dict.items()
     }
+
+
+def _copy_mapped(opened: Any, name: str, out: torch.Tensor) -> None:
+    out.copy_(opened.get_tensor(name))
+
+
+def _copy(tensor: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(tensor)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Fetch a model's files from the Hugging Face Hub, and say in plain words why that failed."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,6 +11,10 @@ _SMALL = ["*.json", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _OLD_WEIGHTS = ["*.bin"]
 _IGNORE = ["*/*", "training_args.bin"]  # subfolders hold other formats of the same weights (original/, onnx/)
+_OFFLINE = (
+    "Check the network (and HF_ENDPOINT, HF_HUB_OFFLINE and proxy variables) and run the same command again: what has "
+    "arrived is kept. Without the Hub, `--model embedded`, a local folder or a .gguf file work."
+)
 
 
 def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
@@ -40,9 +45,10 @@ def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
     page = f"https://huggingface.co/{hub_id}"
     try:
         with no_room_explained(Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))):
-            folder = _snapshot(snapshot_download, hub_id, revision, _SMALL + _WEIGHTS)
+            fetch = functools.partial(snapshot_download, hub_id, revision=revision, ignore_patterns=_IGNORE)
+            folder = Path(fetch(allow_patterns=_SMALL + _WEIGHTS))
             if not any(folder.glob("*.safetensors")):
-                folder = _snapshot(snapshot_download, hub_id, revision, _SMALL + _OLD_WEIGHTS)
+                folder = Path(fetch(allow_patterns=_SMALL + _OLD_WEIGHTS))
         return folder
     except GatedRepoError:
         raise UserError(
@@ -62,17 +68,6 @@ def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
     except HFValidationError as e:
         raise UserError(f"{hub_id!r} is not a Hub id: {e}") from None
     except LocalEntryNotFoundError:
-        raise UserError(f"The Hugging Face Hub cannot be reached and {hub_id} is not in its cache. {_OFFLINE}") from None
+        raise UserError(f"The Hugging Face Hub cannot be reached and its cache lacks {hub_id}. {_OFFLINE}") from None
     except httpx.HTTPError as e:
         raise UserError(f"The download of {hub_id} broke off ({e}). {_OFFLINE}") from None
-
-
-_OFFLINE = (
-    "Check the network (and HF_ENDPOINT, HF_HUB_OFFLINE and proxy variables) and run the same command again: what has "
-    "arrived is kept. Without the Hub, `--model embedded`, a local folder or a .gguf file work."
-)
-
-
-def _snapshot(snapshot_download: object, hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    assert callable(snapshot_download)
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORE))

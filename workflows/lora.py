@@ -3,7 +3,9 @@
 The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`, `chat` and `evaluate` run on it.
 """
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -14,29 +16,32 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from data_prep.chat_data import EncodedChat, encode_rows, read_chat_rows
 
-from workflows.chat_template import ChatTemplate
+from data_prep.chat_data import ChatData
+from workflows.chat_template import EncodedChat
 from workflows.checkpoint import (
     LORA_WEIGHTS,
+    PROVENANCE,
     WEIGHTS,
     check_checkpoint_dir,
     copy_companions,
     describe_source,
     is_tied,
     load_config,
+    load_weights,
     metric,
+    plain,
     write_hyperparameters,
     write_metrics,
     write_provenance,
 )
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_dir, recover_dir, sha256
+from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory
 from workflows.merge import write_merged
 from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.loop import FitResult, Resume, TrainArgs, fit, make_fabric, step_indices
-from workflows.training.model import GPT, LoRAArgs, Precision, load_model
+from workflows.training.model import DTYPES, GPT, LoRAArgs, Precision, load_model
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"]
 
@@ -152,33 +157,34 @@ def setup(
         problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
     report_all(problems)
 
-    precision = precision or default_precision()
-    settings["precision"] = precision
+    settings["precision"] = precision = precision or default_precision()
     final = out_dir / "final"
     recover_dir(final)
     if resume is not False and is_finished(final, settings):
         print(f"{final} is already there, made with these settings; --resume false makes it anew")
+        (final / PROVENANCE).touch()  # tells make that it is up to date
         return
     if trainer == "litgpt":
         run_litgpt(settings, final)
         return
+    if resume == "auto" and final.is_dir():
+        resume = False  # the finished run had other settings: its checkpoints are no start for this one
 
-    template = ChatTemplate.from_checkpoint(checkpoint_dir)
-    rows, report = encode_rows(read_chat_rows(data, "train", kinds), template, train.max_seq_length)
-    validation, validation_report = encode_rows(
-        read_chat_rows(data, "validation", kinds)[:max_val_rows], template, train.max_seq_length
-    )
-    print(f"train: {report}\nvalidation: {validation_report}")
+    fabric = make_fabric(devices, num_nodes, strategy, _quantization(quantize, precision) if quantize else None)
+    fabric.launch()
+    chat_data = _chat_data(settings)
+    chat_data.connect(max_seq_length=train.max_seq_length)
+    rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
+    fabric.print("\n".join(map(str, chat_data.reports.values())))
     lora = LoRAArgs(
         lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head
     )
-    plugins = _quantization(quantize, precision) if quantize else None
-    fabric = make_fabric(devices, num_nodes, strategy, plugins)
-    fabric.launch()
-    main(fabric, SFT(rows, validation, train, seed), lora, settings, final)
+    main(fabric, SFT(rows, validation, train, seed), lora, settings, final, resume)
 
 
-def main(fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, Any], final: Path) -> None:
+def main(
+    fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, Any], final: Path, resume: Resume
+) -> None:
     """Load the model, train it, and write the final checkpoint directory."""
     train, seed, base = settings["train"], settings["seed"], Path(settings["checkpoint_dir"])
     began = time.perf_counter()
@@ -194,13 +200,14 @@ def main(fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, A
             final.parent,
             seed=seed,
             identity=identity,
-            resume=settings["resume"],
+            resume=resume,
             loggers=settings["loggers"] or (),
         )
         if fabric.global_rank == 0:
-            newest = max((final.parent / "checkpoints").glob("step-*.pth"))
-            trained = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)["model"]
+            checkpoints = final.parent / "checkpoints"
+            trained = load_weights(checkpoints, max(checkpoints.glob("step-*.pth")).name)
             write_final(final, base, trained, lora, settings, result, time.perf_counter() - began, peak)
+            shutil.rmtree(checkpoints)
     fabric.barrier()
     fabric.print(f"val_loss {result.metrics['val_loss']:.4f}, checkpoint: {final}")
 
@@ -235,7 +242,8 @@ def write_final(
         else:
             weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
             if is_tied(base):
-                shared = weights.get("transformer.wte.weight", weights.get("lm_head.weight"))
+                # a shared parameter is saved once, under the first of its two names
+                shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]
                 weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
             torch.save(weights, temporary / WEIGHTS)
         write_hyperparameters(temporary, settings)
@@ -249,8 +257,7 @@ def write_final(
             train_seconds=result.seconds,
             steps=result.steps,
         )
-        sources = {"base": describe_source(base), "data": describe_source(Path(settings["data"]))}
-        write_provenance(temporary, "lora", sources, settings)
+        write_provenance(temporary, "lora", _sources(settings), settings)
 
 
 def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
@@ -261,15 +268,31 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in settings.items() if k not in neutral}, "data": files, "train": vars(train)}
 
 
-def is_finished(final: Path, settings: dict[str, Any]) -> bool:
-    """Whether a final folder is there that was made with the same settings (data and base are make's concern)."""
-    file = final / "hyperparameters.yaml"
-    if not file.is_file() or not (final / WEIGHTS).is_file():
-        return False
-    from workflows.checkpoint import plain
+def _chat_data(settings: dict[str, Any]) -> ChatData:
+    return ChatData(
+        path=Path(settings["data"]),
+        kinds=settings["kinds"],
+        max_val_rows=settings["max_val_rows"],
+        checkpoint_dir=Path(settings["checkpoint_dir"]),
+    )
 
-    made = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {**made, "resume": None} == {**plain(settings), "resume": None}
+
+def is_finished(final: Path, settings: dict[str, Any]) -> bool:
+    """Whether a final folder is there that was made from the same checkpoint and data with the same settings."""
+    if not (final / PROVENANCE).is_file() or not (final / WEIGHTS).is_file():
+        return False
+    made = read_json(final / PROVENANCE)
+    return made["sources"] == _sources(settings) and {**made["settings"], "resume": None} == {
+        **plain(settings),
+        "resume": None,
+    }
+
+
+def _sources(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "base": describe_source(Path(settings["checkpoint_dir"])),
+        "data": describe_source(Path(settings["data"])),
+    }
 
 
 def default_precision() -> Precision:
@@ -287,8 +310,6 @@ def _quantization(quantize: Quantize, precision: Precision) -> Any:
         UserError: If bitsandbytes is not installed.
     """
     from lightning.fabric.plugins import BitsandbytesPrecision
-
-    from workflows.training.model import DTYPES
 
     try:
         return BitsandbytesPrecision(quantize.removeprefix("bnb."), DTYPES[precision])  # type: ignore[arg-type]
@@ -309,7 +330,12 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     train: TrainArgs = settings["train"]
     base = Path(settings["checkpoint_dir"])
     unfinished = final.parent / "litgpt"
-    rows = max(1, len(read_chat_rows(settings["data"], "train", settings["kinds"])))
+    rows = len(_chat_data(settings).rows("train"))
+    adamw = {
+        "lr": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "betas": [train.beta1, train.beta2],
+    }
     arguments: dict[str, Any] = {
         "data": "data_prep.ChatData",
         "data.path": settings["data"],
@@ -327,9 +353,7 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
         "train.max_seq_length": train.max_seq_length,
         "train.save_interval": train.save_interval,
         "eval.interval": train.eval_interval,
-        "optimizer": "torch.optim.AdamW",
-        "optimizer.lr": train.learning_rate,
-        "optimizer.weight_decay": train.weight_decay,
+        "optimizer": json.dumps({"class_path": "torch.optim.AdamW", "init_args": adamw}),
         "seed": settings["seed"],
         **{name: value for name, value in settings.items() if name.startswith("lora_")},
     }
@@ -345,6 +369,5 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
         copy_companions(base, temporary)  # LitGPT leaves out the chat template
         write_hyperparameters(temporary, settings)
         write_metrics(temporary / "metrics.json", [], seconds=time.perf_counter() - began)
-        sources = {"base": describe_source(base), "data": describe_source(Path(settings["data"]))}
-        write_provenance(temporary, "lora", sources, settings)
+        write_provenance(temporary, "lora", _sources(settings), settings)
     print(f"checkpoint: {final}")

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import yaml
 from litgpt.lora import LoRALinear
-from litgpt.utils import incremental_save
 
 from workflows.checkpoint import (
     LORA_WEIGHTS,
@@ -21,6 +20,7 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, write_json
+from workflows.litgpt_api import incremental_save
 from workflows.training.model import GPT, LoRAArgs
 
 

@@ -54,9 +54,11 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptS
     for candidate in prompt_styles.values():
         if agrees(style := candidate()):
             return style
-    own = _style_class(*template.single_turn())()
-    if agrees(own):
-        return own
+    before, after, trims = template.single_turn()
+    # LitGPT's tokenizer lets tokenizer.json add its BOS token; text that begins with it too would have two.
+    for text in (before, before.removeprefix(template.bos_token)):
+        if agrees(own := _style_class(text, after, trims)()):
+            return own
     raise UserError(
         f"{checkpoint_dir}: LitGPT's tokenizer does not reproduce the chat template's ids. `add_bos_token` in "
         "tokenizer_config.json must be true exactly when the template begins with the BOS token."

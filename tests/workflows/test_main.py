@@ -19,7 +19,9 @@ class TrainArgs:
     """Learning rate."""
 
 
-def setup(checkpoint_dir: Path, data: Path = Path("x"), train: TrainArgs = TrainArgs(), kind: str | None = None) -> None:
+def setup(
+    checkpoint_dir: Path, data: Path = Path("x"), train: TrainArgs = TrainArgs(), kind: str | None = None
+) -> None:
     """Do it.
 
     Args:

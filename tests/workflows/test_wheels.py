@@ -43,7 +43,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(served):
 
 
 def test_a_file_of_another_hash_is_refused_and_not_kept(served):
-    wheel, cache, _ = served
+    _, cache, _ = served
     with pytest.raises(UserError, match="not the file this project was tested with"):
         fetch(Wheel("thing==1.0", "0" * 64), cache)
     assert not list(cache.rglob("*.whl"))

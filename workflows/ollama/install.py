@@ -20,9 +20,7 @@ from workflows.wheels import CACHE, Wheel, open_wheel
 HOME = Path(".tools/ollama")
 """Where the private copy is installed, relative to the project's root."""
 
-BIGDL = Wheel(
-    "bigdl-core-cpp==2.7.0b20260110", "0e99cb840d69c53add9a9500feba14b68f45c51ca2544845788de7a110653d73"
-)
+BIGDL = Wheel("bigdl-core-cpp==2.7.0b20260110", "0e99cb840d69c53add9a9500feba14b68f45c51ca2544845788de7a110653d73")
 RUNTIMES = {
     Wheel("intel-sycl-rt==2025.1.1", "af82eeab518519c1177ebfed9e05a508a6f2c69795b33c2cf8e54b8020909b30"): (
         "libsycl.so.8",

@@ -63,7 +63,9 @@ def parse_host(host: str) -> str:
         parts = urlsplit(f"{scheme}://{rest}")
         address, port = parts.hostname or "127.0.0.1", parts.port or default_port
     except ValueError as e:
-        raise UserError(f"OLLAMA_HOST={host!r} is not an address ({e}); write it as 127.0.0.1:{DEFAULT_PORT}.") from None
+        raise UserError(
+            f"OLLAMA_HOST={host!r} is not an address ({e}); write it as 127.0.0.1:{DEFAULT_PORT}."
+        ) from None
     if address in ("0.0.0.0", "::"):  # "listen everywhere": a client reaches it on this machine
         address = "127.0.0.1"
     return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
@@ -118,12 +120,14 @@ class OllamaServer:
         version: The server's version.
         log: The server's log (with every prompt, OLLAMA_DEBUG) if we started it, else None.
         binary: The executable if we started it, else None.
+        keep_log: Whether the log stays after the server is stopped; set where a message has pointed to it.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.url, self.version = endpoint.url, endpoint.version
         self.log: Path | None = None
         self.binary: Path | None = None
+        self.keep_log = False
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -215,7 +219,7 @@ class OllamaServer:
         if self._process is not None:
             _stop(self._process)
             self._process = None
-            if self.log is not None:
+            if self.log is not None and not self.keep_log:
                 self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> "OllamaServer":

@@ -163,7 +163,7 @@ def pack_row(trees: Sequence[Tree]) -> PackedBatch:
     )
 
 
-def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix_length(prompts: Sequence[list[int]]) -> int:
     """How many leading ids all prompts share; at least one id is left to each, and one prompt shares nothing."""
     if len(prompts) < 2:
         return 0

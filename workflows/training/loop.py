@@ -196,7 +196,8 @@ def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
 
     for block in model.transformer.h:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh["data_parallel"])
-    return fully_shard(model, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
 
 
 def fit(
@@ -234,7 +235,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     wrapped = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(
+    optimizer: Any = fabric.setup_optimizers(
         torch.optim.AdamW(
             [p for p in wrapped.parameters() if p.requires_grad],
             lr=train.learning_rate,
@@ -300,22 +301,21 @@ def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: lis
     another runs its last one again with weight zero: sharded models gather their weights together, row by row.
     """
     device = fabric.device
-    counts = torch.tensor(
-        [sum(map(objective.units, batches)), sum(b.real_tokens for b in batches)], dtype=torch.float64
-    )
-    rounds = torch.tensor(len(batches))
+    units = sum(map(objective.units, batches))
+    real_tokens = sum(batch.real_tokens for batch in batches)
+    rounds = len(batches)
     if fabric.world_size > 1:
-        counts = fabric.all_reduce(counts.to(device), reduce_op="sum").cpu()
-        rounds = fabric.all_gather(rounds.to(device)).max().cpu()
-    units, real_tokens = counts.tolist()
+        gathered: Any = fabric.all_gather(torch.tensor([units, real_tokens, rounds], device=device))  # (processes, 3)
+        units, real_tokens = gathered[:, :2].sum(dim=0).tolist()
+        rounds = int(gathered[:, 2].max())
     if not units:
         raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
 
     sums: dict[str, torch.Tensor] = {}
-    for index in range(int(rounds)):
+    for index in range(rounds):
         idle = index >= len(batches)
         batch = batches[min(index, len(batches) - 1)].to(device)
-        with fabric.no_backward_sync(model, enabled=index < int(rounds) - 1):
+        with fabric.no_backward_sync(model, enabled=index < rounds - 1):
             loss, extras = objective.loss(model, batch)
             # DDP and FSDP average over processes; times world_size, the sum over all of them is left.
             fabric.backward(loss * (0.0 if idle else fabric.world_size / units))
@@ -323,7 +323,8 @@ def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: lis
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
     if fabric.world_size > 1:
-        sums = {name: fabric.all_reduce(value, reduce_op="sum") for name, value in sums.items()}
+        reduced: Any = fabric.all_reduce(sums, reduce_op="sum")
+        sums = reduced
     return {**{name: value.item() / units for name, value in sums.items()}, "real_tokens": real_tokens}
 
 

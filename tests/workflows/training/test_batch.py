@@ -9,9 +9,7 @@ from workflows.errors import UserError
 from workflows.training.batch import Tree, assign_rows, check_lengths, pack, pack_row, shared_prefix_length
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
-TREES = st.lists(
-    st.builds(lambda p, c: Tree(p, c), IDS, st.lists(IDS, min_size=1, max_size=3)), min_size=1, max_size=5
-)
+TREES = st.lists(st.builds(lambda p, c: Tree(p, c), IDS, st.lists(IDS, min_size=1, max_size=3)), min_size=1, max_size=5)
 
 
 def seen_by(batch, index):

@@ -127,7 +127,7 @@ def test_stopped_and_resumed_ends_bit_identical(tmp_path, stop_after):
     resumed, result = run(tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(weights(expected), weights(resumed), strict=True))
     assert result.real_tokens == uninterrupted.real_tokens == 48
-    steps = [row["step"] for row in csv.DictReader(open(tmp_path / "stopped" / "metrics.csv"))]
+    steps = [row["step"] for row in csv.DictReader((tmp_path / "stopped" / "metrics.csv").read_text().splitlines())]
     assert steps == ["1", "2", "3", "4", "5", "6"]
 
 
@@ -158,7 +158,7 @@ def test_only_the_newest_two_checkpoints_are_kept_and_no_parts(tmp_path):
 
 def test_metrics_csv_has_loss_extras_and_validation(tmp_path):
     run(tmp_path, train=replace(TRAIN, max_norm=1.0))
-    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert set(rows[0]) == {"step", "loss", "mean_y", "grad_norm", "lr", "tokens_per_second", "val_loss"}
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     assert float(rows[0]["lr"]) == pytest.approx(0.05)

@@ -1,0 +1,96 @@
+"""`make data`: prepare a data set as {train,validation,test}.jsonl with a manifest, and NAME_mcq for scoring.
+
+`data/NAME` holds `messages` rows for training. Data sets whose questions have options (hpo, pubmedqa, medqa, medmcqa)
+get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
+questions; "choices" are the texts whose log-likelihood is compared.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from data_prep import exams, hpo, jsonl, medquad, pubmedqa
+from data_prep.dataset import DataSet, choose_kinds, write_dataset
+from workflows.errors import report_all
+from workflows.files import read_json
+
+Name = Literal["hpo", "pubmedqa", "medquad", "medqa", "medmcqa", "jsonl"]
+_PREPARE = {
+    "hpo": hpo.prepare,
+    "pubmedqa": pubmedqa.prepare,
+    "medquad": medquad.prepare,
+    "medqa": exams.prepare_medqa,
+    "medmcqa": exams.prepare_medmcqa,
+}
+_OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
+
+
+def setup(
+    data: Name = "hpo",
+    out_dir: Path = Path("data"),
+    name: str | None = None,
+    raw_dir: Path | None = None,
+    file: Path | None = None,
+    kinds: list[str] | None = None,
+    validation_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 42,
+) -> None:
+    """Prepare a data set for training and scoring.
+
+    Args:
+        data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
+            file of your own.
+        out_dir: The folder of data directories.
+        name: Name of the directory in it; the data set's own by default.
+        raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
+        file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
+            instruction/output or question/answer.
+        kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
+        validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
+        test_size: How much is held out for the test, where there is no official one.
+        seed: Seed of the split, the order of rows and the choice of distractors.
+
+    Raises:
+        UserError: If an argument does not fit, or the data cannot be had or is malformed.
+    """
+    problems = []
+    if (file is not None) != (data == "jsonl"):
+        problems.append("--data jsonl needs --file." if file is None else "--file belongs to --data jsonl.")
+    if raw_dir is not None and data == "jsonl":
+        problems.append("--raw_dir does not go with --data jsonl; name the one file by --file.")
+    elif raw_dir is not None and not raw_dir.is_dir():
+        problems.append(f"--raw_dir {raw_dir} is not a folder.")
+    problems += [
+        f"--{option} must be at least 1, not {size}."
+        for option, size in (("validation_size", validation_size), ("test_size", test_size))
+        if size is not None and size < 1
+    ]
+    if test_size is not None and data in _OFFICIAL_TEST:
+        problems.append(f"{data} has an official test, so --test_size cannot be chosen.")
+    if name is not None and (not name or Path(name).name != name):
+        problems.append(f"--name {name!r} is not a folder's name.")
+    report_all(problems)
+
+    if file is not None:
+        dataset = jsonl.prepare(file, validation_size, test_size, seed)
+    else:
+        dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)
+    dataset.name = name or dataset.name
+    choose_kinds(dataset, kinds)
+    directories = write_dataset(dataset, out_dir, seed)
+    _print_summary(dataset, directories)
+
+
+def _print_summary(dataset: DataSet, directories: list[Path]) -> None:
+    source = dataset.source
+    print(f"{source.title}, {source.origin}, revision {source.revision}\nlicence: {source.licence}")
+    for directory in directories:
+        splits = read_json(directory / "manifest.json")["splits"]
+        for file, split in splits.items():
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in split["kinds"].items())
+            print(f"  {directory / file}: {split['rows']:,} rows" + (f" ({kinds})" if kinds else ""))
+    for reason, count in dataset.dropped.items():
+        if count:
+            print(f"  left out, {reason}: {count:,}")
+    for fact, count in dataset.notes.items():
+        print(f"  {fact}: {count:,}")

@@ -1,0 +1,149 @@
+"""Rows of a data directory: conversational JSONL, read with every line checked.
+
+One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
+supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
+comparison. Further fields ("kind", "id") are kept and ignored by readers that do not know them.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from workflows.errors import UserError
+
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+ROLES = ("system", "user", "assistant")
+SHAPES = {
+    "messages": '{"messages": [..., {"role": "assistant", "content": TEXT}]}',
+    "preference": '{"prompt": [...], "chosen": [...], "rejected": [...]}',
+    "labelled": '{"prompt": [...], "completion": [...], "label": true}',
+    "scoring": '{"prompt": [...], "choices": [TEXT, ...], "answer": INDEX}',
+    "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
+}
+
+
+def normalise(text: str) -> str:
+    """Lower-cased words joined by single spaces, so that texts are compared without case, punctuation and layout."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def question_row(question: str, answer: str, kind: str, **fields: Any) -> Row:
+    """A training row of one question and its answer."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "kind": kind, **fields}
+
+
+def scoring_row(question: str, choices: list[str], answer: int, **fields: Any) -> Row:
+    """A question whose answer is one of several texts; `answer` is its index, from 0."""
+    return {"prompt": [{"role": "user", "content": question}], "choices": choices, "answer": answer, **fields}
+
+
+def row_problem(row: Any, shape: str) -> str | None:
+    """What is wrong with a row of the given shape (a key of `SHAPES`), or None."""
+    if not isinstance(row, dict):
+        return f"is {type_name(row)}, not an object like {SHAPES[shape]}"
+    if shape == "messages":
+        return _messages_problem(row.get("messages"), "messages", ("assistant",))
+    if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):
+        return problem
+    if shape == "preference":
+        return _messages_problem(row.get("chosen"), "chosen", ("assistant",)) or _messages_problem(
+            row.get("rejected"), "rejected", ("assistant",)
+        )
+    if shape == "labelled":
+        if not isinstance(row.get("label"), bool):
+            return '"label" must be true or false'
+        return _messages_problem(row.get("completion"), "completion", ("assistant",))
+    field = "choices" if shape == "scoring" else "answers"
+    texts = row.get(field)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return f'"{field}" must be a list of texts, none of them empty'
+    if shape == "scoring":
+        answer = row.get("answer")
+        if len(texts) < 2 or len(set(texts)) != len(texts):
+            return '"choices" must be at least two different texts'
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+            return f'"answer" must be the index of a choice, 0 to {len(texts) - 1}, but is {answer!r}'
+    return None
+
+
+def _messages_problem(messages: Any, field: str, last_roles: tuple[str, ...]) -> str | None:
+    if messages is None:
+        return f'has no "{field}"'
+    if not isinstance(messages, list) or not messages:
+        return f'"{field}" must be a list of at least one message, but is {type_name(messages)}'
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f'"{field}", message {number} is {type_name(message)}, not {{"role": ..., "content": ...}}'
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            return f'"{field}", message {number}: "role" must be one of {", ".join(ROLES)}, but is {role!r}'
+        if not isinstance(content, str):
+            return f'"{field}", message {number}: "content" must be a text, but is {type_name(content)}'
+        if not content.strip():
+            return f'"{field}", message {number}: "content" is empty'
+    if messages[-1]["role"] not in last_roles:
+        return f'"{field}" must end with a message of role {" or ".join(last_roles)}'
+    if field == "messages" and len(messages) < 2:
+        return '"messages" must hold a question before the answer'
+    return None
+
+
+def type_name(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return names.get(type(value), "a number")
+
+
+def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Values of a JSONL file with their line numbers (from 1); blank lines are skipped.
+
+    Raises:
+        UserError: If the file is missing, is not UTF-8, or a line is not JSON; the message names file and line.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist.")
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
+            except json.JSONDecodeError as e:
+                raise UserError(
+                    f"{path}, line {number}: not valid JSON ({e.msg} at column {e.colno}). "
+                    "Mend or remove that line; if it is the last one, the file may be cut short."
+                ) from None
+
+
+def read_rows(path: Path, shape: str = "messages") -> list[Row]:
+    """Read a JSONL file whose rows all have the given shape.
+
+    Args:
+        path: A `.jsonl` file.
+        shape: A key of `SHAPES`.
+
+    Raises:
+        UserError: If the file is missing or empty, or a line is not such a row; the message names file and line.
+    """
+    rows = []
+    for number, row in iterate_jsonl(path):
+        if problem := row_problem(row, shape):
+            raise UserError(f"{path}, line {number}: {problem}. A row looks like {SHAPES[shape]}.")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no rows. Prepare the data again with `make data`.")
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSONL; the caller makes the write atomic (`workflows.files.atomic_dir`)."""
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

