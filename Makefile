@@ -24,7 +24,7 @@ LORA      := $(OUT)/lora/final/provenance.json
 EXPORT    := $(OUT)/ollama/verification.json
 # A step's settings: the model's own recipe if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard workflows/recipes/$(MODEL)/$(1).yaml) workflows/recipes/default/$(1).yaml)
-TASKS     ?= $(DATA)_mcq
+TASKS     ?= $(if $(filter hpo,$(DATA)),hpo_mcq,$(DATA)_local)
 # Options on the command line mean: do it again with these.
 AGAIN     := $(if $(strip $(ARGS)),FORCE)
 
@@ -118,4 +118,4 @@ $(EXPORT): $(LORA) data/$(DATA)/manifest.json $(call recipe,export) $(AGAIN) | $
 	  --out_dir $(@D) $(ARGS)
 
 $(OUT)/summary.json: $(OUT)/evaluate/base/metrics.json $(OUT)/evaluate/lora/metrics.json $(EXPORT) | $(INSTALLED)
-	@$(STEP) demo --run_dir $(OUT) --data data/$(DATA) --name $(NAME)
+	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME)

@@ -4,10 +4,10 @@ Three kinds of rows: `name` (definition -> name; carries "answers", the name and
 (name -> definition) and `signs` (disease -> its frequent signs). The scoring rows ask as the `name` rows do; their four
 options are names, the distractors being the nearest kin in the ontology.
 
-Nothing of a held-out term is seen in training: a training row in which a name or synonym of a held-out term occurs (as
-whole words, anywhere in the row) is dropped, and so is a validation row that mentions a test term. Names of held-out
-terms do occur as options of other questions. `signs` rows exist in training only, since the signs of one disease are
-terms of every split.
+Nothing of a held-out term is seen in training: a training row in which a name, a synonym or the definition of a
+held-out term occurs (as whole words, anywhere in the row) is dropped, and so is a validation row that quotes a test
+term. Names of held-out terms do occur as options of other questions. `signs` rows exist in training only, since the
+signs of one disease are terms of every split.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ _ATTRIBUTION = (
 )
 _SPLIT_RULE = (
     "by term, at random by seed; terms that share a name, a synonym or a definition stay together; terms whose "
-    "definition contains one of their own names are in training only; training rows that mention a name or synonym of "
-    "a held-out term are dropped, validation rows that mention a test term likewise; disease rows are in training "
-    "only, without held-out signs"
+    "definition contains one of their own names are in training only; training rows that quote a name, a synonym or "
+    "the definition of a held-out term are dropped, validation rows that quote a test term's likewise; disease rows "
+    "are in training only, without held-out signs"
 )
 
 
@@ -163,11 +163,13 @@ def _row_text(row: Row) -> str:
 
 
 def _unmentioning(items: list[Item], held_out: list[Item]) -> tuple[list[Item], int]:
-    """Leave out items that share a key with a held-out term or mention one of its names; also say how many."""
+    """Leave out items that share a key with a held-out term or quote one of its texts; also say how many."""
     keys = {k for item in held_out for k in item.keys}
-    labels = Phrases(_labels(held_out))
+    secrets = Phrases(k.partition(":")[2] for k in keys)  # names, synonyms and definitions
     kept = [
-        item for item in items if not item.keys & keys and not any(labels.found_in(_row_text(row)) for row in item.rows)
+        item
+        for item in items
+        if not item.keys & keys and not any(secrets.found_in(_row_text(row)) for row in item.rows)
     ]
     return kept, len(items) - len(kept)
 

@@ -209,7 +209,7 @@ class Ontology:
         return _reachable(term_id, self._parents)
 
     def kin(self, term_id: str) -> Iterator[set[str]]:
-        """Terms of the same depth, nearest kin first: siblings (a shared parent), then cousins, then remoter ones.
+        """A term's kin, nearest first: siblings (a shared parent), then cousins, remoter ones, at last all other terms.
 
         Yields:
             For each generation, the ids that join in it; the term's own line (ancestors, descendants) is left out.
@@ -224,6 +224,7 @@ class Ontology:
                 level = {child for member in level for child in self._children.get(member, ())}
             yield level - seen
             seen |= level
+        yield set(self.terms) - seen
 
 
 def _reachable(start: str, edges: dict[str, list[str]]) -> set[str]:

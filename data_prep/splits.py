@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from data_prep.rows import Row, normalise
 from workflows.errors import UserError
 
+_PREFIX = 3  # words by which a phrase is looked up; long phrases rarely share three
+
 
 @dataclass(frozen=True)
 class Item:
@@ -120,16 +122,17 @@ class Phrases:
 
     def __init__(self, phrases: Iterable[str]) -> None:
         self._phrases = {phrase for phrase in map(normalise, phrases) if phrase}
-        self._lengths: dict[str, set[int]] = {}  # first word -> lengths in words of the phrases that begin with it
+        self._lengths: dict[str, set[int]] = {}  # first words, up to _PREFIX -> lengths of the phrases that begin so
         for phrase in self._phrases:
             words = phrase.split()
-            self._lengths.setdefault(words[0], set()).add(len(words))
+            self._lengths.setdefault(" ".join(words[:_PREFIX]), set()).add(len(words))
 
     def found_in(self, text: str) -> bool:
         """Whether any of the phrases occurs in the text."""
         words = normalise(text).split()
         return any(
             " ".join(words[i : i + length]) in self._phrases
-            for i, word in enumerate(words)
-            for length in self._lengths.get(word, ())
+            for i in range(len(words))
+            for size in range(1, _PREFIX + 1)
+            for length in self._lengths.get(" ".join(words[i : i + size]), ())
         )

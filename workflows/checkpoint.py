@@ -147,7 +147,9 @@ def write_hyperparameters(checkpoint_dir: Path, settings: dict[str, Any]) -> Non
     write_text(checkpoint_dir / "hyperparameters.yaml", yaml.safe_dump(plain(settings), sort_keys=False))
 
 
-def write_provenance(checkpoint_dir: Path, step: str, sources: dict[str, Any], settings: dict[str, Any]) -> None:
+def write_provenance(
+    checkpoint_dir: Path, step: str, sources: dict[str, Any], settings: dict[str, Any], files: str = "lit_model.pth*"
+) -> None:
     """Write `provenance.json`: what a directory was made from, by what, and with which settings.
 
     Args:
@@ -155,6 +157,7 @@ def write_provenance(checkpoint_dir: Path, step: str, sources: dict[str, Any], s
         step: The name of the step that made it.
         sources: Inputs by role; for a checkpoint or data directory use `describe_source`.
         settings: The step's arguments.
+        files: Pattern of the files whose hashes are kept.
     """
     write_json(
         checkpoint_dir / PROVENANCE,
@@ -163,7 +166,7 @@ def write_provenance(checkpoint_dir: Path, step: str, sources: dict[str, Any], s
             "sources": plain(sources),
             "settings": plain(settings),
             "versions": versions(),
-            "files": {p.name: sha256(p) for p in sorted(checkpoint_dir.glob("lit_model.pth*"))},
+            "files": {p.name: sha256(p) for p in sorted(checkpoint_dir.glob(files))},
         },
     )
 

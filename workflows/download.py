@@ -9,7 +9,6 @@ folder's name (case-sensitively). It appears whole or not at all; an interrupted
 import difflib
 import re
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +27,11 @@ from workflows.checkpoint import (
 )
 from workflows.conversion import Source, write_checkpoint
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, sha256
+from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, sha256, write_text
 from workflows.gguf_reader import read_gguf
 from workflows.hf_reader import read_hf_dir
 from workflows.hub import fetch_from_hub
-from workflows.measure import PeakMemory
+from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.wheels import CACHE, SMOLLM2, open_wheel
 
 REGISTRY = Path("checkpoints/registry.yaml")
@@ -59,6 +58,7 @@ def setup(
     checkpoints_dir: Path = Path("checkpoints"),
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     hub_id: str | None = None,
+    path_file: Path | None = None,
 ) -> None:
     """Get a checkpoint and write it as a complete LitGPT checkpoint directory, CHECKPOINTS_DIR/ORG/NAME.
 
@@ -71,26 +71,28 @@ def setup(
         checkpoints_dir: The folder of all checkpoints.
         dtype: The type of the weights; as stored if not given (float32 for quantized weights).
         hub_id: For a name in the registry: another Hub id than the registry's.
+        path_file: Write the checkpoint's path to this file; so make learns where a model is.
 
     Raises:
         UserError: If the model cannot be found, reached, read or converted.
     """
+    began = step_began()
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
     asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
     if _is_there(target, asked):
         print(f"{target} is already there. Delete the folder to make it again.")
-        return
-
-    start = time.perf_counter()
-    with PeakMemory() as peak:
-        source, facts = _read(origin, revision)
-        with atomic_dir(target) as folder:
-            write_checkpoint(source, folder, origin.name, getattr(torch, dtype) if dtype else None)
-            write_hyperparameters(folder, {"model": model, "hub_id": hub_id, **asked})
-            write_provenance(folder, "download", {"model": {**asked, **facts}}, {"model": model, "hub_id": hub_id})
-            _write_metrics(folder, source, time.perf_counter() - start, peak)
-    print(f"{target}: ready in {time.perf_counter() - start:.0f} s")
+    else:
+        with PeakMemory() as peak:
+            source, facts = _read(origin, revision)
+            with atomic_dir(target) as folder:
+                write_checkpoint(source, folder, origin.name, getattr(torch, dtype) if dtype else None)
+                write_hyperparameters(folder, {"model": model, "hub_id": hub_id, **asked})
+                write_provenance(folder, "download", {"model": {**asked, **facts}}, {"model": model, "hub_id": hub_id})
+                _write_metrics(folder, source, seconds_of_step(began), peak)
+        print(f"{target}: ready in {seconds_of_step(began):.0f} s")
+    if path_file is not None:
+        write_text(path_file, f"{target}\n")
 
 
 def find_model(model: str, revision: str | None = None, hub_id: str | None = None) -> _Origin:

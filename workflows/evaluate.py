@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
 from workflows.evaluation.compare import Comparison, compare_samples
-from workflows.evaluation.lm import LitGPTLM, load_for_evaluation, model_hash
-from workflows.evaluation.tasks import hub_problem, load_tasks, split_of
+from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
+from workflows.evaluation.tasks import load_tasks, split_of
 from workflows.files import write_json, write_text
 from workflows.lora import default_precision
 from workflows.measure import PeakMemory
@@ -71,9 +73,11 @@ def setup(
     quiet_lm_eval()
 
     began = time.perf_counter()
+    check_for_evaluation(checkpoint_dir)
+    template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    loaded = load_tasks(tasks, data_dir, template)
     with PeakMemory() as peak:
-        model, template = load_for_evaluation(checkpoint_dir, precision, device)
-        specs, manager = load_tasks(tasks, data_dir, template)
+        model = load_for_evaluation(checkpoint_dir, precision, device)
         identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
         unfinished = out_dir / UNFINISHED
         if not resume:
@@ -91,9 +95,19 @@ def setup(
             cache=cache,
             seed=seed,
         )
-        results = run_lm_eval(
-            lm, specs, manager, limit=limit, apply_chat_template=apply_chat_template, num_fewshot=num_fewshot, seed=seed
+        results = simple_evaluate(
+            model=lm,
+            tasks=loaded,
+            task_manager=TaskManager(include_defaults=False),  # the tasks are loaded
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            num_fewshot=num_fewshot,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
         )
+    results = json.loads(json.dumps(results, default=handle_non_serializable))
     samples = results.pop("samples")
     compared, remarks = compare_samples(baseline, samples) if baseline is not None else ([], [])
     if lm.truncated:
@@ -148,42 +162,6 @@ def quiet_lm_eval() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def run_lm_eval(
-    lm: LitGPTLM,
-    specs: list[Any],
-    manager: Any,
-    *,
-    limit: int | None,
-    apply_chat_template: bool,
-    num_fewshot: int | None,
-    seed: int,
-) -> dict[str, Any]:
-    """lm-eval's `simple_evaluate` on our model.
-
-    Raises:
-        UserError: If a task's data set cannot be loaded.
-    """
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        results = simple_evaluate(
-            model=lm,
-            tasks=specs,
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            num_fewshot=num_fewshot,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except (DatasetsError, HfHubHTTPError, ConnectionError) as e:
-        raise hub_problem(e) from None
-    return json.loads(json.dumps(results, default=handle_non_serializable))
-
-
 def metric_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """lm-eval's scores as rows of metrics.json, with the task's name; groups come last."""
     rows = []
@@ -217,7 +195,7 @@ def _numbered(args: list[Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], compared: list[Comparison]) -> str:
-    """The scores as text: one line for each task and metric, with the baseline's and the difference where there is one."""
+    """The scores as text: a line for each task and metric, with the difference where there is a baseline."""
     by_name = {(c.task, c.metric): c for c in compared}
     lines = [
         ["task", "metric", "n"] + (["base", "tuned", "difference", "95% interval", "p"] if compared else ["score"])

@@ -27,9 +27,11 @@ def no_room_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in _NO_ROOM:
+        # numpy's tofile says "N requested and M written" and keeps no errno
+        cause = _NO_ROOM.get(e.errno or 0) or (_NO_ROOM[errno.ENOSPC] if "requested and" in str(e) else None)
+        if cause is None:
             raise
-        raise UserError(_no_room_message(path, _NO_ROOM[e.errno])) from e
+        raise UserError(_no_room_message(path, cause)) from e
     except Exception as e:  # torch: RuntimeError; safetensors: its own class, imported only where used
         if not any(words in str(e) for words in _WRITER_FAILED):
             raise

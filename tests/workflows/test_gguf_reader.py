@@ -412,6 +412,7 @@ print(peak.bytes - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.checkpoint
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the meter counts the GPU's memory where there is one")
 def test_peak_memory_of_the_embedded_conversion(embedded_checkpoint, tmp_path):

@@ -134,6 +134,10 @@ class LitGPTLM(TemplateLM):
 
     # ---- log-likelihoods ----
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # a bar for the tokenizer is not worth a line
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
@@ -147,7 +151,7 @@ class LitGPTLM(TemplateLM):
             choices.setdefault(context, {})[continuation] = None
         trees = [Tree(list(context), [list(c) for c in found]) for context, found in choices.items()]
         rows = assign_rows([tree.tokens for tree in trees], self.row_tokens)
-        for row in self._watch(rows, "log-likelihoods", disable_tqdm):
+        for row in self._watch(rows, "log-likelihoods"):
             self._score([trees[i] for i in row])
         keys = [request_key("loglikelihood", *pair) for pair in pairs]
         return [(logprob, greedy) for logprob, greedy in map(self.cache.__getitem__, keys)]
@@ -216,7 +220,7 @@ class LitGPTLM(TemplateLM):
             group.sort(key=lambda item: (-len(item[1]), item[0]))  # similar lengths side by side
             chunks = [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
             batches += [(chunk, settings[name], self.seed + i) for i, chunk in enumerate(chunks)]
-        for chunk, setting, seed in self._watch(batches, "answers", disable_tqdm):
+        for chunk, setting, seed in self._watch(batches, "answers"):
             self._answer([prompt for _, prompt, _ in chunk], [key for _, _, key in chunk], setting, seed)
         return [self.cache[keys[number]] for number in range(len(requests))]
 
@@ -271,13 +275,26 @@ class LitGPTLM(TemplateLM):
         self.truncated += len(prompt) > room
         return prompt[-room:]
 
-    def _watch(self, units: list[Any], what: str, disable_tqdm: bool) -> Any:
-        return tqdm(units, desc=what, disable=disable_tqdm or not self._progress, leave=False)
+    def _watch(self, units: list[Any], what: str) -> Any:
+        return tqdm(units, desc=what, disable=not self._progress, leave=False)
 
 
-def load_for_evaluation(
-    checkpoint_dir: Path, precision: Precision, device: torch.device | str = "cpu"
-) -> tuple[GPT, ChatTemplate]:
+def check_for_evaluation(checkpoint_dir: Path) -> str:
+    """Make sure that a checkpoint directory is complete, with merged weights or with adapters.
+
+    Returns:
+        The name of the weights file that is evaluated.
+
+    Raises:
+        UserError: If something is missing.
+    """
+    adapters_only = (checkpoint_dir / LORA_WEIGHTS).is_file() and not (checkpoint_dir / WEIGHTS).is_file()
+    weights = LORA_WEIGHTS if adapters_only else WEIGHTS
+    check_checkpoint_dir(checkpoint_dir, weights)
+    return weights
+
+
+def load_for_evaluation(checkpoint_dir: Path, precision: Precision, device: torch.device | str = "cpu") -> GPT:
     """Load a checkpoint directory; one that holds adapters only is put on top of the base that it names.
 
     Args:
@@ -288,23 +305,21 @@ def load_for_evaluation(
     Raises:
         UserError: If something is missing or the adapters do not fit.
     """
-    if (checkpoint_dir / WEIGHTS).is_file() or not (checkpoint_dir / LORA_WEIGHTS).is_file():
-        directory = check_checkpoint_dir(checkpoint_dir)
-        return load_model(directory, precision=precision, device=device), ChatTemplate.from_checkpoint(directory)
-    directory = check_checkpoint_dir(checkpoint_dir, LORA_WEIGHTS)
-    settings = read_hyperparameters(directory)
+    if check_for_evaluation(checkpoint_dir) == WEIGHTS:
+        return load_model(checkpoint_dir, precision=precision, device=device)
+    settings = read_hyperparameters(checkpoint_dir)
     lora = LoRAArgs(**{k.removeprefix("lora_"): v for k, v in settings.items() if k.startswith("lora_")})
     model = load_model(settings["checkpoint_dir"], lora, precision, device=device)
-    adapters = load_weights(directory, LORA_WEIGHTS)
+    adapters = load_weights(checkpoint_dir, LORA_WEIGHTS)
     expected = {name for name, _ in model.named_parameters() if "lora_" in name}
     try:
         model.load_state_dict(adapters, strict=False)
     except RuntimeError as e:
-        raise UserError(f"The adapters in {directory} do not fit {settings['checkpoint_dir']}: {e}") from None
+        raise UserError(f"The adapters in {checkpoint_dir} do not fit {settings['checkpoint_dir']}: {e}") from None
     if set(adapters) != expected:
         odd = sorted(set(adapters) ^ expected)
-        raise UserError(f"The adapters in {directory} do not fit hyperparameters.yaml; they differ in {odd[:3]}.")
-    return model, ChatTemplate.from_checkpoint(directory)
+        raise UserError(f"The adapters in {checkpoint_dir} do not fit hyperparameters.yaml; they differ in {odd[:3]}.")
+    return model
 
 
 def model_hash(checkpoint_dir: Path) -> dict[str, str]:

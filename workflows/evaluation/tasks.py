@@ -7,12 +7,17 @@ the one source of our prompts; nothing has to be asked for.
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-from lm_eval.api.task import ConfigurableTask
+import lm_eval.tasks
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from data_prep.pubmedqa import HUB_ID, official_test_ids
@@ -113,26 +118,29 @@ def hub_pubmedqa() -> dict[str, Any]:
         "doc_to_target": "final_decision",
         "doc_to_choice": ["yes", "no", "maybe"],
         "metric_list": _METRICS[:1],
-        "metadata": {"version": 1.0, "split": "test"},
+        "metadata": {"version": 1.0, "scored_split": "test"},
     }
 
 
-def medical_group() -> dict[str, Any]:
+def medical_group() -> Group:
     """The Hub's medical tasks as one lm-eval group; its accuracy is the mean over the tasks, each counting the same."""
-    return {
-        "group": "medical",
-        "task": [
-            "medqa_4options",
-            "medmcqa",
-            hub_pubmedqa(),
-            *(f"mmlu_{subject}" for subject in MMLU_MEDICAL),
-        ],
-        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}],
-        "metadata": {"version": 1.0},
-    }
+    folders = [Path(lm_eval.tasks.__file__).parent / name for name in ("medqa", "medmcqa", "mmlu/default")]
+    manager = TaskManager(include_defaults=False, include_path=list(folders))  # to read all of lm-eval's takes long
+    average = {"metric": "acc", "aggregation": "mean", "weight_by_size": False}
+    group = Group.from_config({"group": "medical", "aggregate_metric_list": [average], "metadata": {"version": 1.0}})
+    members = ["medqa_4options", "medmcqa", hub_pubmedqa(), *(f"mmlu_{subject}" for subject in MMLU_MEDICAL)]
+    for task in manager.load(members)["tasks"].values():
+        group.add(task)
+    return group
 
 
-OWN_SPECS: dict[str, Callable[[], dict[str, Any]]] = {"medical": medical_group, "pubmedqa": hub_pubmedqa}
+@functools.cache
+def all_tasks() -> TaskManager:
+    """Every task that lm-eval knows; it reads thousands of files for that."""
+    return TaskManager()
+
+
+OWN: dict[str, Callable[[], Any]] = {"medical": medical_group, "pubmedqa": hub_pubmedqa}
 """What we define on the Hub's data; these take precedence over lm-eval's own of the same name."""
 
 
@@ -145,8 +153,8 @@ def local_file(name: str, data_dir: Path) -> Path | None:
     return None
 
 
-def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> tuple[list[Any], TaskManager | None]:
-    """Turn task names into what lm-eval evaluates.
+def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> list[Task | Group]:
+    """Turn task names into what lm-eval evaluates; data sets on the Hub are downloaded by that.
 
     Args:
         names: Local tasks, `medical`, or any task, group or tag of lm-eval's.
@@ -154,11 +162,11 @@ def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> tupl
         template: The checkpoint's chat template, for local tasks.
 
     Returns:
-        Task objects and lm-eval specifications, in the order of `names`; and lm-eval's task manager if one is needed
-        (it reads thousands of files).
+        Groups, and the tasks that are in none of them.
 
     Raises:
-        UserError: If a name is unknown, or a local task's data is missing; all of that at once.
+        UserError: If a name is unknown or a local task's data is missing (all of that at once), if a data set cannot be
+            had, or a task is named twice.
     """
     files = {name: local_file(name, data_dir) for name in names}
     problems = [
@@ -166,22 +174,36 @@ def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> tupl
         for name, file in files.items()
         if file is not None and not file.is_file()
     ]
-    elsewhere = [name for name, file in files.items() if file is None]
-    manager = TaskManager() if elsewhere else None
-    known = set(manager.all_tasks) | set(OWN_SPECS) if manager else set()
-    problems += [_unknown(name, known) for name in elsewhere if name not in known]
+    foreign = [name for name, file in files.items() if file is None and name not in OWN]
+    manager = all_tasks() if foreign else TaskManager(include_defaults=False)
+    problems += [_unknown(name, manager.all_tasks) for name in foreign if name not in manager.all_tasks]
     report_all(problems)
-    specs: list[Any] = []
-    for name in names:
-        if (file := files[name]) is not None:
-            specs.append(LocalTask(name, file, template))
-        else:
-            specs.append(OWN_SPECS[name]() if name in OWN_SPECS else name)
-    return specs, manager
+    try:
+        loaded = manager.load([_specification(name, file, template) for name, file in files.items()])
+    except (DatasetsError, HfHubHTTPError, ConnectionError) as e:
+        raise UserError(
+            f"A task's data set could not be loaded: {type(e).__name__}: {e}\n"
+            "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "
+            f"{', '.join(LOCAL)}."
+        ) from None
+    except ValueError as e:
+        if "Duplicate task" not in str(e):
+            raise
+        raise UserError(f"--tasks names a task twice. {e}") from None
+    inside = {child for children in loaded["group_map"].values() for child in children}
+    found: dict[str, Task | Group] = {**loaded["groups"], **loaded["tasks"]}
+    return [item for name, item in found.items() if name not in inside]
 
 
-def _unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted({*known, *LOCAL}), n=3)
+def _specification(name: str, file: Path | None, template: ChatTemplate) -> Any:
+    """What lm-eval's task manager loads for a name."""
+    if file is not None:
+        return LocalTask(name, file, template)
+    return OWN[name]() if name in OWN else name
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, sorted({*known, *LOCAL, *OWN}), n=3)
     return (
         f"There is no task {name!r}"
         + (f" (did you mean {', '.join(close)}?)" if close else "")
@@ -192,14 +214,5 @@ def _unknown(name: str, known: set[str]) -> str:
 
 def split_of(config: dict[str, Any]) -> str:
     """The split that lm-eval scores for a task with this configuration."""
-    named = (config.get("metadata") or {}).get("split")
+    named = (config.get("metadata") or {}).get("scored_split")
     return str(named or config.get("test_split") or config.get("validation_split") or "test")
-
-
-def hub_problem(error: Exception) -> UserError:
-    """An error of loading a task's data set, with what to do about it."""
-    return UserError(
-        f"A task's data set could not be loaded: {type(error).__name__}: {error}\n"
-        "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "
-        f"{', '.join(LOCAL)}."
-    )

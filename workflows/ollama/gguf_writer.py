@@ -15,6 +15,7 @@ from gguf import (
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
+    GGUFReader,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
@@ -41,7 +42,9 @@ _ARCHITECTURES = {"LlamaForCausalLM": MODEL_ARCH.LLAMA, "Qwen2ForCausalLM": MODE
 _ROPE_FREQS = "rope_freqs.weight"
 
 
-def write_gguf(checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, licence: str | None = None) -> None:
+def write_gguf(
+    checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, weights_sha256: str, licence: str | None = None
+) -> None:
     """Write a checkpoint as a GGUF file, whole or not at all.
 
     Args:
@@ -49,6 +52,7 @@ def write_gguf(checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, lice
         file: The file to write.
         kind: Type of the matrices; one whose rows do not fill q8_0's blocks of 32 is written as f16.
         name: The model's name in the file's header.
+        weights_sha256: Hash of `lit_model.pth`, kept in the header: by it a finished file is known again.
         licence: The weights' licence (SPDX identifier), if known.
 
     Raises:
@@ -72,7 +76,15 @@ def write_gguf(checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, lice
     with atomic_file(file) as temporary:
         writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[arch])
         try:
-            _add_metadata(writer, checkpoint_dir, config, hf_config, name, file_type, licence)
+            writer.add_type("model")
+            writer.add_name(name)
+            writer.add_string(OURS, weights_sha256)
+            if licence:
+                writer.add_license(licence)
+            writer.add_quantization_version(GGML_QUANT_VERSION)
+            writer.add_file_type(file_type)
+            _add_architecture(writer, config, hf_config["vocab_size"])
+            _add_tokenizer(writer, checkpoint_dir, hf_config["vocab_size"])
             if factors is not None:
                 writer.add_tensor_info(_ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
             for gguf_name, hf_name, tensor_type in plan:
@@ -89,6 +101,18 @@ def write_gguf(checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, lice
                 writer.write_tensor_data(_convert(tensor, tensor_type, hf_name))
         finally:
             writer.close()
+
+
+def is_gguf_of(file: Path, weights_sha256: str, kind: GGUFType) -> bool:
+    """Whether a file is our finished GGUF of these weights and this type, so that it need not be written again."""
+    if not file.is_file():
+        return False
+    try:
+        reader = GGUFReader(file)
+        fields = {key: reader.fields[key].contents() for key in (OURS, "general.file_type")}
+    except (KeyError, ValueError, IndexError, OSError):  # another program's file, or none at all
+        return False
+    return fields == {OURS: weights_sha256, "general.file_type": _TYPES[kind][1]}
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
@@ -141,21 +165,7 @@ def _interleave(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
     return tensor.reshape(heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _add_metadata(
-    writer: GGUFWriter,
-    checkpoint_dir: Path,
-    config: Any,
-    hf_config: dict[str, Any],
-    name: str,
-    file_type: LlamaFileType,
-    licence: str | None,
-) -> None:
-    writer.add_type("model")
-    writer.add_name(name)
-    if licence:
-        writer.add_license(licence)
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_file_type(file_type)
+def _add_architecture(writer: GGUFWriter, config: Any, vocab_size: int) -> None:
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -163,7 +173,7 @@ def _add_metadata(
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_query_groups)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(hf_config["vocab_size"])
+    writer.add_vocab_size(vocab_size)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(float(config.rope_base))
     if config.head_size * config.n_head != config.n_embd:
@@ -173,7 +183,9 @@ def _add_metadata(
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(config.rope_condense_ratio))
 
-    tokenizer = read_tokenizer(checkpoint_dir / "tokenizer.json", hf_config["vocab_size"])
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint_dir: Path, vocab_size: int) -> None:
+    tokenizer = read_tokenizer(checkpoint_dir / "tokenizer.json", vocab_size)
     template = ChatTemplate.from_checkpoint(checkpoint_dir)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(tokenizer.pre)

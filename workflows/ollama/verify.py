@@ -1,11 +1,11 @@
 """Does Ollama really ask and answer as we do? Checked on what the server did, not on what it should have done.
 
-* Prompt ids: `/api/generate` returns in `context` the ids of the prompt and of the answer; the prompt's must equal ours,
-  id by id, and their number must be what was evaluated (a BOS that the server adds by itself shows there only).
+* Prompt ids: `/api/generate` returns in `context` the ids of the prompt and of the answer; the prompt's must equal
+  ours, id by id, and their number must be what was evaluated (a BOS that the server adds by itself shows there only).
 * Conversations: `/api/chat` returns no ids. A server that we started logs the prompt's text; text and
   `prompt_eval_count` must equal ours.
-* Greedy agreement: the share of prompts whose first 32 tokens, or all up to the stop, are LitGPT's greedy ones. Where they
-  are not, the two tokens' float32 logits say whether it was a near tie or an error.
+* Greedy agreement: the share of prompts whose first 32 tokens, or all up to the stop, are LitGPT's greedy ones. Where
+  they are not, the two tokens' float32 logits say whether it was a near tie or an error.
 """
 
 import re
@@ -19,7 +19,7 @@ import torch
 from workflows.chat_template import ChatTemplate, Message
 from workflows.errors import UserError
 from workflows.ollama.client import connect, explained
-from workflows.ollama.modelfile import conversations
+from workflows.ollama.modelfile import conversations, derive
 from workflows.ollama.server import OllamaServer
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.rollouts import generate
@@ -109,8 +109,9 @@ def verify_model(
         message: Message = {"role": "user", "content": probe}
         _ask(server, model, template, [message], num_predict=1)
 
-    equal, differences, examples = 0, [], []
-    shown = True
+    equal, shown = 0, True
+    differences: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     for messages, prompt, ours in zip(prompts, reference.prompts, reference.answers, strict=True):
         theirs, text, stopped = _ask(server, model, template, messages, num_predict=ANSWER_TOKENS)
         shown = shown and theirs is not None
@@ -159,7 +160,7 @@ def _ask(
             f"(a BOS too many or too few?), for the question {messages[-1]['content'][:80]!r}."
         )
     answer = None if context is None else context[len(expected) :]
-    return answer, response.response, response.done_reason == "stop"
+    return answer, response.response or "", response.done_reason == "stop"
 
 
 def _require_equal(template: ChatTemplate, ours: list[int], theirs: list[int], question: str) -> None:
@@ -207,8 +208,7 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
         UserError: If they differ.
     """
     client = connect(server)
-    takes_system = "system" in (client.show(model).template or "")
-    for messages in conversations(with_system=takes_system):
+    for messages in conversations(with_system=derive(template).system_before is not None):
         mark = server.log.stat().st_size if server.log else 0
         with explained(server, model):
             response = client.chat(model, messages, options={**_GREEDY, "num_predict": 1})

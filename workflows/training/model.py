@@ -72,6 +72,10 @@ class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
         down = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (B, T, r * enabled)
         return _add_product(pretrained, down, self.block_diagonal_B().to(x.dtype))
 
+    def get_lora_AB(self) -> torch.Tensor:
+        """The weights' update, (out_features, in_features); LitGPT's own cannot have its weights on the meta device."""
+        return (self.block_diagonal_B() @ self.lora_A) * self.scaling
+
     def block_diagonal_B(self) -> torch.Tensor:
         """Shape (out_features, r * enabled): B of query, key, value on the diagonal, zeros for what is not adapted."""
         sizes = [self.head_size * n for n in (self.n_head, self.n_query_groups, self.n_query_groups)]

@@ -119,12 +119,13 @@ def test_too_long_is_explained(model):
 
 
 @pytest.mark.checkpoint
-def test_real_checkpoint_equals_transformers(embedded_checkpoint):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.workflows.evaluation.reference import write_hf_weights
-
+def test_real_checkpoint_equals_transformers(embedded_checkpoint, embedded_hf):
     template = ChatTemplate.from_checkpoint(embedded_checkpoint)
-    questions = ["What is anaemia?", "Name a sign of pneumonia and say how it is found.", "Hi"]
+    questions = ["What is anaemia?", "Name a sign of pneumonia, and say how it is found.", "Hi"]
     prompts = [template.prompt_ids([{"role": "user", "content": question}]) for question in questions]
     rollouts = generate(load_model(embedded_checkpoint), prompts, max_new_tokens=16, stop_ids=template.stop_ids)
+    hf = AutoModelForCausalLM.from_pretrained(embedded_hf, dtype=torch.float32).eval()
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        ids = torch.tensor([prompt])
+        expected = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert rollout.ids == expected[0, len(prompt) :].tolist()

@@ -1,0 +1,150 @@
+"""Local tasks over prepared data, and the definitions of the Hub's medical tasks (read over small local stand-ins)."""
+
+import json
+
+import datasets
+import pytest
+
+from data_prep import pubmedqa
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.evaluation import tasks
+from workflows.evaluation.tasks import MMLU_MEDICAL, LocalTask, load_tasks, split_of
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": "Fast breathing?"}], "choices": ["Tachypnea", "Anemia"], "answer": 0},
+    {"prompt": [{"role": "user", "content": "Few red cells?"}], "choices": ["Fever", "Anemia", "Rash"], "answer": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def template(tiny_llama):
+    return ChatTemplate.from_checkpoint(tiny_llama)
+
+
+def write(data_dir, name, rows):
+    (data_dir / name).mkdir(parents=True)
+    (data_dir / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_local_task_asks_for_each_choice_after_the_chat_prompt(tmp_path, template):
+    write(tmp_path, "hpo_mcq", [{**row, "id": i} for i, row in enumerate(ROWS)])
+    (task,) = load_tasks(["hpo_mcq"], tmp_path, template)
+    for apply_chat_template in (False, True):  # rendered once, whatever lm-eval is told
+        task.build_all_requests(
+            apply_chat_template=apply_chat_template,
+            chat_template=lambda *args, **kwargs: "twice",
+            fewshot_as_multiturn=True,
+            system_instruction=None,
+        )
+        prompts = [template.render(row["prompt"], add_generation_prompt=True) for row in ROWS]
+        expected = [(p, choice) for p, row in zip(prompts, ROWS, strict=True) for choice in row["choices"]]
+        assert [instance.args for instance in task.instances] == expected
+    # The likeliest is the longest; per character it is the right one.
+    scores = task.process_results({**ROWS[1]}, [(-5.0, False), (-5.5, False), (-4.0, False)])
+    assert scores == {"acc": 0.0, "acc_norm": 1.0}
+    assert split_of(task.dump_config()) == "test"
+
+
+def test_names_of_local_tasks(tmp_path, template):
+    for folder in ("hpo_mcq", "pubmedqa_mcq", "medmcqa_mcq", "medqa_mcq", "mine_mcq"):
+        write(tmp_path, folder, ROWS)
+    names = ["hpo_mcq", "pubmedqa_local", "medmcqa_local", "medqa_local", "mine_mcq"]
+    loaded = load_tasks(names, tmp_path, template)
+    assert [task.task_name for task in loaded] == names
+    assert all(isinstance(task, LocalTask) for task in loaded)
+
+
+def test_unknown_tasks_and_missing_data_are_reported_together(tmp_path, template):
+    with pytest.raises(UserError) as error:
+        load_tasks(["hpo_mcq", "medqa_local", "medqa_4option"], tmp_path, template)
+    text = str(error.value)
+    assert "hpo_mcq/test.jsonl, which does not exist. Make it with `make data DATA=hpo`" in text
+    assert "`make data DATA=medqa`" in text
+    assert "no task 'medqa_4option' (did you mean medqa_4options" in text and "pubmedqa_local" in text
+
+
+def test_bad_rows_are_named(tmp_path, template):
+    write(tmp_path, "hpo_mcq", [*ROWS, {**ROWS[0], "answer": 2}])
+    with pytest.raises(UserError, match=r"test\.jsonl, line 3: .*answer"):
+        load_tasks(["hpo_mcq"], tmp_path, template)
+
+
+# What each data set of the `medical` group looks like on the Hub: path -> (splits, columns of a row).
+HUB_ROWS = {
+    "GBaker/MedQA-USMLE-4-options-hf": (
+        ("train", "validation", "test"),
+        {"id": "1", "sent1": "Q", "sent2": "", **{f"ending{i}": f"E{i}" for i in range(4)}, "label": 2},
+    ),
+    "openlifescienceai/medmcqa": (
+        ("train", "validation", "test"),
+        {"id": "1", "question": "Q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 3, "exp": ""},
+    ),
+    "cais/mmlu": (
+        ("dev", "validation", "test"),
+        {"question": "Q", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1},
+    ),
+    "qiaojin/PubMedQA": (
+        ("train",),
+        {
+            "pubid": 7,
+            "question": "Is it?",
+            "context": {"contexts": ["First.", "Second."], "labels": [], "meshes": []},
+            "long_answer": "It is.",
+            "final_decision": "yes",
+        },
+    ),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    loaded = []
+
+    def load_dataset(path, name=None, **kwargs):
+        splits, row = HUB_ROWS[path]
+        loaded.append((path, name))
+        rows = [row, {**row, "pubid": 8}] if "pubid" in row else [row]
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(tasks, "official_test_ids", lambda labels: {"8"} if labels == {"7": "yes", "8": "yes"} else {})
+    return loaded
+
+
+def test_the_medical_group_is_lm_evals_own_definitions(hub, tmp_path, template):
+    (group,) = load_tasks(["medical"], tmp_path, template)
+    loaded = {task.task_name: task for task in group.get_all_tasks()}
+    names = {"medqa_4options", "medmcqa", "pubmedqa", *(f"mmlu_{subject}" for subject in MMLU_MEDICAL)}
+    assert group.name == "medical" and set(loaded) == names
+    assert {name for path, name in hub if path == "cais/mmlu"} == set(MMLU_MEDICAL)
+    for task in loaded.values():
+        task.set_fewshot_seed(1)
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests()
+        assert len(task.instances) in (3, 4)  # one question, its choices
+        assert "acc" in task.process_results(
+            task.eval_docs[0], [(-float(i), False) for i in range(len(task.instances))]
+        )
+    question = loaded["pubmedqa"].instances[0]
+    assert question.args == ("Abstract: First.\nSecond.\nQuestion: Is it?\nAnswer:", " yes")
+    assert question.doc["pubid"] == 8  # only the official test
+    assert split_of(loaded["pubmedqa"].dump_config()) == "test"
+    assert split_of(loaded["medmcqa"].dump_config()) == "validation"
+
+
+def test_pubmedqa_alone_is_ours_too(hub, tmp_path, template):
+    load_tasks(["pubmedqa"], tmp_path, template)
+    assert hub == [(pubmedqa.HUB_ID, "pqa_labeled")]
+
+
+def test_tasks_named_twice_and_data_that_cannot_be_had(hub, monkeypatch, tmp_path, template):
+    with pytest.raises(UserError, match=r"twice.*medmcqa"):
+        load_tasks(["medical", "medmcqa"], tmp_path, template)
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"(?s)Couldn't reach the Hub.*need the internet"):
+        load_tasks(["pubmedqa"], tmp_path, template)

@@ -1,0 +1,191 @@
+"""The evaluate step as a user runs it: files, comparison, a kill in the middle, wrong arguments."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from workflows.__main__ import main
+from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import WEIGHTS, copy_companions, load_weights
+from workflows.evaluate import UNFINISHED, default_out_dir, setup
+from workflows.evaluation.lm import LitGPTLM
+from workflows.evaluation.tasks import LocalTask
+
+WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding", "presence", "anemia")
+QUESTIONS = 40
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Questions about nothing, whose answers a random model has opinions on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(n):
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator))
+
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "hpo_mcq").mkdir()
+    rows = []
+    for number in range(QUESTIONS):
+        prompt = [{"role": "user", "content": f"{number}: {words(4 + number % 7)}?"}]
+        choices = [f"{words(1 + i)} {i}" for i in range(4)]
+        rows.append({"prompt": prompt, "choices": choices, "answer": number % 4, "id": number})
+    (directory / "hpo_mcq" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def other_llama(tiny_llama, tmp_path_factory):
+    """The tiny Llama with its weights shaken."""
+    directory = tmp_path_factory.mktemp("shaken") / "lora" / "final"
+    directory.mkdir(parents=True)
+    copy_companions(tiny_llama, directory)
+    torch.manual_seed(0)
+    shaken = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_weights(tiny_llama).items()}
+    shaken["lm_head.weight"] = shaken["transformer.wte.weight"]
+    torch.save(shaken, directory / WEIGHTS)
+    return directory
+
+
+def evaluate(checkpoint, data_dir, out_dir, **settings):
+    setup(checkpoint, data_dir=data_dir, out_dir=out_dir, precision="32-true", row_tokens=128, **settings)
+    return json.loads((out_dir / "metrics.json").read_text())
+
+
+def samples_of(out_dir):
+    return (out_dir / "samples_hpo_mcq.jsonl").read_bytes()
+
+
+def test_accuracies_are_those_of_lm_evals_hf_model(tiny_llama, tiny_llama_hf, data_dir, tmp_path, capsys):
+    metrics = evaluate(tiny_llama, data_dir, tmp_path)
+    task = LocalTask("hpo_mcq", data_dir / "hpo_mcq" / "test.jsonl", ChatTemplate.from_checkpoint(tiny_llama))
+    hf = HFLM(pretrained=str(tiny_llama_hf), device="cpu", dtype="float32", batch_size=8)
+    expected = simple_evaluate(model=hf, tasks=[task], task_manager=TaskManager(include_defaults=False))
+    scores = expected["results"]["hpo_mcq"]
+    rows = {row["name"]: row for row in metrics["metrics"]}
+    assert set(rows) == {"acc", "acc_norm"}
+    for name, row in rows.items():
+        assert row["value"] == scores[f"{name},none"]
+        assert row["stderr"] == scores[f"{name}_stderr,none"]
+        assert (row["n"], row["split"], row["task"]) == (QUESTIONS, "test", "hpo_mcq")
+    lines = [json.loads(line) for line in samples_of(tmp_path).splitlines()]
+    for mine, other in zip(lines, expected["samples"]["hpo_mcq"], strict=True):
+        assert mine["doc_hash"] == other["doc_hash"]
+        assert [r[0][0] for r in mine["resps"]] == pytest.approx([r[0][0] for r in other["resps"]], abs=1e-3)
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["hpo_mcq"]["acc,none"] == rows["acc"]["value"]
+    assert metrics["tokens_per_second"] > 0 and metrics["seconds"] > 0 and metrics["peak_bytes"] > 0
+    assert not (tmp_path / UNFINISHED).exists()
+    assert f"{rows['acc']['value']:.3f} ± {rows['acc']['stderr']:.3f}" in capsys.readouterr().out
+
+
+def test_comparison_with_a_baseline(tiny_llama, other_llama, data_dir, tmp_path, capsys):
+    base = evaluate(tiny_llama, data_dir, tmp_path / "base", limit=30)
+    tuned = evaluate(other_llama, data_dir, tmp_path / "tuned", baseline=tmp_path / "base")
+    by_name = {row["metric"]: row for row in tuned["comparison"]}
+    for row in base["metrics"]:
+        compared = by_name[row["name"]]
+        assert (compared["n"], compared["base"]) == (30, row["value"])
+        assert compared["base_stderr"] == pytest.approx(row["stderr"])
+        assert compared["difference"] == pytest.approx(compared["tuned"] - compared["base"])
+        assert 0 < compared["p_value"] <= 1
+    assert tuned["remarks"] == ["hpo_mcq: 30 questions compared, of 30 (baseline) and 40"]
+    out = capsys.readouterr().out
+    assert "95% interval" in out and f"{by_name['acc']['difference']:+.3f} ± " in out
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tiny_llama, data_dir, tmp_path, monkeypatch):
+    whole = evaluate(tiny_llama, data_dir, tmp_path / "whole")
+    score, done = LitGPTLM._score, []
+
+    def stopped_after_three(self, trees):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(trees)
+        score(self, trees)
+
+    monkeypatch.setattr(LitGPTLM, "_score", stopped_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_llama, data_dir, tmp_path / "stopped")
+    monkeypatch.undo()
+    unfinished = tmp_path / "stopped" / UNFINISHED
+    lines = unfinished.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4  # which model it is of, and three rows
+    unfinished.write_bytes(b"".join(lines[:-1]) + lines[-1][:25])  # as if killed while writing
+    computed = []
+    monkeypatch.setattr(LitGPTLM, "_score", lambda self, trees: (computed.append(len(self.cache)), score(self, trees)))
+    resumed = evaluate(tiny_llama, data_dir, tmp_path / "stopped")
+    assert computed[0] == computed[2] > 0 and computed[3] > computed[2]  # the first two rows were there
+    assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "whole")
+    assert resumed["metrics"] == whole["metrics"]
+    assert not unfinished.exists()
+
+
+def test_results_of_another_model_are_not_kept(tiny_llama, other_llama, data_dir, tmp_path, monkeypatch, capsys):
+    score = LitGPTLM._score
+    monkeypatch.setattr(
+        LitGPTLM,
+        "_score",
+        lambda self, trees: score(self, trees) if not self.cache.tokens else (_ for _ in ()).throw(OSError),
+    )
+    with pytest.raises(OSError):
+        evaluate(tiny_llama, data_dir, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / UNFINISHED).is_file()
+    evaluate(other_llama, data_dir, tmp_path)
+    assert "going on with" not in capsys.readouterr().out
+
+
+def test_a_killed_process_goes_on(tiny_llama, data_dir, tmp_path, capsys):
+    killed, unfinished = tmp_path / "killed", tmp_path / "killed" / UNFINISHED
+    command = [sys.executable, "-m", "workflows", "evaluate", "--checkpoint_dir", str(tiny_llama)]
+    command += ["--data_dir", str(data_dir), "--out_dir", str(killed), "--precision", "32-true", "--row_tokens", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums in the same order
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (unfinished.is_file() and len(unfinished.read_bytes().splitlines()) > 3):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    for out_dir in (killed, tmp_path / "whole"):
+        setup(tiny_llama, data_dir=data_dir, out_dir=out_dir, precision="32-true", row_tokens=1)
+    assert capsys.readouterr().out.count("going on with") == 1
+    assert samples_of(killed) == samples_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--checkpoint_dir", "absent"], "There is no checkpoint at absent"),
+        (["--checkpoint_dir", "{tiny}", "--data_dir", "absent"], "make data DATA=hpo"),
+        (["--checkpoint_dir", "{tiny}", "--baseline", "absent"], "--baseline absent is not a folder"),
+        (["--checkpoint_dir", "{tiny}", "--tasks", "[]", "--limit", "0"], "2 problems"),
+    ],
+)
+def test_mistakes_are_explained(tiny_llama, tmp_path, capsys, arguments, expected):
+    filled = [argument.format(tiny=tiny_llama) for argument in arguments]
+    assert main(["evaluate", *filled, "--out_dir", str(tmp_path / "out")]) == 1
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_results_go():
+    assert default_out_dir(Path("out/demo/lora/final")) == Path("out/demo/lora/evaluation")
+    assert default_out_dir(Path("checkpoints/embedded/x")) == Path("out/evaluate/x")
+
+
+@pytest.mark.checkpoint
+def test_real_checkpoint_knows_more_than_chance(embedded_checkpoint, tmp_path):
+    if not Path("data/hpo_mcq/test.jsonl").is_file():
+        pytest.skip("data/hpo_mcq is not there; `make data` makes it")
+    setup(embedded_checkpoint, limit=40, out_dir=tmp_path)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["metrics"]}
+    assert rows["acc"]["value"] > 0.25 + 2 * rows["acc"]["stderr"]

@@ -1,0 +1,354 @@
+"""`make export`: a checkpoint in the forms that others read, a model in Ollama, and proof that it is the same model.
+
+OUT_DIR holds the GGUF files, the Modelfile, the model card, `hf/` (Hugging Face) and on request `adapter/` (PEFT).
+`verification.json`, `metrics.json` and `provenance.json` are written last: without them an export is not finished.
+Finished GGUF files of the same weights are kept when the step is run again.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.rows import iterate_jsonl
+from workflows.chat_template import ChatTemplate, Message
+from workflows.checkpoint import (
+    LORA_WEIGHTS,
+    PROVENANCE,
+    WEIGHTS,
+    check_checkpoint_dir,
+    describe_source,
+    load_config,
+    metric,
+    write_metrics,
+    write_provenance,
+)
+from workflows.errors import UserError, report_all
+from workflows.files import atomic_file, read_json, sha256, write_json, write_text
+from workflows.hf_export import write_hf
+from workflows.measure import PeakMemory
+from workflows.model_card import base_model_of, licence_of, lineage, model_card
+from workflows.ollama.client import connect, create_model, explained, owner_sha256
+from workflows.ollama.gguf_writer import GGUFType, is_gguf_of, write_gguf
+from workflows.ollama.modelfile import Modelfile, make_modelfile
+from workflows.ollama.server import OllamaServer, open_server
+from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Verification, reference_answers, verify_model
+from workflows.peft_export import write_adapter
+from workflows.training.model import Precision
+
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_K_M", "q4_K_S"]
+_BY_OLLAMA = ("q4_K_M", "q4_K_S")
+"""Types that Ollama itself makes, from an f16 file."""
+_F16_AGREEMENT = 0.9
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(:[\w.-]+)?")
+_HF_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+```"""
+_PEFT_USAGE = """```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, ".")  # base: the model that adapter_config.json names, by transformers
+```"""
+_RESULTS = ("verification.json", "metrics.json", PROVENANCE)
+
+
+def setup(
+    checkpoint_dir: Path,
+    name: str = "medical",
+    quantize: Quantization | list[Quantization] = "q8_0",
+    out_dir: Path | None = None,
+    data: Path = Path("data/hpo"),
+    hf: bool = True,
+    adapter: bool = False,
+    create: bool = True,
+    verify_prompts: int = 50,
+    verify_precision: Precision = "32-true",
+    num_ctx: int = 4096,
+    num_thread: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repeat_penalty: float = 1.0,
+    shard_size: int = 1000,
+    port: int | None = None,
+) -> None:
+    """Write a checkpoint as Hugging Face directory and GGUF, create it in Ollama, and verify what Ollama does with it.
+
+    Args:
+        checkpoint_dir: The LitGPT checkpoint directory, e.g. out/demo/lora/final.
+        name: The model's name in Ollama. One that this project did not make is never overwritten.
+        quantize: One type or a list (`[f16,q8_0,q4_K_M]`); the first becomes NAME, the others NAME:TYPE.
+        out_dir: Where the files go; out/RUN/ollama for a checkpoint of out/RUN, else out/NAME/ollama.
+        data: Data directory whose test.jsonl holds the questions for the verification.
+        hf: Write the Hugging Face directory OUT_DIR/hf.
+        adapter: Write the LoRA adapter in PEFT's format to OUT_DIR/adapter.
+        create: Create the model in Ollama and verify it; false only writes the files.
+        verify_prompts: Held-out questions to verify with; 0 for no verification.
+        verify_precision: Precision of LitGPT's own answers; bf16-true halves the memory.
+        num_ctx: Context length in Ollama, in tokens; at most the model's.
+        num_thread: CPU threads in Ollama; half the logical cores by default (with every core taken it crawls).
+        temperature: Sampling temperature; the checkpoint's own by default, else 0.2.
+        top_p: Nucleus sampling; the checkpoint's own by default, else 0.9.
+        repeat_penalty: Penalty on repeated tokens; 1.0 is none.
+        shard_size: Largest safetensors file, in megabytes.
+        port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
+
+    Raises:
+        UserError: If an argument, the checkpoint or the data is not usable, Ollama fails, or the verification does.
+    """
+    settings = dict(locals())
+    directory = check_checkpoint_dir(checkpoint_dir)
+    kinds = list(dict.fromkeys(quantize if isinstance(quantize, list) else [quantize]))
+    context = load_config(directory).block_size
+    problems = []
+    if not kinds:
+        problems.append("--quantize names no type.")
+    if not _NAME.fullmatch(name):
+        problems.append(f"--name {name!r}: a model's name has letters, digits, '.', '_', '-', and perhaps a :tag.")
+    if len(kinds) > 1 and ":" in name:
+        problems.append(f"--name {name!r} has a tag, and several types need several; leave the tag out.")
+    if not num_ctx >= 64:
+        problems.append(f"--num_ctx must be at least 64, not {num_ctx}.")
+    if num_thread is not None and num_thread < 1:
+        problems.append(f"--num_thread must be at least 1, not {num_thread}.")
+    if verify_prompts < 0:
+        problems.append(f"--verify_prompts must be 0 (no verification) or more, not {verify_prompts}.")
+    if shard_size < 1:
+        problems.append(f"--shard_size must be at least 1 megabyte, not {shard_size}.")
+    if port is not None and not 0 < port < 65536:
+        problems.append(f"--port must be between 1 and 65535, not {port}.")
+    if adapter and not (directory / LORA_WEIGHTS).is_file():
+        problems.append(f"--adapter needs {LORA_WEIGHTS}, which {directory} does not have: it is no result of LoRA.")
+    if create and verify_prompts and not (data / "test.jsonl").is_file():
+        problems.append(f"{data}/test.jsonl does not exist: run `make data`, or name another folder with --data.")
+    report_all(problems)
+
+    began = time.perf_counter()
+    template = ChatTemplate.from_checkpoint(directory)
+    modelfile = make_modelfile(
+        template,
+        read_json(file) if (file := directory / "generation_config.json").is_file() else {},
+        num_ctx=min(num_ctx, context),
+        num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
+        temperature=temperature,
+        top_p=top_p,
+        repeat_penalty=repeat_penalty,
+    )
+    prompts = (
+        held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
+    )
+    target = out_dir or default_out_dir(directory, name)
+    target.mkdir(parents=True, exist_ok=True)
+    for result in _RESULTS:
+        (target / result).unlink(missing_ok=True)
+
+    with PeakMemory() as peak:
+        write_files(directory, target, name, kinds, modelfile, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
+        results: dict[str, Verification] = {}
+        version = None
+        if create:
+            with open_server(port) as server:
+                version = server.version
+                create_models(server, target, name, kinds, modelfile)
+                if prompts:
+                    results = verify(server, directory, template, name, kinds, prompts, verify_precision)
+    finish(target, directory, settings, version, results, time.perf_counter() - began, peak.bytes)
+    if create:
+        print(f"{name} is in Ollama; talk to it with: make chat NAME={name}")
+
+
+def default_out_dir(checkpoint_dir: Path, name: str) -> Path:
+    """out/RUN/ollama for a checkpoint out/RUN/STEP/final, else out/NAME/ollama."""
+    if checkpoint_dir.name == "final" and checkpoint_dir.parent.parent.parent.name == "out":
+        return checkpoint_dir.parent.parent / "ollama"
+    return Path("out") / name.replace("/", "-").replace(":", "-") / "ollama"
+
+
+def held_out_prompts(data: Path, number: int, template: ChatTemplate, num_ctx: int) -> list[list[Message]]:
+    """The first different questions of the test split: an optional system message and one user message each.
+
+    Args:
+        data: A data directory; its rows may be conversations or prompts.
+        number: How many.
+        template: The checkpoint's template.
+        num_ctx: Longer prompts (with room for an answer) are left out.
+
+    Raises:
+        UserError: If there are not so many, or a line is malformed.
+    """
+    prompts: dict[str, list[Message]] = {}
+    file = data / "test.jsonl"
+    for line, row in iterate_jsonl(file):
+        try:
+            messages = list(row["prompt"] if "prompt" in row else row["messages"])
+            end = 1 + next(i for i, message in enumerate(messages) if message["role"] == "user")
+            question = [{"role": m["role"], "content": m["content"].strip()} for m in messages[:end]]
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            raise UserError(f"{file}, line {line}: no conversation with a user's message.") from None
+        key = json.dumps(question)
+        if key not in prompts and len(template.prompt_ids(question)) + ANSWER_TOKENS <= num_ctx:
+            prompts[key] = question
+        if len(prompts) == number:
+            return list(prompts.values())
+    raise UserError(
+        f"{file} has only {len(prompts)} different questions that fit into --num_ctx {num_ctx}; "
+        f"--verify_prompts asks for {number}."
+    )
+
+
+def gguf_file(out_dir: Path, name: str, kind: str) -> Path:
+    """The name of a GGUF file in an export's folder."""
+    return out_dir / f"{re.sub(r'[/:]', '-', name)}-{kind}.gguf"
+
+
+def model_name(name: str, kinds: list[Any], kind: str) -> str:
+    """The name in Ollama: NAME for the first type, NAME:TYPE for the others."""
+    return name if kind == kinds[0] else f"{name}:{kind.lower()}"
+
+
+def write_files(
+    directory: Path,
+    out_dir: Path,
+    name: str,
+    kinds: list[Quantization],
+    modelfile: Modelfile,
+    *,
+    hf: bool,
+    adapter: bool,
+    shard_bytes: int,
+) -> None:
+    """Write everything that needs no Ollama."""
+    steps = lineage(directory)
+    weights_sha256 = sha256(directory / WEIGHTS)
+    if hf:
+        write_hf(directory, out_dir / "hf", model_card(directory, name, _HF_USAGE), shard_bytes)
+        print(f"written: {out_dir / 'hf'}")
+    if adapter:
+        base_dir = (steps[0].get("sources") or {}).get("base", {}).get("path") if steps else None
+        base = base_dir or base_model_of(steps) or "unknown"
+        write_adapter(directory, out_dir / "adapter", base, model_card(directory, name, _PEFT_USAGE))
+        print(f"written: {out_dir / 'adapter'}")
+    ours: dict[str, GGUFType] = {kind: kind for kind in kinds if kind not in _BY_OLLAMA}  # type: ignore[misc]
+    if any(kind in _BY_OLLAMA for kind in kinds):
+        ours["f16"] = "f16"
+    for kind in ours.values():
+        file = gguf_file(out_dir, name, kind)
+        if is_gguf_of(file, weights_sha256, kind):
+            print(f"already there: {file}")
+            continue
+        write_gguf(directory, file, kind, name, weights_sha256, licence_of(steps))
+        print(f"written: {file} ({file.stat().st_size / 1e6:.0f} MB)")
+    source = gguf_file(out_dir, name, kinds[0])
+    write_text(out_dir / "Modelfile", modelfile.text(f"./{source.name}"))
+    usage = (
+        f"```\nollama create {name} -f Modelfile\nollama run {name}\n```\n\nor `make chat NAME={name}` in the project."
+    )
+    write_text(out_dir / "README.md", model_card(directory, name, usage))
+
+
+def create_models(
+    server: OllamaServer, out_dir: Path, name: str, kinds: list[Quantization], modelfile: Modelfile
+) -> None:
+    """Create one model for each type; files of types that Ollama makes are copied out of a server of ours."""
+    for kind in kinds:  # all of them before the first is touched
+        owner_sha256(server, model_name(name, kinds, kind))
+    for kind in kinds:
+        model = model_name(name, kinds, kind)
+        file = gguf_file(out_dir, name, kind)
+        if kind not in _BY_OLLAMA:
+            create_model(server, model, file, modelfile)
+            continue
+        create_model(server, model, gguf_file(out_dir, name, "f16"), modelfile, quantize=kind)
+        if server.is_ours:
+            copy_blob(server, model, file)
+    if "f16" not in kinds:
+        gguf_file(out_dir, name, "f16").unlink(missing_ok=True)
+
+
+def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
+    """Copy the weights that a server of ours keeps for a model.
+
+    Raises:
+        UserError: If there is no room.
+    """
+    with explained(server, model):
+        shown = connect(server).show(model).modelfile or ""
+    found = re.search(r"^FROM (/.+)$", shown, flags=re.MULTILINE)
+    if found is None or not Path(found[1]).is_file():
+        print(f"Ollama does not show where it keeps the weights of {model}; {file} is not written")
+        return
+    with atomic_file(file) as temporary:
+        shutil.copyfile(found[1], temporary)
+
+
+def verify(
+    server: OllamaServer,
+    directory: Path,
+    template: ChatTemplate,
+    name: str,
+    kinds: list[Quantization],
+    prompts: list[list[Message]],
+    precision: Precision,
+) -> dict[str, Verification]:
+    """Verify each model.
+
+    Raises:
+        UserError: If prompt ids differ, or f16 agrees with LitGPT on too few answers or not only by near ties.
+    """
+    reference = reference_answers(directory, template, prompts, precision)
+    results: dict[str, Verification] = {}
+    for kind in kinds:
+        result = results[kind] = verify_model(server, model_name(name, kinds, kind), template, prompts, reference)
+        ids = {True: "equal", None: "not verified: this server does not show them", False: "different"}
+        print(
+            f"{kind}: prompt ids of {result.prompts} questions {ids[result.prompt_ids_equal]}; conversations "
+            f"{ids[result.chat_prompts_equal]}; greedy agreement {result.greedy_agreement:.2f}",
+            flush=True,
+        )
+        wide = [d for d in result.differences if not d["near_tie"]]
+        if kind == "f16" and (result.greedy_agreement < _F16_AGREEMENT or wide):
+            shown = (wide or result.differences)[0]
+            raise UserError(
+                f"f16 in Ollama gives other answers than LitGPT: {result.greedy_agreement:.2f} of {result.prompts} "
+                f"agree (at least {_F16_AGREEMENT} are to), {len(wide)} of the others part where the logits are more "
+                f"than {NEAR_TIE} apart. The first: {json.dumps(shown, ensure_ascii=False)}"
+            )
+    return results
+
+
+def finish(
+    out_dir: Path,
+    directory: Path,
+    settings: dict[str, Any],
+    version: str | None,
+    results: dict[str, Verification],
+    seconds: float,
+    peak_bytes: int,
+) -> None:
+    """Write `provenance.json`, `metrics.json` and, last, `verification.json`."""
+    agreement = {kind: result.greedy_agreement for kind, result in results.items()}
+    checks = [result.prompt_ids_equal for result in results.values()]
+    chats = [result.chat_prompts_equal for result in results.values()]
+    prompts = max((result.prompts for result in results.values()), default=0)
+    write_provenance(out_dir, "export", {"base": describe_source(directory)}, settings, files="*.gguf")
+    rows = [metric(f"greedy_agreement_{kind}", share, n=prompts, split="test") for kind, share in agreement.items()]
+    sizes = {file.name: file.stat().st_size for file in sorted(out_dir.glob("*.gguf"))}
+    write_metrics(out_dir / "metrics.json", rows, seconds=seconds, peak_bytes=peak_bytes, file_bytes=sizes)
+    write_json(
+        out_dir / "verification.json",
+        {
+            "version": version,
+            "name": settings["name"],
+            "prompt_ids_equal": True if checks and all(checks) else None,
+            "chat_prompts_equal": True if chats and all(chats) else None,
+            "prompts": prompts,
+            "greedy_agreement": agreement,
+            "file_bytes": sizes,
+            "models": {kind: dataclasses.asdict(result) for kind, result in results.items()},
+        },
+    )

@@ -1,0 +1,87 @@
+"""The adapter of a LoRA step in PEFT's format: `PeftModel.from_pretrained(base, folder)` equals the merged checkpoint.
+
+LitGPT adapts query, key and value as one fused layer: its A holds the adapted ones' (r, in) matrices one above the
+other, its B their (out, r) matrices likewise. PEFT adapts three layers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from workflows.checkpoint import LORA_WEIGHTS, check_checkpoint_dir, load_config, load_weights
+from workflows.errors import UserError
+from workflows.files import atomic_dir, write_json, write_text
+from workflows.hf_export import hf_module_names, qkv_sizes
+from workflows.merge import read_hyperparameters
+
+
+def write_adapter(checkpoint_dir: Path, out_dir: Path, base_model: str, card: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, whole or not at all.
+
+    Args:
+        checkpoint_dir: The result of a LoRA step, with `lit_model.pth.lora`.
+        out_dir: The folder to write; replaced if it exists.
+        base_model: What the adapter belongs to: a Hub id or a folder.
+        card: The model card, for README.md.
+
+    Raises:
+        UserError: If the checkpoint has no adapter, or it does not fit its settings.
+    """
+    directory = check_checkpoint_dir(checkpoint_dir, LORA_WEIGHTS)
+    settings = read_hyperparameters(directory)
+    rank = settings["lora_r"]
+    enabled = [bool(settings.get(f"lora_{name}")) for name in ("query", "key", "value")]
+    tensors = peft_tensors(load_weights(directory, LORA_WEIGHTS), load_config(directory), rank, enabled)
+    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors})
+    with atomic_dir(out_dir) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(
+            temporary / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base_model,
+                "r": rank,
+                "lora_alpha": settings.get("lora_alpha", 1),
+                "lora_dropout": settings.get("lora_dropout", 0.0),
+                "target_modules": targets,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            },
+        )
+        write_text(temporary / "README.md", card)
+
+
+def peft_tensors(
+    adapters: dict[str, torch.Tensor], config: Any, rank: int, enabled: list[bool]
+) -> dict[str, torch.Tensor]:
+    """LitGPT's adapter tensors under PEFT's names.
+
+    Args:
+        adapters: `….lora_A` (r, in) and `….lora_B` (out, r); for the fused layer A is (r * number adapted, in).
+        config: LitGPT's configuration of the model.
+        rank: r.
+        enabled: Whether query, key, value are adapted.
+
+    Raises:
+        UserError: If a tensor's shape does not fit.
+    """
+    converted: dict[str, torch.Tensor] = {}
+    for full_name, tensor in adapters.items():
+        module, _, kind = full_name.rpartition(".")
+        names: tuple[str, ...] = hf_module_names(module)
+        parts: tuple[torch.Tensor, ...] = (tensor,)
+        if len(names) == 3:
+            names = tuple(name for name, on in zip(names, enabled, strict=True) if on)
+            rows = [rank] * len(names)
+            if kind == "lora_B":
+                rows = [size for size, on in zip(qkv_sizes(config), enabled, strict=True) if on]
+            if sum(rows) != tensor.shape[0]:
+                raise UserError(f"{full_name} has {tensor.shape[0]} rows where its settings ask for {sum(rows)}.")
+            parts = tensor.split(rows)
+        for name, part in zip(names, parts, strict=True):
+            converted[f"base_model.model.{name}.{kind}.weight"] = part.clone()
+    return converted
