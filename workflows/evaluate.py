@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_eva
 from workflows.evaluation.tasks import load_tasks, split_of
 from workflows.files import write_json, write_text
 from workflows.lora import default_precision
-from workflows.measure import PeakMemory
+from workflows.measure import PeakMemory, seconds_of_step, step_began
 
 UNFINISHED = "unfinished.jsonl"
 """Results of a run that was stopped; gone when the run is finished."""
@@ -72,7 +71,7 @@ def setup(
         raise UserError(f"--baseline {baseline} is not a folder: name the out_dir of an earlier `make evaluate`.")
     quiet_lm_eval()
 
-    began = time.perf_counter()
+    began = step_began()
     check_for_evaluation(checkpoint_dir)
     template = ChatTemplate.from_checkpoint(checkpoint_dir)
     loaded = load_tasks(tasks, data_dir, template)
@@ -117,7 +116,7 @@ def setup(
     write_metrics(
         out_dir / "metrics.json",
         metric_rows(results),
-        seconds=time.perf_counter() - began + earlier,
+        seconds=seconds_of_step(began) + earlier,
         tokens_per_second=cache.tokens / cache.seconds if cache.seconds else None,
         peak_bytes=peak.bytes,
         checkpoint_dir=str(checkpoint_dir),

@@ -19,7 +19,6 @@ from workflows.chat_template import ChatTemplate, Message
 from workflows.checkpoint import (
     LORA_WEIGHTS,
     PROVENANCE,
-    WEIGHTS,
     check_checkpoint_dir,
     describe_source,
     load_config,
@@ -28,12 +27,12 @@ from workflows.checkpoint import (
     write_provenance,
 )
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_file, read_json, sha256, write_json, write_text
+from workflows.files import atomic_file, read_json, write_json, write_text
 from workflows.hf_export import write_hf
 from workflows.measure import PeakMemory
 from workflows.model_card import base_model_of, licence_of, lineage, model_card
 from workflows.ollama.client import connect, create_model, explained, owner_sha256
-from workflows.ollama.gguf_writer import GGUFType, is_gguf_of, write_gguf
+from workflows.ollama.gguf_writer import GGUFType, fingerprint, is_gguf_of, write_gguf
 from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Verification, reference_answers, verify_model
@@ -42,8 +41,10 @@ from workflows.training.model import Precision
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_K_M", "q4_K_S"]
 _BY_OLLAMA = ("q4_K_M", "q4_K_S")
-"""Types that Ollama itself makes, from an f16 file."""
+"""Types that Ollama itself makes."""
 _F16_AGREEMENT = 0.9
+_LOST_GAP = 5.0
+"""A token whose logit is so much lower than the best is no rounding of a working model's weights."""
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(:[\w.-]+)?")
 _HF_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,7 +225,7 @@ def write_files(
 ) -> None:
     """Write everything that needs no Ollama."""
     steps = lineage(directory)
-    weights_sha256 = sha256(directory / WEIGHTS)
+    checkpoint_sha256 = fingerprint(directory)
     if hf:
         write_hf(directory, out_dir / "hf", model_card(directory, name, _HF_USAGE), shard_bytes)
         print(f"written: {out_dir / 'hf'}")
@@ -235,13 +236,13 @@ def write_files(
         print(f"written: {out_dir / 'adapter'}")
     ours: dict[str, GGUFType] = {kind: kind for kind in kinds if kind not in _BY_OLLAMA}  # type: ignore[misc]
     if any(kind in _BY_OLLAMA for kind in kinds):
-        ours["f16"] = "f16"
+        ours["source"] = "source"
     for kind in ours.values():
         file = gguf_file(out_dir, name, kind)
-        if is_gguf_of(file, weights_sha256, kind):
+        if is_gguf_of(file, checkpoint_sha256, kind):
             print(f"already there: {file}")
             continue
-        write_gguf(directory, file, kind, name, weights_sha256, licence_of(steps))
+        write_gguf(directory, file, kind, name, checkpoint_sha256, licence_of(steps))
         print(f"written: {file} ({file.stat().st_size / 1e6:.0f} MB)")
     source = gguf_file(out_dir, name, kinds[0])
     write_text(out_dir / "Modelfile", modelfile.text(f"./{source.name}"))
@@ -263,11 +264,10 @@ def create_models(
         if kind not in _BY_OLLAMA:
             create_model(server, model, file, modelfile)
             continue
-        create_model(server, model, gguf_file(out_dir, name, "f16"), modelfile, quantize=kind)
+        create_model(server, model, gguf_file(out_dir, name, "source"), modelfile, quantize=kind)
         if server.is_ours:
             copy_blob(server, model, file)
-    if "f16" not in kinds:
-        gguf_file(out_dir, name, "f16").unlink(missing_ok=True)
+    gguf_file(out_dir, name, "source").unlink(missing_ok=True)
 
 
 def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
@@ -298,7 +298,8 @@ def verify(
     """Verify each model.
 
     Raises:
-        UserError: If prompt ids differ, or f16 agrees with LitGPT on too few answers or not only by near ties.
+        UserError: If prompt ids differ, a model is broken, or f16 agrees with LitGPT on too few answers, or parts from
+            it elsewhere than at near ties.
     """
     reference = reference_answers(directory, template, prompts, precision)
     results: dict[str, Verification] = {}
@@ -310,6 +311,12 @@ def verify(
             f"{ids[result.chat_prompts_equal]}; greedy agreement {result.greedy_agreement:.2f}",
             flush=True,
         )
+        lost = [d for d in result.differences if d["logit_gap"] > _LOST_GAP]
+        if len(lost) > result.prompts / 2:
+            raise UserError(
+                f"{kind} in Ollama is broken: {len(lost)} of {result.prompts} answers go where LitGPT's logits are "
+                f"more than {_LOST_GAP} lower. The first: {json.dumps(lost[0], ensure_ascii=False)}. Use another type."
+            )
         wide = [d for d in result.differences if not d["near_tie"]]
         if kind == "f16" and (result.greedy_agreement < _F16_AGREEMENT or wide):
             shown = (wide or result.differences)[0]

@@ -149,6 +149,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: i
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Clones: safetensors refuses tensors that share a storage, as views of one mapped file do.
         save_file({name: tensors[name].clone() for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files for their owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())

@@ -1,15 +1,79 @@
-"""The real checkpoint in Hugging Face's form, as the reference of several test files."""
+"""One private Ollama server for all tests that need a real one, and tiny models whose answers can be compared."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from workflows.ollama.install import install, is_supported
+from workflows.ollama.server import OllamaServer
+
+
+@pytest.fixture(scope="session")
+def ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
+    """A running server of ours; skips where the private copy cannot run."""
+    if not is_supported():
+        pytest.skip("the private Ollama is for Linux on x86-64")
+    with OllamaServer.start(install(), tmp_path_factory.mktemp("ollama")) as server:
+        yield server
+
+
+@pytest.fixture
+def export_to_it(ollama_server: OllamaServer, monkeypatch: pytest.MonkeyPatch) -> OllamaServer:
+    """Let the export step use that server, and not stop it."""
+
+    @contextmanager
+    def shared(port: int | None = None) -> Iterator[OllamaServer]:
+        yield ollama_server
+
+    monkeypatch.setattr("workflows.export.open_server", shared)
+    return ollama_server
+
+
+def speak_ascii(folder: Path) -> Path:
+    """Keep a random model from tokens that are parts of characters: text would not tell which ones it said."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for token_id in range(tokenizer.get_vocab_size()):
+            text = tokenizer.decode([token_id], skip_special_tokens=False)
+            if not (text.isascii() and text.isprintable()) or text == "<|endoftext|>":
+                model.lm_head.weight[token_id] = 0
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def embedded_hf(embedded_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded checkpoint, exported."""
+    """The real checkpoint in Hugging Face's form, as our own export writes it: the reference of several test files."""
     from workflows.hf_export import write_hf
 
     directory = tmp_path_factory.mktemp("hf") / "smollm2-135m-instruct"
     write_hf(embedded_checkpoint, directory, card="test")
+    return directory
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing more than `size` bytes into a file fails, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="file-size limits are a Unix thing")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="session")
+def hpo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of prepared data with real questions in `hpo_mcq`."""
+    from data_prep.prepare import setup
+
+    directory = tmp_path_factory.mktemp("data")
+    setup("hpo", out_dir=directory)
     return directory

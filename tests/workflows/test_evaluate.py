@@ -183,9 +183,7 @@ def test_where_results_go():
 
 
 @pytest.mark.checkpoint
-def test_real_checkpoint_knows_more_than_chance(embedded_checkpoint, tmp_path):
-    if not Path("data/hpo_mcq/test.jsonl").is_file():
-        pytest.skip("data/hpo_mcq is not there; `make data` makes it")
-    setup(embedded_checkpoint, limit=40, out_dir=tmp_path)
+def test_real_checkpoint_knows_more_than_chance(embedded_checkpoint, hpo_data, tmp_path):
+    setup(embedded_checkpoint, limit=40, data_dir=hpo_data, out_dir=tmp_path)
     rows = {row["name"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["metrics"]}
     assert rows["acc"]["value"] > 0.25 + 2 * rows["acc"]["stderr"]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import convert
+from tests.workflows.conftest import file_size_limit
 from workflows.checkpoint import write_hyperparameters
 from workflows.errors import UserError
 from workflows.hf_export import hf_module_names, write_hf
@@ -96,15 +95,8 @@ def test_a_full_disk_leaves_the_old_directory(tiny_llama: Path, tmp_path: Path) 
     out = tmp_path / "hf"
     out.mkdir()
     (out / "old").write_text("kept")
-    code = (
-        "import resource, sys\nfrom pathlib import Path\n"
-        "from workflows.errors import UserError\nfrom workflows.hf_export import write_hf\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        f"try:\n    write_hf(Path({str(tiny_llama)!r}), Path({str(out)!r}), '')\n"
-        "except UserError as e:\n    sys.exit(str(e))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1 and "Could not write" in result.stderr and "Traceback" not in result.stderr
+    with file_size_limit(50_000), pytest.raises(UserError, match="Could not write"):
+        write_hf(tiny_llama, out, "")
     assert (out / "old").read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 

@@ -27,12 +27,24 @@ def test_peak_sees_an_allocation_that_is_gone_again():
 
 
 def test_peak_counts_children():
-    script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); import time; time.sleep(0.5)"
+    script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); import time; time.sleep(1.5)"
     with PeakMemory() as before:
         pass
     with PeakMemory() as peak:
         subprocess.run([sys.executable, "-c", script], check=True)
     assert peak.bytes - before.bytes > 145 * MIB
+
+
+def test_a_child_about_to_start_is_not_its_parent_twice(monkeypatch):
+    monkeypatch.setattr(PeakMemory, "INTERVAL", 0.0005)
+    block = bytearray(200 * MIB)
+    block[::4096] = b"x" * len(block[::4096])
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        for _ in range(100):
+            subprocess.run([sys.executable, "--version"], check=True, stdout=subprocess.DEVNULL)
+    assert peak.bytes - before.bytes < 50 * MIB
 
 
 def test_mapped_weights_do_not_count(tmp_path):

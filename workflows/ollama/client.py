@@ -13,7 +13,7 @@ from workflows.errors import UserError
 from workflows.ollama.modelfile import Modelfile
 from workflows.ollama.server import OllamaServer
 
-OURS = "own_language_model.weights_sha256"
+OURS = "own_language_model.checkpoint_sha256"
 """A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
 never overwritten or deleted by us."""
 _ANSWER_SECONDS = 1800.0
@@ -92,7 +92,7 @@ def _known_models(server: OllamaServer) -> str:
 
 
 def owner_sha256(server: OllamaServer, name: str) -> str | None:
-    """The hash of the weights that a model of ours was made from.
+    """The fingerprint of the checkpoint that a model of ours was made from.
 
     Returns:
         None if there is no model of that name.

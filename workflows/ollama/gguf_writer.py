@@ -1,9 +1,11 @@
-"""A checkpoint as one GGUF file, for llama.cpp and Ollama: Llama and Qwen2 architectures, f32, f16, bf16 or q8_0.
+"""A checkpoint as one GGUF file, for llama.cpp and Ollama: Llama and Qwen2 architectures; f32, f16, bf16, q8_0.
 
 The header is written first, from shapes alone; then one tensor at a time is read, converted, written and forgotten.
 Matrices get the asked-for type; vectors stay float32, as in llama.cpp's own converter.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +26,20 @@ from gguf import (
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import load_config
+from workflows.checkpoint import COMPANIONS, WEIGHTS, load_config
 from workflows.errors import UserError
-from workflows.files import atomic_file, read_json
+from workflows.files import atomic_file, read_json, sha256
 from workflows.hf_export import hf_tensors
 from workflows.ollama.client import OURS
 from workflows.ollama.tokenizer_fields import read_tokenizer
 
-GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "source"]
+"""`source` is what Ollama is given to quantize by itself: float32, under float16's name. It refuses files that call
+themselves float32 (their type number, 0, reads as "unknown" to it), and the private copy of 0.9.3 turns every float16
+matrix into zeros on the way."""
 _TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "source": (GGMLQuantizationType.F32, LlamaFileType.MOSTLY_F16),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
@@ -43,7 +49,7 @@ _ROPE_FREQS = "rope_freqs.weight"
 
 
 def write_gguf(
-    checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, weights_sha256: str, licence: str | None = None
+    checkpoint_dir: Path, file: Path, kind: GGUFType, name: str, checkpoint_sha256: str, licence: str | None = None
 ) -> None:
     """Write a checkpoint as a GGUF file, whole or not at all.
 
@@ -52,7 +58,7 @@ def write_gguf(
         file: The file to write.
         kind: Type of the matrices; one whose rows do not fill q8_0's blocks of 32 is written as f16.
         name: The model's name in the file's header.
-        weights_sha256: Hash of `lit_model.pth`, kept in the header: by it a finished file is known again.
+        checkpoint_sha256: From `fingerprint`, kept in the header: by it a finished file is known again.
         licence: The weights' licence (SPDX identifier), if known.
 
     Raises:
@@ -78,7 +84,7 @@ def write_gguf(
         try:
             writer.add_type("model")
             writer.add_name(name)
-            writer.add_string(OURS, weights_sha256)
+            writer.add_string(OURS, checkpoint_sha256)
             if licence:
                 writer.add_license(licence)
             writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -103,8 +109,15 @@ def write_gguf(
             writer.close()
 
 
-def is_gguf_of(file: Path, weights_sha256: str, kind: GGUFType) -> bool:
-    """Whether a file is our finished GGUF of these weights and this type, so that it need not be written again."""
+def fingerprint(checkpoint_dir: Path) -> str:
+    """One hash over everything in a checkpoint that a GGUF file is made from."""
+    files = (WEIGHTS, *COMPANIONS)
+    hashes = {name: sha256(checkpoint_dir / name) for name in files if (checkpoint_dir / name).is_file()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def is_gguf_of(file: Path, checkpoint_sha256: str, kind: GGUFType) -> bool:
+    """Whether a file is our finished GGUF of this checkpoint and type, so that it need not be written again."""
     if not file.is_file():
         return False
     try:
@@ -112,7 +125,7 @@ def is_gguf_of(file: Path, weights_sha256: str, kind: GGUFType) -> bool:
         fields = {key: reader.fields[key].contents() for key in (OURS, "general.file_type")}
     except (KeyError, ValueError, IndexError, OSError):  # another program's file, or none at all
         return False
-    return fields == {OURS: weights_sha256, "general.file_type": _TYPES[kind][1]}
+    return fields == {OURS: checkpoint_sha256, "general.file_type": _TYPES[kind][1]}
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
@@ -151,7 +164,8 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], tensor_type
 
 def _convert(tensor: torch.Tensor, tensor_type: GGMLQuantizationType, name: str) -> np.ndarray:
     array = tensor.contiguous().numpy()
-    if tensor_type == GGMLQuantizationType.F16 and float(np.abs(array).max(initial=0.0)) > np.finfo(np.float16).max:
+    largest = float(np.abs(array).max(initial=0.0))
+    if tensor_type == GGMLQuantizationType.F16 and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{name} holds values beyond float16's range (65504). Use --quantize bf16 or q8_0.")
     return quantize(array, tensor_type)
 

@@ -5,7 +5,6 @@ few runtime libraries that the other wheels hold. The SYCL backend itself is lef
 the loader asks for `libggml-sycl.so` by name, so a link to a library that is loaded anyway stands in for it.
 """
 
-import fcntl
 import os
 import platform
 import shutil
@@ -73,6 +72,8 @@ def install(home: Path = HOME, cache: Path = CACHE) -> Path:
             f"No Ollama was found, and the private copy is for Linux on x86-64, not {platform.system()} on "
             f"{platform.machine()}. {INSTALL_HINT}"
         )
+    import fcntl  # not on Windows, which ended above
+
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.with_name(f".{home.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two steps started at once must not fill the same temporary folder

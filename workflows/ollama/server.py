@@ -27,9 +27,8 @@ import psutil
 
 from workflows.errors import UserError
 from workflows.ollama.install import environment, install
+from workflows.ollama.store import STATE, StoreLock
 
-STATE = Path(".tools/ollama-state")
-"""Models, keys and logs of the servers that we start, relative to the project's root."""
 DEFAULT_PORT = 11434
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
@@ -129,6 +128,7 @@ class OllamaServer:
         self.binary: Path | None = None
         self.keep_log = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: StoreLock | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -173,6 +173,7 @@ class OllamaServer:
     def _start_on(cls, binary: Path, state: Path, port: int) -> "OllamaServer":
         (state / "models").mkdir(parents=True, exist_ok=True)
         (state / "logs").mkdir(exist_ok=True)
+        lock = StoreLock(state)
         url, log = f"http://127.0.0.1:{port}", state / "logs" / f"{os.getpid()}-{port}.log"
         variables = {
             **os.environ,
@@ -182,18 +183,14 @@ class OllamaServer:
             "OLLAMA_DEBUG": "2",  # at this level the log holds every prompt, which the verification reads
             "OLLAMA_NUM_PARALLEL": "1",
             "OLLAMA_MAX_LOADED_MODELS": "1",
+            "OLLAMA_NOPRUNE": "0" if lock.is_alone else "1",
             "HOME": str(state.resolve()),  # its key pair; the user's own ~/.ollama is left alone
         }
-        with open(log, "wb") as sink:
-            process = subprocess.Popen(
-                [str(binary.resolve()), "serve"],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=variables,
-                start_new_session=True,  # Ctrl-C in the terminal is for us, not for the server
-                preexec_fn=_end_with_parent(),
-            )
+        try:
+            process = _spawn([str(binary.resolve()), "serve"], variables, log)
+        except OSError as e:
+            lock.release()
+            raise UserError(f"{binary} cannot be started ({e.strerror}); is it Ollama for this machine?") from None
         deadline = time.monotonic() + _START_SECONDS
         try:
             while True:
@@ -209,9 +206,11 @@ class OllamaServer:
                 time.sleep(0.05)
         except BaseException:
             _stop(process)
+            lock.release()
             raise
+        lock.started()
         server = cls(endpoint)
-        server.log, server.binary, server._process = log, binary, process
+        server.log, server.binary, server._process, server._lock = log, binary, process, lock
         return server
 
     def stop(self) -> None:
@@ -219,6 +218,8 @@ class OllamaServer:
         if self._process is not None:
             _stop(self._process)
             self._process = None
+            if self._lock is not None:
+                self._lock.release()
             if self.log is not None and not self.keep_log:
                 self.log.unlink(missing_ok=True)
 
@@ -291,6 +292,19 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def _spawn(command: list[str], variables: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with open(log, "wb") as sink:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,  # Ctrl-C in the terminal is for us, not for the server
+            preexec_fn=_end_with_parent(),
+        )
 
 
 def _end_with_parent() -> Callable[[], None] | None:

@@ -85,7 +85,8 @@ def reference_answers(
         precision: Of weights and arithmetic.
     """
     ids = [template.prompt_ids(messages) for messages in prompts]
-    model = load_model(checkpoint_dir, precision=precision, max_seq_length=None)
+    longest = max(map(len, ids)) + ANSWER_TOKENS
+    model = load_model(checkpoint_dir, precision=precision, max_seq_length=longest)
     rollouts = generate(model, ids, max_new_tokens=ANSWER_TOKENS, stop_ids=template.stop_ids)
     return Reference(ids, [rollout.ids for rollout in rollouts], model)
 

@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
+from data_prep.rows import read_rows
 from tests.conftest import CHATML, convert, make_llama
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -207,13 +208,8 @@ def test_impossible_requests_are_explained(tiny_llama):
 
 
 @pytest.mark.checkpoint
-def test_real_checkpoint_scores_like_hf(embedded_checkpoint, embedded_hf):
-    from data_prep.rows import read_rows
-
-    file = Path("data/hpo_mcq/test.jsonl")
-    if not file.is_file():
-        pytest.skip("data/hpo_mcq is not there; `make data` makes it")
-    rows = read_rows(file, "scoring")[:20]
+def test_real_checkpoint_scores_like_hf(embedded_checkpoint, embedded_hf, hpo_data):
+    rows = read_rows(hpo_data / "hpo_mcq" / "test.jsonl", "scoring")[:20]
     template = ChatTemplate.from_checkpoint(embedded_checkpoint)
     asked = requests(
         *((template.render(row["prompt"], add_generation_prompt=True), c) for row in rows for c in row["choices"])

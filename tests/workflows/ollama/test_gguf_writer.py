@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.conftest import convert, make_llama, make_qwen2
+from tests.workflows.conftest import file_size_limit
 from workflows.checkpoint import load_config
 from workflows.errors import UserError
 from workflows.hf_export import hf_tensors
@@ -73,7 +72,7 @@ def test_q8_0_logits_stay_close(wide: Path, tmp_path: Path) -> None:
     write_gguf(wide, tmp_path / "f32.gguf", "f32", "wide", SHA)
     exact, rough = logits_of_gguf(tmp_path / "f32.gguf"), logits_of_gguf(tmp_path / "q8.gguf")
     relative = float((exact - rough).square().mean().sqrt() / exact.square().mean().sqrt())
-    assert 0 < relative < 0.03
+    assert 0 < relative < 0.05  # half a percent in each matrix, through two layers
 
 
 def test_rows_that_do_not_fill_a_block_fall_back_to_f16(tiny_llama: Path, tmp_path: Path) -> None:
@@ -159,20 +158,8 @@ def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(tiny_llama: Path
 def test_a_full_disk_leaves_the_old_file_and_one_message(tiny_llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"what was there")
-    code = (
-        "import resource, sys\n"
-        "from pathlib import Path\n"
-        "from workflows.errors import UserError\n"
-        "from workflows.ollama.gguf_writer import write_gguf\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-        "try:\n"
-        f"    write_gguf(Path({str(tiny_llama)!r}), Path({str(file)!r}), 'f32', 'm', 'x')\n"
-        "except UserError as e:\n"
-        "    sys.exit(str(e))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "Could not write" in result.stderr and "Traceback" not in result.stderr
+    with file_size_limit(60_000), pytest.raises(UserError, match=r"Could not write .*m.gguf"):
+        write_gguf(tiny_llama, file, "f32", "m", SHA)
     assert file.read_bytes() == b"what was there"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 

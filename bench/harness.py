@@ -1,0 +1,107 @@
+"""What every bench shares: contenders run in turn, each in a process of its own, and the report in one shape.
+
+A contender is a command that does the work once and prints one line of JSON, {"rate": units per second, "loss": …}.
+Rounds alternate (ours, peer, peer, ours, …), so that a machine whose speed drifts is the same for all; what is compared
+is the ratio within a round.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from workflows.checkpoint import versions
+from workflows.errors import UserError
+from workflows.files import write_json
+from workflows.measure import PeakMemory, hardware, tree_bytes
+
+REPORTS = Path("out/bench")
+
+
+def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any]:
+    """Run one contender in a fresh process and watch its memory.
+
+    Args:
+        module: The bench's module, which takes `--contender NAME`.
+        name: The contender.
+        arguments: Further arguments.
+
+    Returns:
+        What it printed as JSON, with `peak_bytes` added.
+
+    Raises:
+        UserError: If it fails; with the end of what it said.
+    """
+    command = [sys.executable, "-m", module, "--contender", name, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak, watched = 0, psutil.Process(process.pid)
+    while True:
+        try:
+            out, err = process.communicate(timeout=PeakMemory.INTERVAL)
+            break
+        except subprocess.TimeoutExpired:
+            peak = max(peak, tree_bytes(watched))
+    lines = [line for line in out.splitlines() if line.startswith('{"rate"')]
+    if process.returncode != 0 or not lines:
+        raise UserError(f"The contender {name} of {module} failed:\n{err[-2000:]}")
+    return {**json.loads(lines[-1]), "peak_bytes": peak}
+
+
+def alternate(module: str, contenders: list[str], arguments: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Run all contenders in turn, `rounds` times."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in contenders:
+            began = time.perf_counter()
+            runs[name].append(run_contender(module, name, arguments))
+            rate = runs[name][-1]["rate"]
+            print(f"round {number + 1}: {name} {rate:,.0f} a second ({time.perf_counter() - began:.0f} s)", flush=True)
+    return runs
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def report(name: str, unit: str, settings: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The report of one bench at one precision; `ours` is the first contender, a ratio above 1 means it is better."""
+    rates = {contender: [run["rate"] for run in rounds] for contender, rounds in runs.items()}
+    peaks = {contender: max(run["peak_bytes"] for run in rounds) for contender, rounds in runs.items()}
+    peers = [contender for contender in runs if contender != "ours"]
+    return {
+        "name": name,
+        "unit": unit,
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": settings,
+        "ours": {**spread(rates["ours"]), "peak_bytes": peaks["ours"]},
+        "peers": {peer: {**spread(rates[peer]), "peak_bytes": peaks[peer]} for peer in peers},
+        "ratio": {peer: spread([a / b for a, b in zip(rates["ours"], rates[peer], strict=True)]) for peer in peers},
+        "losses": {contender: rounds[0].get("loss") for contender, rounds in runs.items()},
+    }
+
+
+def write_report(reported: dict[str, Any]) -> None:
+    """Write out/bench/NAME.json and print it as a table."""
+    path = REPORTS / f"{reported['name']}.json"
+    write_json(path, reported)
+    for precision in ("bf16", "float32"):
+        part = reported if precision == "bf16" else reported.get("float32")
+        if part is None:
+            continue
+        print(f"\n{reported['name']}, {precision}, {reported['unit']}")
+        rows = {"ours": part["ours"], **part["peers"]}
+        for contender, row in rows.items():
+            ratio = part["ratio"].get(contender)
+            told = f"ours is {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+            print(
+                f"  {contender:<8}{row['median']:>8,.0f} ({row['min']:,.0f} to {row['max']:,.0f})"
+                f"{row['peak_bytes'] / 1e9:>8.2f} GB  {told}"
+            )
+    print(f"\n{path}")

@@ -1,0 +1,260 @@
+"""`make bench`: LoRA fine-tuning, ours against LitGPT's `finetune_lora` and TRL's SFTTrainer with PEFT.
+
+The same rows in the same order of steps, the same model, rank, precision and thread count. Counted are the tokens of
+the samples, without padding, per second of training (no start-up, validation or saving). Peers' settings: LitGPT with
+a micro-batch of one sample (no padding at all, its best on a CPU), TRL with length-sorted batches of eight.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for all contenders alike
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from jsonargparse import auto_cli
+
+from bench.harness import REPORTS, alternate, report, write_report
+from data_prep.rows import read_rows
+from workflows.chat_template import ChatTemplate, EncodedChat
+from workflows.errors import UserError
+from workflows.training.model import LoRAArgs
+
+BATCH = 8
+RATE = 2e-4
+CONTENDERS = ("ours", "litgpt", "trl")
+Contender = Literal["ours", "litgpt", "trl"]
+
+
+def setup(
+    checkpoint_dir: Path = Path("checkpoints/embedded/smollm2-135m-instruct"),
+    data: Path = Path("data/hpo"),
+    rows: int = 64,
+    max_seq_length: int = 512,
+    rounds: int = 3,
+    precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
+    contender: Contender | None = None,
+) -> None:
+    """Measure, and write out/bench/lora.json.
+
+    Args:
+        checkpoint_dir: The model.
+        data: A data directory; rows of all lengths are taken from its training split.
+        rows: Samples, a multiple of eight; one epoch is one run.
+        max_seq_length: Longest sample in tokens.
+        rounds: How often each contender runs, in turn.
+        precisions: What to measure.
+        contender: Run only this one, once, in this process (used by the bench itself).
+    """
+    if rows % BATCH:
+        raise UserError(f"--rows must be a multiple of {BATCH}, not {rows}.")
+    if contender is not None:
+        chats = choose_rows(checkpoint_dir, data, rows, max_seq_length)
+        with contextlib.redirect_stdout(sys.stderr):
+            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length)
+        tokens = sum(len(chat.prompt) + len(chat.completion) for chat in chats)
+        print(json.dumps({"rate": tokens / seconds, "loss": loss}))
+        return
+
+    if not (REPORTS / "hf" / "config.json").is_file():
+        from workflows.hf_export import write_hf
+
+        write_hf(checkpoint_dir, REPORTS / "hf", "For measurements only.\n")
+    settings = {"rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": str(data)}
+    reports: dict[str, Any] = {}
+    for precision in precisions:
+        arguments = [
+            f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--rows={rows}",
+            f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]",
+        ]  # fmt: skip
+        runs = alternate("bench.lora", list(CONTENDERS), arguments, rounds)
+        losses = {name: rounds_[0]["loss"] for name, rounds_ in runs.items()}
+        if max(losses.values()) - min(losses.values()) > 0.05:
+            raise UserError(f"The contenders do not do the same work: their mean losses are {losses}.")
+        reports[precision] = report("lora", "tokens/s", {**settings, "precision": precision}, runs)
+    top = reports.get("bf16-true") or reports["32-true"]
+    write_report({**top, **({"float32": reports["32-true"]} if "32-true" in reports else {})})
+
+
+def choose_rows(checkpoint_dir: Path, data: Path, rows: int, max_seq_length: int) -> list[EncodedChat]:
+    """Rows of mixed length, sorted by it, so that a padding trainer pads as little as can be."""
+    template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    encoded = [template.encode_chat(row["messages"]) for row in read_rows(data / "train.jsonl")[: rows * 20]]
+    fitting = [c for c in encoded if len(c.prompt) + len(c.completion) <= max_seq_length]
+    by_length = sorted(fitting, key=lambda c: len(c.prompt) + len(c.completion))
+    chosen = by_length[:: max(1, len(by_length) // rows)][:rows]
+    if len(chosen) < rows:
+        raise UserError(f"{data} has only {len(chosen)} rows of up to {max_seq_length} tokens; lower --rows.")
+    return chosen
+
+
+def run_ours(
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int
+) -> tuple[float, float]:
+    """Our loop. Returns seconds of training and the mean loss of the steps."""
+    from tempfile import TemporaryDirectory
+
+    from workflows.lora import SFT
+    from workflows.training.loop import TrainArgs, fit, make_fabric
+    from workflows.training.model import load_model
+
+    class InOrder(SFT):
+        def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
+            from workflows.training.batch import pack
+
+            return [b for _, b in pack(self.trees[step * BATCH : (step + 1) * BATCH], self.train.row_tokens)]
+
+    steps = len(chats) // BATCH
+    train = TrainArgs(
+        max_steps=steps, global_batch_size=BATCH, row_tokens=512, max_seq_length=max_seq_length, learning_rate=RATE,
+        lr_warmup_steps=0, lr_schedule="constant", max_norm=None, eval_interval=10**9, save_interval=10**9,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = load_model(checkpoint_dir, LoRAArgs(), precision, max_seq_length)
+    with TemporaryDirectory() as out:
+        result = fit(
+            make_fabric(1, 1, "auto"), model, InOrder(chats, chats[:1], train, 0), train, Path(out), seed=0, identity={}
+        )
+    return result.seconds, sum(result.losses) / steps
+
+
+def run_litgpt(
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int
+) -> tuple[float, float]:
+    """LitGPT's own `finetune_lora`, its training loop timed from outside."""
+    from tempfile import TemporaryDirectory
+
+    import litgpt.finetune.lora as finetune
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.data import DataModule, get_sft_collate_fn
+    from litgpt.prompts import Default
+    from torch.utils.data import DataLoader
+
+    items = [
+        {
+            "input_ids": torch.tensor(chat.prompt + chat.completion),
+            "labels": torch.tensor([-100] * len(chat.prompt) + chat.completion),
+            "token_counts": {"raw": 1, "raw_plus_prompt_template": 1},
+        }
+        for chat in chats
+    ]
+
+    class InOrder(DataModule):
+        prompt_style = Default()
+
+        def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
+            self.batch_size = batch_size
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(items, batch_size=self.batch_size, collate_fn=get_sft_collate_fn())
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(items[:1], batch_size=1, collate_fn=get_sft_collate_fn())
+
+    seconds: list[float] = []
+    losses: list[float] = []
+    fit, cross_entropy = finetune.fit, finetune.chunked_cross_entropy
+
+    def timed_fit(**kwargs: Any) -> Any:
+        kwargs["data"].val_dataloader = lambda: []
+        began = time.perf_counter()
+        counts = fit(**kwargs)
+        seconds.append(time.perf_counter() - began)
+        return counts
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loss = cross_entropy(*args, **kwargs)
+        if torch.is_grad_enabled():
+            losses.append(float(loss))
+        return loss
+
+    def constant(optimizer: Any, warmup_steps: int, max_steps: int) -> Any:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    quiet: dict[str, Any] = {
+        "fit": timed_fit,
+        "chunked_cross_entropy": watched,
+        "get_lr_scheduler": constant,
+        "validate": lambda *_, **__: torch.tensor(0.0),
+        "generate_example": lambda *_: None,
+        "save_hyperparameters": lambda *_: None,
+        "merge_lora": lambda **_: None,
+    }
+    for name, replacement in quiet.items():
+        setattr(finetune, name, replacement)
+    with TemporaryDirectory() as out:
+        finetune.setup(
+            checkpoint_dir=checkpoint_dir, out_dir=Path(out), precision=precision, data=InOrder(), seed=0,
+            train=TrainArgs(
+                save_interval=10**9, log_interval=1, global_batch_size=BATCH, micro_batch_size=1, lr_warmup_steps=1,
+                epochs=2, max_steps=len(chats) // BATCH,
+            ),
+            eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
+            optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": RATE, "weight_decay": 0.0}},
+            **LoRAArgs().config_fields(),
+        )  # fmt: skip
+    # LitGPT's loss of a step is the mean of its samples' means; the same rows token by token give a mean that differs.
+    lengths = [sum(chat.loss_mask) for chat in chats]
+    weighted = 0.0
+    for begin in range(0, len(chats), BATCH):
+        part = slice(begin, begin + BATCH)
+        total = sum(loss * n for loss, n in zip(losses[part], lengths[part], strict=True))
+        weighted += total / sum(lengths[part])
+    return seconds[0], weighted / (len(chats) // BATCH)
+
+
+def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int) -> tuple[float, float]:
+    """TRL's SFTTrainer with PEFT, on the exported weights."""
+    from tempfile import TemporaryDirectory
+
+    import datasets
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    torch.manual_seed(0)
+    lora = LoRAArgs()
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(REPORTS / "hf", dtype=dtype),
+        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear"),
+    )
+    rows = [
+        {"input_ids": chat.prompt + chat.completion, "labels": [-100] * len(chat.prompt) + chat.completion}
+        for chat in chats
+    ]
+    with TemporaryDirectory() as out:
+        config = SFTConfig(
+            output_dir=out, max_steps=len(chats) // BATCH, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, report_to=[],
+            save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
+            max_length=max_seq_length, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = InOrder(
+            model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(REPORTS / "hf"),
+        )  # fmt: skip
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return seconds, sum(losses) / len(losses)
+
+
+_RUN = {"ours": run_ours, "litgpt": run_litgpt, "trl": run_trl}
+
+if __name__ == "__main__":
+    try:
+        auto_cli(setup, as_positional=False)
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,298 @@
+"""The verification: what it lets pass, what it catches, and what a real Ollama does with real and tiny models."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tests.conftest import TEXT, convert, make_llama, make_qwen2
+from tests.workflows.conftest import speak_ascii
+from tests.workflows.fake_ollama import Handler, fake_ollama
+from workflows import export
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.ollama import verify
+from workflows.ollama.client import connect, create_model
+from workflows.ollama.gguf_writer import write_gguf
+from workflows.ollama.modelfile import derive, make_modelfile
+from workflows.ollama.server import OllamaServer, probe
+from workflows.ollama.verify import (
+    Reference,
+    Verification,
+    last_logged_prompt,
+    reference_answers,
+    verify_model,
+)
+
+SHA = "0" * 64
+QUESTIONS = [[{"role": "user", "content": f"What is finding {i}?"}] for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def template(tiny_llama: Path) -> ChatTemplate:
+    return ChatTemplate.from_checkpoint(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path, template: ChatTemplate) -> Reference:
+    return reference_answers(tiny_llama, template, QUESTIONS)
+
+
+class Honest:
+    """A stand-in server that does exactly what LitGPT does, but for what a test changes."""
+
+    def __init__(self, template: ChatTemplate, reference: Reference) -> None:
+        self.template, self.reference = template, reference
+
+    def generate(self, handler: Handler, body: dict) -> None:
+        prompt = self.template.prompt_ids([{"role": "user", "content": body["prompt"]}])
+        answer: list[int] = []
+        if prompt in self.reference.prompts:
+            answer = self.reference.answers[self.reference.prompts.index(prompt)]
+        spoken = [i for i in answer if i not in self.template.stop_ids]
+        handler.send_json(
+            self.change(
+                {
+                    "response": self.template.decode(spoken, skip_special_tokens=False),
+                    "context": prompt + spoken,
+                    "prompt_eval_count": len(prompt),
+                    "done": True,
+                    "done_reason": "stop" if len(spoken) < len(answer) else "length",
+                }
+            )
+        )
+
+    def change(self, reply: dict) -> dict:
+        return reply
+
+    def chat(self, handler: Handler, body: dict) -> None:
+        messages = body["messages"]
+        number = len(self.template.prompt_ids(messages))
+        reply = {"message": {"role": "assistant", "content": "x"}, "done": True, "prompt_eval_count": number}
+        handler.send_json(reply)
+
+
+def judge(server_class: type[Honest], template: ChatTemplate, reference: Reference) -> Verification:
+    honest = server_class(template, reference)
+    with fake_ollama({"/api/generate": honest.generate, "/api/chat": honest.chat}) as (url, _):
+        endpoint = probe(url)
+        assert endpoint is not None
+        return verify_model(OllamaServer(endpoint), "m", template, QUESTIONS, reference)
+
+
+def test_an_honest_server_passes_and_its_unseen_conversations_are_not_called_verified(template, reference) -> None:
+    result = judge(Honest, template, reference)
+    assert (result.prompts, result.prompt_ids_equal, result.greedy_agreement) == (3, True, 1.0)
+    assert result.chat_prompts_equal is None  # it shows no prompt
+    assert result.differences == [] and all(example["equal"] for example in result.examples)
+
+
+def test_a_server_that_shows_no_ids_is_not_verified(template, reference) -> None:
+    class Silent(Honest):
+        def change(self, reply: dict) -> dict:
+            return {key: value for key, value in reply.items() if key != "context"}
+
+    assert judge(Silent, template, reference).prompt_ids_equal is None
+
+
+def test_one_wrong_id_is_shown_where_it_is(template, reference) -> None:
+    class Wrong(Honest):
+        def change(self, reply: dict) -> dict:
+            reply["context"][4] += 1
+            return reply
+
+    with pytest.raises(UserError, match=r"differ from the model's at position 4 of (.|\n)*ours: (.|\n)*Ollama: "):
+        judge(Wrong, template, reference)
+
+
+def test_a_bos_that_the_server_adds_by_itself_is_caught(template, reference) -> None:
+    class Adds(Honest):
+        def change(self, reply: dict) -> dict:
+            return {**reply, "prompt_eval_count": reply["prompt_eval_count"] + 1}
+
+    with pytest.raises(UserError, match="a BOS too many or too few"):
+        judge(Adds, template, reference)
+
+
+def test_another_answer_is_counted_with_its_logits(template, reference) -> None:
+    class Other(Honest):
+        def change(self, reply: dict) -> dict:
+            if "finding 1" in self.template.decode(reply["context"]):
+                reply["context"] = [*self.reference.prompts[1], 300, 301]
+                reply["response"] = self.template.decode([300, 301])
+            return reply
+
+    result = judge(Other, template, reference)
+    assert result.greedy_agreement == pytest.approx(2 / 3)
+    (difference,) = result.differences
+    assert difference["position"] == 0 and difference["ollama"] == template.tokenizer.id_to_token(300)
+    assert difference["litgpt"] == template.tokenizer.id_to_token(reference.answers[1][0])
+    assert difference["logit_gap"] > 0  # ours is the greedy one
+    assert difference["near_tie"] == (difference["logit_gap"] < verify.NEAR_TIE)
+
+
+def test_prompts_are_read_from_the_servers_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    head = 'time=2026-01-01T00:00:00.000Z level=TRACE source=server.go:757 msg="completion request" prompt='
+    log.write_text(f'{head}"first \\"one\\"\\n\\ttab \\\\ \\u00a0\\x7f 漢 \\U000e0001"\nother line\n')
+    assert last_logged_prompt(log) == 'first "one"\n\ttab \\ \u00a0\x7f 漢 \U000e0001'
+    offset = log.stat().st_size
+    assert last_logged_prompt(log, offset) is None
+    with open(log, "a") as f:
+        f.write(f"{head}bare\n")
+    assert last_logged_prompt(log, offset) == "bare"
+
+
+# ---- a real Ollama ----
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+LLAMA3_TEMPLATE = (
+    "{{- bos_token }}{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n\n' + "
+    "message['content'] | trim + '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"
+)
+
+
+def retrain(folder: Path, split: str, ignore_merges: bool, nfc: bool, template: str | None) -> Path:
+    """Give a tiny model a tokenizer of another family, with BOS where its template writes one."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT + " 1234 567"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints: ChatML without BOS, Llama 3's form with BOS, Qwen2 with biases and an untied head."""
+    folder = tmp_path_factory.mktemp("families")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 384}
+    plain = make_llama(folder / "plain", **sizes)
+    with_bos = retrain(make_llama(folder / "with-bos", **sizes), LLAMA3_SPLIT, True, False, LLAMA3_TEMPLATE)
+    qwen2 = retrain(make_qwen2(folder / "qwen2", **sizes), LLAMA3_SPLIT.replace("{1,3}", ""), False, True, None)
+    for model in (plain, with_bos, qwen2):
+        speak_ascii(model)
+    return {path.name: convert(path, folder / "checkpoints") for path in (plain, with_bos, qwen2)}
+
+
+@pytest.mark.ollama
+@pytest.mark.parametrize("family", ["plain", "with-bos", "qwen2"])
+def test_ollamas_prompts_and_answers_are_ours(family, families, ollama_server, tmp_path: Path) -> None:
+    checkpoint = families[family]
+    template = ChatTemplate.from_checkpoint(checkpoint)
+    write_gguf(checkpoint, tmp_path / "m.gguf", "f32", family, SHA)
+    modelfile = make_modelfile(template, {}, num_ctx=512, num_thread=1)
+    create_model(ollama_server, f"tiny-{family}", tmp_path / "m.gguf", modelfile)
+    reference = reference_answers(checkpoint, template, QUESTIONS)
+    result = verify_model(ollama_server, f"tiny-{family}", template, QUESTIONS, reference)
+    assert result.prompt_ids_equal is True and result.chat_prompts_equal is True
+    assert all(difference["near_tie"] for difference in result.differences), result
+    bos = template.tokenizer.token_to_id("<|endoftext|>")
+    assert [ids.count(bos) for ids in reference.prompts] == [int(family == "with-bos")] * 3
+
+
+@pytest.mark.ollama
+def test_a_wrong_template_or_a_second_bos_fails_the_verification(families, ollama_server, tmp_path: Path) -> None:
+    checkpoint = families["with-bos"]
+    template = ChatTemplate.from_checkpoint(checkpoint)
+    write_gguf(checkpoint, tmp_path / "m.gguf", "f32", "x", SHA)
+    modelfile = make_modelfile(template, {}, num_ctx=512, num_thread=1)
+    source = derive(template).source
+    reference = reference_answers(checkpoint, template, QUESTIONS)
+    for wrong in (source.replace("<|endoftext|>", "<|endoftext|>" * 2), source.replace("assistant\n\n", "assistant\n")):
+        broken = type(modelfile)(wrong, modelfile.system, modelfile.parameters)
+        create_model(ollama_server, "tiny-wrong", tmp_path / "m.gguf", broken)
+        with pytest.raises(UserError, match="Ollama's prompt ids differ"):
+            verify_model(ollama_server, "tiny-wrong", template, QUESTIONS, reference)
+    connect(ollama_server).delete("tiny-wrong")
+
+
+HARD = (
+    "tachypnea",
+    "1234567890",
+    "10 mg/kg",
+    "Ünïcödé",
+    "漢字かな",
+    "🙂👩‍⚕️",
+    "two  spaces",
+    "it's I'LL",
+    "x = {'a': 1}",
+)
+
+
+def varied_questions(number: int) -> list[list[dict[str, str]]]:
+    """Questions with all that tokenizers stumble over, different from each other."""
+    texts = (f"{i}. {HARD[i % 9]}\n{HARD[(i * i + 1) % 9]}? {TEXT[i : i + i % 30]}".strip() for i in range(number))
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+@pytest.fixture
+def real_model(embedded_checkpoint: Path, ollama_server: OllamaServer, tmp_path: Path) -> Iterator[ChatTemplate]:
+    template = ChatTemplate.from_checkpoint(embedded_checkpoint)
+    write_gguf(embedded_checkpoint, tmp_path / "m.gguf", "q8_0", "smollm2", SHA)
+    modelfile = make_modelfile(template, {}, num_ctx=1024, num_thread=1)
+    create_model(ollama_server, "real", tmp_path / "m.gguf", modelfile)
+    yield template
+    connect(ollama_server).delete("real")
+
+
+@pytest.mark.ollama
+@pytest.mark.checkpoint
+def test_real_models_prompt_ids_are_ours_on_fifty_questions(
+    real_model, embedded_checkpoint: Path, ollama_server: OllamaServer, monkeypatch
+) -> None:
+    monkeypatch.setattr(verify, "ANSWER_TOKENS", 2)  # the ids are what counts here; answers in the slow test
+    questions = varied_questions(50)
+    reference = reference_answers(embedded_checkpoint, real_model, questions)
+    result = verify_model(ollama_server, "real", real_model, questions, reference)
+    assert (result.prompts, result.prompt_ids_equal, result.chat_prompts_equal) == (50, True, True)
+    assert result.greedy_agreement >= 0.8
+    sizes = [len(ids) for ids in reference.prompts]
+    assert min(sizes) < max(sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.ollama
+@pytest.mark.checkpoint
+def test_real_answers_agree(embedded_checkpoint: Path, export_to_it: OllamaServer, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [json.dumps({"prompt": question}) for question in varied_questions(60)]
+    (data / "test.jsonl").write_text("\n".join(rows) + "\n")
+    export.setup(
+        embedded_checkpoint,
+        name="agree",
+        quantize=["f16", "q8_0", "q4_K_M"],
+        out_dir=tmp_path / "out",
+        data=data,
+        hf=False,
+    )
+    found = json.loads((tmp_path / "out" / "verification.json").read_text())
+    agreement = found["greedy_agreement"]
+    print(f"greedy agreement: {agreement}")
+    assert agreement["f16"] >= 0.9 and set(agreement) == {"f16", "q8_0", "q4_K_M"}
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,256 @@
+"""The terminal chat, against a stand-in server that streams, thinks, dies and forgets."""
+
+import io
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.workflows.fake_ollama import Handler, fake_ollama, show, speak
+from workflows.__main__ import main
+from workflows.chat import Chat, ThoughtParser, setup
+from workflows.errors import UserError
+from workflows.ollama.server import OllamaServer, probe
+
+
+@pytest.fixture
+def replies() -> dict:
+    return {"/api/show": show(), "/api/chat": speak("Too little ", "hemoglobin", ".")}
+
+
+@pytest.fixture
+def requests(replies: dict, monkeypatch) -> Iterator[list]:
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        yield requests
+
+
+def connected(url: str, **more: object) -> Chat:
+    endpoint = probe(url)
+    assert endpoint is not None
+    return Chat(OllamaServer(endpoint), "m", {}, out=io.StringIO(), **more)  # type: ignore[arg-type]
+
+
+def test_one_answer_is_streamed(requests: list, capsys) -> None:
+    setup(model="m", prompt="What is anemia?", temperature=0.0, num_predict=9, system="Be short.")
+    assert capsys.readouterr().out == "Too little hemoglobin.\n"
+    (sent,) = [body for path, body in requests if path == "/api/chat"]
+    assert sent["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is anemia?"},
+    ]
+    assert sent["options"] == {"temperature": 0.0, "num_predict": 9}
+
+
+def test_json_output_is_one_object_per_answer(requests: list, capsys) -> None:
+    setup(model="m", prompt="What is anemia?", json=True)
+    record = json.loads(capsys.readouterr().out)
+    assert (record["answer"], record["finished"], record["eval_count"]) == ("Too little hemoglobin.", True, 7)
+
+
+def test_a_conversation_with_its_commands(requests: list, monkeypatch, capsys, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    lines = [
+        "first",
+        "",
+        "/system Be exact.",
+        "second",
+        f"/save {saved}",
+        "/reset",
+        "third",
+        "/nonsense",
+        "/exit",
+        "no",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    setup(model="m")
+    sent = [body["messages"] for path, body in requests if path == "/api/chat"]
+    answer = {"role": "assistant", "content": "Too little hemoglobin."}
+    system = {"role": "system", "content": "Be exact."}
+    assert sent == [
+        [{"role": "user", "content": "first"}],
+        [system, {"role": "user", "content": "first"}, answer, {"role": "user", "content": "second"}],
+        [system, {"role": "user", "content": "third"}],
+    ]
+    messages = json.loads(saved.read_text())["messages"]
+    assert messages == [*sent[1], answer]
+    assert "There is no command /nonsense" in capsys.readouterr().err
+
+
+def test_a_conversation_that_cannot_be_saved_goes_on(requests: list, monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    lines = f"/save {tmp_path}/file/under\n/save\nhello\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    setup(model="m")
+    captured = capsys.readouterr()
+    assert "not saved" in captured.err and "needs a file name" in captured.err
+    assert "Too little hemoglobin." in captured.out
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys) -> None:
+    stuck = threading.Event()
+
+    def talk(handler: Handler, body: dict) -> None:
+        if body["messages"][-1]["content"] != "long":
+            return speak("short")(handler, body)
+        handler.begin_stream()
+        handler.send_part({"message": {"role": "assistant", "content": "It begins"}, "done": False})
+        threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+        stuck.wait(10)
+
+    with fake_ollama({"/api/show": show(), "/api/chat": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        monkeypatch.setattr("sys.stdin", io.StringIO("long\nagain\n"))
+        try:
+            setup(model="m")
+        finally:
+            stuck.set()
+    out = capsys.readouterr().out
+    assert "It begins\n[stopped]" in out and out.endswith("short\n")
+    assert requests[-1][1]["messages"][1] == {"role": "assistant", "content": "It begins"}
+
+
+# ---- thoughts ----
+
+THINKING = "<think>\nFast breathing\nmeans … < 3 </thin\n</think>\n\nTachypnea <b>"
+PARTED = ("Fast breathing\nmeans … < 3 </thin\n", "Tachypnea <b>")
+
+
+def parse(pieces: list[str], inside: bool = False) -> tuple[str, str]:
+    parser = ThoughtParser(inside)
+    parts = [part for piece in pieces for part in parser.feed(piece)] + list(parser.close())
+    return "".join(t for is_thought, t in parts if is_thought), "".join(t for is_thought, t in parts if not is_thought)
+
+
+@given(st.lists(st.integers(0, len(THINKING)), max_size=12))
+def test_thoughts_are_parted_wherever_the_stream_is_cut(cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), len(THINKING)]
+    pieces = [THINKING[a:b] for a, b in pairwise(edges)]
+    assert parse(pieces) == PARTED
+    opened = THINKING.removeprefix("<think>")
+    edges = [0, *sorted(min(c, len(opened)) for c in cuts), len(opened)]
+    assert parse([opened[a:b] for a, b in pairwise(edges)], inside=True) == PARTED
+
+
+@pytest.mark.parametrize("text", ["plain", "<thin air>", "<", " \n<th", "a <think>b</think> c", "", "1 </think> 2"])
+def test_text_without_leading_thoughts_is_unchanged(text: str) -> None:
+    for pieces in ([text], list(text)):
+        assert parse(pieces) == ("", text)
+
+
+def test_thoughts_that_never_end_are_thoughts() -> None:
+    assert parse(["<think>on", " and on </thi"]) == ("on and on </thi", "")
+
+
+@pytest.mark.parametrize(("think", "shown"), [("show", "hm, breath\n\nTachypnea\n"), ("hide", "Tachypnea\n")])
+def test_thoughts_are_shown_or_hidden_and_never_sent_again(think: str, shown: str) -> None:
+    with fake_ollama({"/api/chat": speak("<thi", "nk>hm, ", "breath</think>", "\n\nTachy", "pnea")}) as (url, requests):
+        chat = connected(url, think=think)
+        answer = chat.ask("fast?")
+        chat.ask("sure?")
+    assert (answer.thoughts, answer.text) == ("hm, breath", "Tachypnea")
+    assert chat.out.getvalue() == shown * 2
+    assert {"role": "assistant", "content": "Tachypnea"} in requests[-1][1]["messages"]
+
+
+def test_an_answer_may_begin_inside_the_thoughts(replies: dict, monkeypatch, capsys) -> None:
+    replies |= {
+        "/api/show": show("{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"),
+        "/api/chat": speak("hm</think>\n\nTachypnea"),
+    }
+    with fake_ollama(replies) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(model="m", prompt="fast?", think="hide")
+        assert capsys.readouterr().out == "Tachypnea\n"
+        setup(model="m", prompt="fast?", json=True)
+        assert json.loads(capsys.readouterr().out)["thoughts"] == "hm"
+
+
+def test_thoughts_that_ollama_parts_itself(replies: dict, monkeypatch, capsys) -> None:
+    def talk(handler: Handler, _: dict) -> None:
+        handler.begin_stream()
+        handler.send_part({"message": {"role": "assistant", "content": "", "thinking": "hm"}, "done": False})
+        handler.send_part({"message": {"role": "assistant", "content": "Tachypnea"}, "done": True})
+        handler.end_stream()
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(model="m", prompt="fast?", json=True)
+    record = json.loads(capsys.readouterr().out)
+    assert (record["thoughts"], record["answer"]) == ("hm", "Tachypnea")
+
+
+# ---- what goes wrong ----
+
+
+def cut(*sent: dict | bytes, ending: bool = False):
+    def reply(handler: Handler, _: dict) -> None:
+        handler.begin_stream()
+        for part in sent:
+            handler.send_part(part)
+        if ending:
+            handler.end_stream()
+        handler.die()
+
+    return reply
+
+
+BEGUN = {"message": {"role": "assistant", "content": "Too lit"}, "done": False}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        cut(BEGUN),
+        cut(BEGUN, ending=True),
+        cut(BEGUN, b'{"message": {"role": "assis', ending=True),
+        cut(BEGUN, {"error": "llama runner process no longer running: 2"}, ending=True),
+        lambda handler, _: handler.send_json({"error": "llama runner process has terminated: signal: killed"}, 500),
+        lambda handler, _: handler.die(),
+    ],
+    ids=["connection broken", "stream ends", "line cut", "runner died", "runner died before", "no answer"],
+)
+def test_a_server_that_dies_is_one_clear_message(reply, replies: dict, monkeypatch, capsys) -> None:
+    with fake_ollama({**replies, "/api/chat": reply}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(["chat", "--model", "m", "--prompt", "What is anemia?"]) == 1
+    error = capsys.readouterr().err
+    assert "ended or broke off in the middle" in error and url in error and "Traceback" not in error
+
+
+def test_an_unknown_model_is_one_clear_message(replies: dict, monkeypatch, capsys) -> None:
+    replies["/api/show"] = lambda handler, _: handler.send_json({"error": "model 'nope' not found"}, 404)
+    with fake_ollama(replies) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(["chat", "--model", "nope", "--prompt", "x"]) == 1
+    error = capsys.readouterr().err
+    assert "does not know the model 'nope'" in error and "It knows: known" in error and "make export" in error
+
+
+def test_a_model_deleted_during_the_chat_is_one_clear_message(replies: dict, monkeypatch, capsys) -> None:
+    replies["/api/chat"] = lambda handler, _: handler.send_json({"error": 'model "m" not found'}, 404)
+    with fake_ollama(replies) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(["chat", "--model", "m", "--prompt", "x"]) == 1
+    assert "does not know the model 'm'" in capsys.readouterr().err
+
+
+def test_a_failed_question_is_not_kept(replies: dict) -> None:
+    with fake_ollama({"/api/chat": cut(BEGUN)}) as (url, _):
+        chat = connected(url)
+        with pytest.raises(UserError):
+            chat.ask("x")
+    assert chat.history == []
+
+
+def test_wrong_arguments_are_all_reported(capsys) -> None:
+    assert main(["chat", "--prompt", " ", "--temperature", "-1", "--top_p", "2", "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    for part in ("4 problems", "--prompt is empty", "--temperature", "--top_p", "--port"):
+        assert part in error

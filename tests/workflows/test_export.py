@@ -1,0 +1,216 @@
+"""The export step: what it writes, what it keeps, what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from tests.conftest import convert, make_llama
+from tests.workflows.conftest import speak_ascii
+from tests.workflows.fake_ollama import fake_ollama
+from workflows import export
+from workflows.__main__ import main
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.export import default_out_dir, held_out_prompts
+from workflows.hf_export import hf_tensors
+from workflows.ollama.client import OURS, connect, owner_sha256
+from workflows.ollama.install import environment
+from workflows.ollama.server import OllamaServer, probe
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose rows fill blocks of 32."""
+    folder = tmp_path_factory.mktemp("export")
+    model = speak_ascii(make_llama(folder / "wide", hidden_size=64, intermediate_size=128))
+    return convert(model, folder / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out rows: conversations, some of them twice."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f" What is finding {i // 2}? "},
+                {"role": "assistant", "content": "x"},
+            ]
+        }
+        for i in range(12)
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_files_are_complete_without_ollama(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "hf",
+        "tiny-q8_0.gguf",
+        "Modelfile",
+        "README.md",
+        "metrics.json",
+        "provenance.json",
+        "verification.json",
+    }
+    verification = json.loads((tmp_path / "verification.json").read_text())
+    assert verification["prompt_ids_equal"] is None and verification["version"] is None  # nothing was verified
+    card = (tmp_path / "README.md").read_text()
+    assert "Not medical advice" in card and "sha256" in card
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./tiny-q8_0.gguf\n")
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert set(provenance["files"]) == {"tiny-q8_0.gguf"}
+
+    before = (tmp_path / "tiny-q8_0.gguf").stat().st_mtime_ns
+    export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False)
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "tiny-q8_0.gguf").stat().st_mtime_ns == before
+
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
+    (changed / "chat_template.jinja").write_text((checkpoint / "chat_template.jinja").read_text() + "{# new #}")
+    export.setup(changed, name="tiny", out_dir=tmp_path, create=False)
+    assert "already there" not in capsys.readouterr().out
+
+
+def test_an_export_that_stops_is_not_taken_for_a_whole_one(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
+    (tmp_path / "tiny-q8_0.gguf").write_bytes((tmp_path / "tiny-q8_0.gguf").read_bytes()[:-100])
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_gguf", stops)
+        with pytest.raises(KeyboardInterrupt):
+            export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
+    assert not (tmp_path / "verification.json").exists() and not (tmp_path / "metrics.json").exists()
+    export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
+    assert (tmp_path / "verification.json").exists()
+
+
+def test_all_problems_are_reported_at_once(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--checkpoint_dir", str(checkpoint), "--name", "my model", "--num_ctx", "8", "--num_thread", "0"]
+    arguments += ["--verify_prompts", "-1", "--shard_size", "0", "--port", "99999", "--adapter", "true"]
+    assert main(["export", *arguments, "--data", str(tmp_path / "none"), "--out_dir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    for part in ("8 problems", "--name 'my model'", "--num_ctx", "--num_thread", "--verify_prompts", "--shard_size"):
+        assert part in error
+    assert "--port" in error and "lit_model.pth.lora" in error and "make data" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantize", ["q5_1", "[q8_0,nonsense]"])
+def test_an_unknown_type_is_a_wrong_argument(quantize: str, checkpoint: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--checkpoint_dir", str(checkpoint), "--quantize", quantize])
+    assert stop.value.code == 2 and "quantize" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_explained(tmp_path: Path, capsys) -> None:
+    assert main(["export", "--checkpoint_dir", str(tmp_path / "none")]) == 1
+    assert "There is no checkpoint at" in capsys.readouterr().err
+
+
+def test_held_out_questions_are_different_trimmed_and_fit(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    template = ChatTemplate.from_checkpoint(checkpoint)
+    prompts = held_out_prompts(data, 6, template, 512)
+    assert prompts == [[{"role": "user", "content": f"What is finding {i}?"}] for i in range(6)]
+    with pytest.raises(UserError, match="has only 6 different questions"):
+        held_out_prompts(data, 7, template, 512)
+    with pytest.raises(UserError, match="has only 0 different questions that fit"):
+        held_out_prompts(data, 1, template, 64)
+    (tmp_path / "test.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}\n')
+    with pytest.raises(UserError, match=r"test.jsonl, line 1: no conversation"):
+        held_out_prompts(tmp_path, 1, template, 512)
+
+
+def test_the_folder_follows_the_run() -> None:
+    assert default_out_dir(Path("out/demo/lora/final"), "x") == Path("out/demo/ollama")
+    assert default_out_dir(Path("checkpoints/a/b"), "me/x:tag") == Path("out/me-x-tag/ollama")
+
+
+def test_somebody_elses_model_is_recognised() -> None:
+    known = {"mine": {OURS: "abc"}, "theirs": {"general.name": "x"}}
+
+    def show(handler, body) -> None:
+        if body["model"] in known:
+            handler.send_json({"model_info": known[body["model"]]})
+        else:
+            handler.send_json({"error": "model not found"}, 404)
+
+    with fake_ollama({"/api/show": show}) as (url, _):
+        endpoint = probe(url)
+        assert endpoint is not None
+        server = OllamaServer(endpoint)
+        assert owner_sha256(server, "mine") == "abc"
+        assert owner_sha256(server, "absent") is None
+        with pytest.raises(UserError, match=r"'theirs' that this project did not make.*--name"):
+            owner_sha256(server, "theirs")
+
+
+@pytest.mark.ollama
+def test_export_creates_and_verifies_models_of_several_types(
+    checkpoint: Path, data: Path, tmp_path: Path, export_to_it: OllamaServer, capsys
+) -> None:
+    def run(kinds: list) -> dict:
+        export.setup(
+            checkpoint,
+            name="tiny",
+            quantize=kinds,
+            out_dir=tmp_path,
+            data=data,
+            hf=False,
+            verify_prompts=4,
+            num_thread=1,
+        )
+        return json.loads((tmp_path / "verification.json").read_text())
+
+    found = run(["q8_0", "q4_K_M"])
+    assert (found["prompt_ids_equal"], found["chat_prompts_equal"], found["prompts"]) == (True, True, 4)
+    assert set(found["greedy_agreement"]) == {"q8_0", "q4_K_M"} and found["version"] == export_to_it.version
+    assert {p.name for p in tmp_path.glob("*.gguf")} == {"tiny-q8_0.gguf", "tiny-q4_K_M.gguf"}
+    # what Ollama quantized is still the model (one build of it turns float16 into zeros)
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "tiny-q4_K_M.gguf").tensors}
+    ours = hf_tensors(checkpoint)[0]["model.layers.0.mlp.down_proj.weight"].numpy()
+    down = tensors["blk.0.ffn_down.weight"]
+    assert down.tensor_type.name not in ("F32", "F16")
+    assert np.abs(dequantize(down.data, down.tensor_type) - ours).mean() < 0.1 * np.abs(ours).mean()
+
+    client = connect(export_to_it)
+    assert {"tiny:latest", "tiny:q4_k_m"} <= {entry.model for entry in client.list().models}
+    assert run(["q8_0"])["prompt_ids_equal"] is True  # ours is replaced
+
+    # the Modelfile beside the weights makes the same model by Ollama's own command
+    variables = {**os.environ, **environment(export_to_it.binary), "OLLAMA_HOST": export_to_it.url}
+    command = [str(export_to_it.binary.resolve()), "create", "by-hand", "-f", "Modelfile"]
+    subprocess.run(command, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    one, other = client.show("tiny"), client.show("by-hand")
+    assert (one.template, one.modelinfo) == (other.template, other.modelinfo)
+    assert sorted((one.parameters or "").splitlines()) == sorted((other.parameters or "").splitlines())
+    assert [
+        m for m in (one.modelfile, other.modelfile) if "SYSTEM You are a tiny model" not in m.replace('"', "")
+    ] == []
+
+
+@pytest.mark.ollama
+def test_a_model_of_the_users_is_left_alone(
+    checkpoint: Path, data: Path, tmp_path: Path, export_to_it: OllamaServer
+) -> None:
+    export.setup(checkpoint, name="own", out_dir=tmp_path / "a", data=data, hf=False, verify_prompts=1)
+    folder = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    client = connect(export_to_it)
+    foreign = (folder / "own-q8_0.gguf").read_bytes().replace(OURS.encode(), b"x" * len(OURS))
+    (folder / "foreign.gguf").write_bytes(foreign)
+    client.create("theirs", files={"m.gguf": client.create_blob(folder / "foreign.gguf")})
+    before = client.show("theirs").modelfile
+    with pytest.raises(UserError, match="did not make, and it is left alone"):
+        export.setup(checkpoint, name="theirs", out_dir=tmp_path / "c", data=data, hf=False, verify_prompts=1)
+    assert client.show("theirs").modelfile == before
