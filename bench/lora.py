@@ -151,10 +151,12 @@ def run_litgpt(
             self.batch_size = batch_size
 
         def train_dataloader(self) -> Any:
-            return DataLoader(items, batch_size=self.batch_size, collate_fn=get_sft_collate_fn())
+            rows: Any = items
+            return DataLoader(rows, batch_size=self.batch_size, collate_fn=get_sft_collate_fn())
 
         def val_dataloader(self) -> Any:
-            return DataLoader(items[:1], batch_size=1, collate_fn=get_sft_collate_fn())
+            rows: Any = items[:1]
+            return DataLoader(rows, batch_size=1, collate_fn=get_sft_collate_fn())
 
     seconds: list[float] = []
     losses: list[float] = []
@@ -220,7 +222,8 @@ def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(self.train_dataset)
+            dataset: Any = self.train_dataset
+            return SequentialSampler(dataset)
 
     torch.manual_seed(0)
     lora = LoRAArgs()

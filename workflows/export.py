@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from workflows.checkpoint import (
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_file, read_json, write_json, write_text
 from workflows.hf_export import write_hf
-from workflows.measure import PeakMemory
+from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.model_card import base_model_of, licence_of, lineage, model_card
 from workflows.ollama.client import connect, create_model, explained, owner_sha256
 from workflows.ollama.gguf_writer import GGUFType, fingerprint, is_gguf_of, write_gguf
@@ -129,7 +128,7 @@ def setup(
         problems.append(f"{data}/test.jsonl does not exist: run `make data`, or name another folder with --data.")
     report_all(problems)
 
-    began = time.perf_counter()
+    began = step_began()
     template = ChatTemplate.from_checkpoint(directory)
     modelfile = make_modelfile(
         template,
@@ -158,7 +157,7 @@ def setup(
                 create_models(server, target, name, kinds, modelfile)
                 if prompts:
                     results = verify(server, directory, template, name, kinds, prompts, verify_precision)
-    finish(target, directory, settings, version, results, time.perf_counter() - began, peak.bytes)
+    finish(target, directory, settings, version, results, seconds_of_step(began), peak.bytes)
     if create:
         print(f"{name} is in Ollama; talk to it with: make chat NAME={name}")
 

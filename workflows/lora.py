@@ -39,8 +39,9 @@ from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import FitResult, Resume, TrainArgs, fit, make_fabric, step_indices
+from workflows.training.loop import FitResult, TrainArgs, fit, make_fabric, step_indices
 from workflows.training.model import DTYPES, GPT, LoRAArgs, Precision, load_model
+from workflows.training.resume import Resume
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"]
 

@@ -36,7 +36,9 @@ def write_adapter(checkpoint_dir: Path, out_dir: Path, base_model: str, card: st
     tensors = peft_tensors(load_weights(directory, LORA_WEIGHTS), load_config(directory), rank, enabled)
     targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors})
     with atomic_dir(out_dir) as temporary:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = temporary / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors makes files for their owner alone
         write_json(
             temporary / "adapter_config.json",
             {

@@ -238,6 +238,18 @@ def test_trainer_litgpt_makes_a_complete_checkpoint_too(tiny_llama, data, tmp_pa
     assert not torch.equal(logprobs(load_model(final)), logprobs(load_model(tiny_llama)))
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_follow_the_trajectory_of_one(trained, tiny_llama, data, tmp_path, strategy):
+    settings = {**vars(TRAIN), "max_norm": TRAIN.max_norm}
+    command = [sys.executable, "-m", "workflows", "lora", "--checkpoint_dir", str(tiny_llama), "--data", str(data)]
+    command += ["--out_dir", str(tmp_path), "--precision", "32-true", "--lora_r", "4", "--devices", "2"]
+    command += ["--strategy", strategy, "--train", json.dumps(settings)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for name, tensor in adapters(trained).items():
+        torch.testing.assert_close(adapters(tmp_path / "final")[name], tensor, atol=1e-4, rtol=1e-4)
+
+
 def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path):
     with pytest.raises(UserError) as e:
         train(

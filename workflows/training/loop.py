@@ -1,14 +1,10 @@
 """The one training loop (Lightning Fabric): what SFT, DPO, GRPO and reward modelling share.
 
 In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
-gradient clipping, the learning-rate schedule, devices and strategies, progress bar, CSV/TensorBoard/W&B logs, and
-checkpoints that make a killed run end bit-identical to one that never stopped: data order, dropout and learning rate
-are functions of the seed and the step's number alone, so a checkpoint holds trained weights, optimizer state and step.
-
-A step file supplies an `Objective`: its batches, its loss, its validation.
+gradient clipping, the learning-rate schedule, devices and strategies, progress bar; beside it `resume.py` (checkpoints)
+and `logs.py`. A step file supplies an `Objective`: its batches, its loss, its validation.
 """
 
-import csv
 import math
 import time
 from collections.abc import Iterable
@@ -24,9 +20,8 @@ from tqdm import tqdm
 
 from workflows.checkpoint import plain
 from workflows.errors import UserError
-from workflows.files import no_room_explained, write_text
-
-Resume = bool | Literal["auto"]
+from workflows.training.logs import MetricsLog
+from workflows.training.resume import Checkpoints, Resume
 
 
 @dataclass
@@ -134,6 +129,15 @@ class FitResult:
     metrics: dict[str, float]
     losses: list[float] = field(default_factory=list)
 
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "step": self.steps,
+            "seconds": self.seconds,
+            "real_tokens": self.real_tokens,
+            "metrics": self.metrics,
+        }
+
 
 def learning_rate(step: int, train: TrainArgs) -> float:
     """Learning rate of a step (0-based): linear warm-up to the peak, then the decay of `lr_schedule` to `min_lr`."""
@@ -177,16 +181,20 @@ def make_fabric(devices: int | str, num_nodes: int, strategy: str, plugins: Any 
         strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
         plugins: A precision plugin, for quantized weights.
     """
+    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = (torch.cuda.device_count() if accelerator == "cuda" else 1) if devices == "auto" else int(devices)
     chosen: Strategy | str = "auto"
     if strategy == "fsdp":
-        backend = None if torch.cuda.is_available() else "gloo"
         chosen = ModelParallelStrategy(
-            parallelize_fn=_shard, save_distributed_checkpoint=False, process_group_backend=backend
+            parallelize_fn=_shard,
+            data_parallel_size=count
+            * num_nodes,  # by default Fabric would take a node's devices for tensor parallelism
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="nccl" if accelerator == "cuda" else "gloo",
         )
-    elif strategy == "ddp" or num_nodes > 1 or (isinstance(devices, int) and devices > 1):
+    elif strategy == "ddp" or count * num_nodes > 1:
         chosen = "ddp"
-    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    count = 1 if devices == "auto" and accelerator == "cpu" else devices
     return L.Fabric(accelerator=accelerator, devices=count, num_nodes=num_nodes, strategy=chosen, plugins=plugins)
 
 
@@ -243,10 +251,10 @@ def fit(
             weight_decay=train.weight_decay,
         )
     )
-    saver = _Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
+    saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
     start = saver.restore(resume)
     result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
-    log = _Logs(fabric, out_dir, result.steps, loggers)
+    log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
     )
@@ -285,7 +293,7 @@ def fit(
                     result.steps, {**logged, "lr": learning_rate(step, train), "tokens_per_second": tokens / seconds}
                 )
             if last or result.steps % train.save_interval == 0:
-                saver.save(result)
+                saver.save(result.counters())
             bar.set_postfix_str(
                 f"loss {logged['loss']:.3f}, {result.real_tokens / result.seconds:,.0f} tokens/s"
                 + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
@@ -326,125 +334,3 @@ def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: lis
         reduced: Any = fabric.all_reduce(sums, reduce_op="sum")
         sums = reduced
     return {**{name: value.item() / units for name, value in sums.items()}, "real_tokens": real_tokens}
-
-
-class _Checkpoints:
-    """Checkpoints to resume from: written whole or not at all, the newest two kept."""
-
-    KEEP = 2
-
-    def __init__(
-        self, fabric: L.Fabric, directory: Path, model: Any, optimizer: Any, names: set[str], identity: dict[str, Any]
-    ) -> None:
-        self.fabric, self.directory, self.identity = fabric, directory, identity
-        self.state = {"model": model, "optimizer": optimizer}
-        self.filter = {"model": lambda name, _: name in names}
-
-    def found(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*.pth"))
-
-    def restore(self, resume: Resume) -> dict[str, Any]:
-        """Load the newest checkpoint into the model and the optimizer, if `resume` says so; the run's counters."""
-        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}}
-        found = self.found()
-        if resume is False:
-            self.fabric.barrier()
-            if self.fabric.global_rank == 0:
-                for path in found:
-                    path.unlink()
-            return fresh
-        if not found:
-            if resume is True:
-                raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
-            return fresh
-        rest = self.fabric.load(found[-1], self.state, strict=False, weights_only=True)
-        if rest["identity"] != self.identity:
-            changed = [
-                k for k in {**rest["identity"], **self.identity} if rest["identity"].get(k) != self.identity.get(k)
-            ]
-            raise UserError(
-                f"{found[-1]} belongs to a run with other settings ({', '.join(sorted(changed))}). "
-                "Give another --out_dir, or --resume false to start this one anew."
-            )
-        self.fabric.print(f"resuming from {found[-1]}")
-        return {name: rest[name] for name in fresh}
-
-    def save(self, result: FitResult) -> None:
-        path = self.directory / f"step-{result.steps:08d}.pth"
-        temporary = self.directory / f".{path.name}.part"  # one name for all processes: sharded saves write it together
-        self.directory.mkdir(parents=True, exist_ok=True)
-        counters = {
-            "step": result.steps,
-            "seconds": result.seconds,
-            "real_tokens": result.real_tokens,
-            "metrics": result.metrics,
-            "identity": self.identity,
-        }
-        try:
-            with no_room_explained(path):
-                self.fabric.save(temporary, {**self.state, **counters}, filter=self.filter)
-                self.fabric.barrier()
-                if self.fabric.global_rank == 0:
-                    temporary.replace(path)
-                    for old in self.found()[: -self.KEEP]:
-                        old.unlink()
-        finally:
-            if self.fabric.global_rank == 0:
-                temporary.unlink(missing_ok=True)
-        self.fabric.barrier()
-
-
-class _Logs:
-    """`metrics.csv`, always; TensorBoard and W&B where asked for. Rows after the step resumed from are dropped."""
-
-    def __init__(self, fabric: L.Fabric, out_dir: Path, start: int, loggers: Iterable[str]) -> None:
-        self.active = fabric.global_rank == 0
-        self.path = out_dir / "metrics.csv"
-        self.columns: list[str] = []
-        self.others = [_make_logger(name, out_dir) for name in loggers] if self.active else []
-        rows = []
-        if self.active and self.path.is_file() and start:
-            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may leave half a line
-            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= start]
-        if self.active:
-            self._rewrite(rows)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add one row; the file is rewritten only when a column is new."""
-        if not self.active:
-            return
-        row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
-        if set(row) <= set(self.columns):
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(self._line(row))
-        else:
-            with open(self.path, encoding="utf-8") as f:
-                self._rewrite([*csv.DictReader(f), row])
-        for logger in self.others:
-            logger.log_metrics(metrics, step)
-
-    def _line(self, row: dict[str, str]) -> str:
-        return ",".join(row.get(name) or "" for name in self.columns) + "\n"
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        header = {name: name for name in self.columns}
-        write_text(self.path, "".join(map(self._line, [header, *rows])) if rows else "")
-
-
-def _make_logger(name: str, out_dir: Path) -> Any:
-    """A Lightning logger by name.
-
-    Raises:
-        UserError: If its package is not installed.
-    """
-    try:
-        if name == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
-
-            return TensorBoardLogger(root_dir=out_dir, name="tensorboard")
-        from lightning.pytorch.loggers import WandbLogger
-
-        return WandbLogger(project="own-language-model", save_dir=out_dir)
-    except ModuleNotFoundError:
-        raise UserError(f"--loggers {name} needs a package: `.venv/bin/pip install {name}`.") from None

@@ -1,0 +1,75 @@
+"""A training run's logs: `metrics.csv` always, TensorBoard and W&B where asked for."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from workflows.errors import UserError
+from workflows.files import write_text
+
+
+class MetricsLog:
+    """`metrics.csv`, always; TensorBoard and W&B where asked for. Rows after the step resumed from are dropped."""
+
+    def __init__(self, fabric: L.Fabric, out_dir: Path, start: int, loggers: Iterable[str]) -> None:
+        """Open the logs; only the first process writes.
+
+        Args:
+            fabric: A launched Fabric.
+            out_dir: The run's folder.
+            start: Steps that were done before.
+            loggers: "tensorboard", "wandb".
+        """
+        self.active = fabric.global_rank == 0
+        self.path = out_dir / "metrics.csv"
+        self.columns: list[str] = []
+        self.others = [_make_logger(name, out_dir) for name in loggers] if self.active else []
+        rows = []
+        if self.active and self.path.is_file() and start:
+            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may leave half a line
+            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= start]
+        if self.active:
+            self._rewrite(rows)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add one row; the file is rewritten only when a column is new."""
+        if not self.active:
+            return
+        row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
+        if set(row) <= set(self.columns):
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(self._line(row))
+        else:
+            with open(self.path, encoding="utf-8") as f:
+                self._rewrite([*csv.DictReader(f), row])
+        for logger in self.others:
+            logger.log_metrics(metrics, step)
+
+    def _line(self, row: dict[str, str]) -> str:
+        return ",".join(row.get(name) or "" for name in self.columns) + "\n"
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        header = {name: name for name in self.columns}
+        write_text(self.path, "".join(map(self._line, [header, *rows])) if rows else "")
+
+
+def _make_logger(name: str, out_dir: Path) -> Any:
+    """A Lightning logger by name.
+
+    Raises:
+        UserError: If its package is not installed.
+    """
+    try:
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(root_dir=out_dir, name="tensorboard")
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project="own-language-model", save_dir=out_dir)
+    except ModuleNotFoundError:
+        raise UserError(f"--loggers {name} needs a package: `.venv/bin/pip install {name}`.") from None
