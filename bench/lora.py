@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for all contenders alike
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for all contenders alike
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `python -m workflows` does, before torch loads
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does, before torch loads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

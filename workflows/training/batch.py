@@ -14,6 +14,7 @@ packing; the shared prompt is what TRL and LitGPT compute once per completion).
 A completion's last token is predicted but predicts nothing, so it is no input at all.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +54,50 @@ class Tree:
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 
+@dataclass(frozen=True)
+class TreeAttention:
+    """A row's attention, tree by tree: S shared tokens above, n trees of at most L tokens of their own.
+
+    Attributes:
+        shared: S.
+        tokens: Index in the row of each tree's tokens, padded, shape (n, L).
+        places: Where in the flattened (n, L) the row's tokens after the shared ones are, shape (T - S,).
+        mask: True where a token may look, among the shared tokens and its tree's, shape (1, n, L, S + L).
+    """
+
+    shared: int
+    tokens: torch.Tensor
+    places: torch.Tensor
+    mask: torch.Tensor
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Scaled dot-product attention; q, k, v and the result have shape (1, heads, T, head_size)."""
+        heads, (n, length) = q.size(1), self.tokens.shape
+
+        def of_trees(x: torch.Tensor, with_shared: bool) -> torch.Tensor:
+            own = x[0].index_select(1, self.tokens.flatten()).view(heads, n, length, -1)
+            above = x[0, :, None, : self.shared].expand(heads, n, self.shared, -1)
+            return torch.cat([above, own], dim=2) if with_shared else own  # (heads, n, L or S + L, head_size)
+
+        y = _attend(of_trees(q, False), of_trees(k, True), of_trees(v, True), self.mask, scale)  # (heads, n, L, size)
+        y = y.reshape(heads, n * length, -1).index_select(1, self.places)[None]  # (1, heads, T - S, head_size)
+        if not self.shared:
+            return y
+        top_q, top_k, top_v = (x[:, :, : self.shared] for x in (q, k, v))
+        causal = torch.ones(self.shared, self.shared, dtype=torch.bool, device=q.device).tril()
+        return torch.cat([_attend(top_q, top_k, top_v, causal, scale), y], dim=2)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Plain masked attention: on short pieces torch's fused kernel is slower, its backward pass on a CPU far more so.
+
+    q: (..., L, head_size); k, v: (..., M, head_size); mask: (..., L, M). Returns (..., L, head_size).
+    """
+    scores = (q * scale) @ k.mT  # (..., L, M)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
 @dataclass
 class PackedBatch:
     """One row of packed trees. T input tokens, M nodes, N learned tokens.
@@ -65,6 +110,7 @@ class PackedBatch:
         predictors: For each learned token the index in 0..T-1 whose output predicts it, shape (N,).
         targets: The learned token ids, shape (N,).
         owners: For each learned token its completion's number in the order the trees were given, shape (N,).
+        spans: Where each tree's own tokens begin and end in the row, shape (trees, 2); what is before is shared.
         completions: How many completions the row holds.
         real_tokens: Tokens of the samples without padding or sharing.
     """
@@ -76,6 +122,7 @@ class PackedBatch:
     predictors: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
+    spans: torch.Tensor
     completions: int
     real_tokens: int
 
@@ -86,6 +133,22 @@ class PackedBatch:
         row = self.nodes[0]  # (T,)
         mask = self.visible[0][row][:, row]  # (T, T)
         return mask.tril()[None, None]  # (1, 1, T, T)
+
+    def tree_attention(self) -> "TreeAttention | None":
+        """The same mask tree by tree; None unless that leaves at most a third of the row's pairs of tokens."""
+        shared = int(self.spans[0, 0])
+        lengths = self.spans[:, 1] - self.spans[:, 0]  # (trees,)
+        longest = int(lengths.max())
+        mask = self.attention_mask()
+        if mask is None or 3 * len(lengths) * longest * (shared + longest) > mask.numel():
+            return None
+        slots = torch.arange(longest, device=mask.device)  # (L,)
+        tokens = (self.spans[:, :1] + slots).clamp(max=mask.size(-1) - 1)  # (trees, L)
+        real = slots < lengths[:, None]  # (trees, L)
+        own = mask[0, 0][tokens[:, :, None], tokens[:, None, :]] & real[:, None, :]  # (trees, L, L)
+        own |= torch.eye(longest, dtype=torch.bool, device=mask.device)  # so that no row of padding sees nothing
+        above = own.new_ones(len(lengths), longest, shared)
+        return TreeAttention(shared, tokens, real.flatten().nonzero()[:, 0], torch.cat([above, own], dim=2)[None])
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on a device."""
@@ -132,11 +195,13 @@ def pack_row(trees: Sequence[Tree]) -> PackedBatch:
     predictors: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
+    spans: list[tuple[int, int]] = []
     completions = 0
 
     shared = shared_prefix_length([tree.prompt for tree in trees])
     top = [row.add_node(trees[0].prompt[:shared], [], 0)] if shared else []
     for tree in trees:
+        tree_begin = len(row.ids)
         prompt = row.add_node(tree.prompt[shared:], top, shared)
         prompt_end = len(row.ids) - 1
         for index, completion in enumerate(tree.completions):
@@ -149,6 +214,7 @@ def pack_row(trees: Sequence[Tree]) -> PackedBatch:
                     targets.append(token)
                     owners.append(completions)
             completions += 1
+        spans.append((tree_begin, len(row.ids)))
 
     return PackedBatch(
         input_ids=torch.tensor([row.ids]),
@@ -158,6 +224,7 @@ def pack_row(trees: Sequence[Tree]) -> PackedBatch:
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         owners=torch.tensor(owners, dtype=torch.long),
+        spans=torch.tensor(spans),
         completions=completions,
         real_tokens=sum(tree.real_tokens for tree in trees),
     )

@@ -7,6 +7,7 @@ What is not: models with sliding windows, multi-head latent attention or learned
 them; a packed one would need more than a mask).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from workflows.checkpoint import check_checkpoint_dir, is_tied, load_config, load_weights
 from workflows.errors import UserError
-from workflows.training.batch import PackedBatch
+from workflows.training.batch import PackedBatch, TreeAttention
 
 Precision = Literal["32-true", "bf16-true", "16-true"]
 DTYPES: dict[str, torch.dtype] = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -93,7 +94,24 @@ def _add_product(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> to
     return flat.view_as(base)
 
 
-_OURS: dict[type, type] = {litgpt.lora.LoRALinear: LoRALinear, litgpt.lora.LoRAQKVLinear: LoRAQKVLinear}
+class CausalSelfAttention(litgpt.lora.CausalSelfAttention):
+    """LitGPT's attention, which also takes a packed row's `TreeAttention` in the place of a mask."""
+
+    def scaled_dot_product_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None
+    ) -> torch.Tensor:
+        """q, k, v: (B, n_head, T, head_size). Returns (B, T, n_head, head_size)."""
+        if not isinstance(mask, TreeAttention):
+            return super().scaled_dot_product_attention(q, k, v, mask)
+        scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
+        return mask(q, k, v, scale).transpose(1, 2)
+
+
+_OURS: dict[type, type] = {
+    litgpt.lora.LoRALinear: LoRALinear,
+    litgpt.lora.LoRAQKVLinear: LoRAQKVLinear,
+    litgpt.lora.CausalSelfAttention: CausalSelfAttention,
+}
 
 
 class GPT(litgpt.lora.GPT):
@@ -116,7 +134,9 @@ class GPT(litgpt.lora.GPT):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of a packed row, shape (1, T, n_embd), norm applied."""
-        mask = batch.attention_mask()  # (1, 1, T, T) or None
+        capped = self.config.attention_logit_softcapping is not None
+        trees = None if capped else batch.tree_attention()
+        mask: Any = batch.attention_mask() if trees is None else trees  # (1, 1, T, T), by tree, or None for causal
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # (1, T, rope_n_elem)
         x = self.transformer.wte(batch.input_ids)  # (1, T, n_embd)
         if self.config.scale_embeddings:

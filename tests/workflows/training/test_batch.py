@@ -62,6 +62,31 @@ def test_one_sample_needs_no_mask():
     assert pack_row([Tree([1, 2], [[3, 4], [5, 6]])]).attention_mask() is not None
 
 
+@pytest.mark.parametrize("system", [0, 9])
+def test_attention_by_trees_equals_attention_of_the_row(system):
+    g = torch.Generator().manual_seed(0)
+    lengths = [(5, (3, 4)), (2, (6,)), (7, (1, 2, 1)), (4, (5,)), (3, (2, 2)), (6, (3,))]
+    trees = [Tree([1] * system + [i + 2] * p, [[9] * c for c in cs]) for i, (p, cs) in enumerate(lengths)]
+    batch = pack_row(trees)
+    by_trees, mask = batch.tree_attention(), batch.attention_mask()
+    assert by_trees is not None
+    q, k, v = (torch.randn(1, 2, mask.size(-1), 8, generator=g, requires_grad=True) for _ in range(3))
+    weights = torch.randn(1, 2, mask.size(-1), 8, generator=g)
+    got = by_trees(q, k, v, scale=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        torch.autograd.grad((got * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_long_trees_keep_the_fused_attention():
+    assert pack_row([Tree([1] * 60, [[2] * 60]), Tree([3] * 60, [[4] * 60])]).tree_attention() is None
+
+
 def test_loss_mask_keeps_context_in_a_completion_unlearned():
     batch = pack_row([Tree([1], [[2, 3, 4]], [[True, False, True]])])
     assert batch.targets.tolist() == [2, 4]

@@ -61,6 +61,21 @@ def test_packed_equals_plain_in_logprobs_and_gradients(checkpoint, request, tree
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+def test_packed_equals_plain_on_many_short_samples(tiny_llama):
+    g = torch.Generator().manual_seed(4)
+    system = random_ids(g, 9)
+    short = [Tree([*system, *random_ids(g, 4 + i % 3)], [random_ids(g, 2 + i % 4)]) for i in range(8)]
+    assert pack_row(short).tree_attention() is not None
+    model = with_random_adapters(load_model(tiny_llama, LoRAArgs(r=4)))
+    packed, plain = model(pack_row(short)), plain_logprobs(model, short)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(packed.sum(), parameters), torch.autograd.grad(plain.sum(), parameters), strict=True
+    ):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 def test_full_weights_have_the_same_gradients_too(tiny_llama, trees):
     model = load_model(tiny_llama)
     parameters = dict(model.named_parameters())
