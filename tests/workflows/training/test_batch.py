@@ -65,7 +65,7 @@ def test_one_sample_needs_no_mask():
 @pytest.mark.parametrize("system", [0, 9])
 def test_attention_by_trees_equals_attention_of_the_row(system):
     g = torch.Generator().manual_seed(0)
-    lengths = [(5, (3, 4)), (2, (6,)), (7, (1, 2, 1)), (4, (5,)), (3, (2, 2)), (6, (3,))]
+    lengths = [(5, (3, 4)), (2, (6,)), (7, (1, 2, 1)), (4, (5,)), (3, (2, 2)), (6, (3,))] * 3
     trees = [Tree([1] * system + [i + 2] * p, [[9] * c for c in cs]) for i, (p, cs) in enumerate(lengths)]
     batch = pack_row(trees)
     by_trees, mask = batch.tree_attention(), batch.attention_mask()
