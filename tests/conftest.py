@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does, before torch loads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -77,10 +78,10 @@ def write_tokenizer(directory: Path, vocab_size: int = 384, template: str = CHAT
     return tokenizer
 
 
-def make_llama(directory: Path, *, tied: bool = True, seed: int = 0, **config: object) -> Path:
-    """A random Llama of about 100,000 parameters in Hugging Face's form."""
+def _tiny_config(directory: Path) -> dict[str, Any]:
+    """Write the tokenizer, and give the fields that both architectures share."""
     tokenizer = write_tokenizer(directory)
-    fields = {
+    return {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 48,
         "intermediate_size": 96,
@@ -88,33 +89,25 @@ def make_llama(directory: Path, *, tied: bool = True, seed: int = 0, **config: o
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "initializer_range": 0.2,  # larger than usual, so that a random model has opinions
     }
+
+
+def make_llama(directory: Path, *, tied: bool = True, seed: int = 0, **config: object) -> Path:
+    """A random Llama of about 100,000 parameters in Hugging Face's form."""
+    fields = {**_tiny_config(directory), "tie_word_embeddings": tied, **config}
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**{**fields, **config})).save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(directory)
     return directory
 
 
 def make_qwen2(directory: Path, *, tied: bool = False, seed: int = 0, **config: object) -> Path:
     """A random Qwen2 (biases on query, key and value) in Hugging Face's form."""
-    tokenizer = write_tokenizer(directory)
-    fields = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "initializer_range": 0.2,
-    }
+    fields = {**_tiny_config(directory), "tie_word_embeddings": tied, **config}
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**{**fields, **config}))
+    model = Qwen2ForCausalLM(Qwen2Config(**fields))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts them at zero, which would hide a lost bias
             torch.nn.init.normal_(parameter, std=0.2)
