@@ -25,6 +25,8 @@ EXPORT    := $(OUT)/ollama/verification.json
 # A step's settings: the model's own recipe if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard workflows/recipes/$(MODEL)/$(1).yaml) workflows/recipes/default/$(1).yaml)
 TASKS     ?= $(if $(filter hpo,$(DATA)),hpo_mcq,$(DATA)_local)
+# hpo's shortest kind of row, definition -> name, is what its questions ask for; KINDS= trains on all kinds.
+KINDS     ?= $(if $(filter hpo,$(DATA)),name)
 # Options on the command line mean: do it again with these.
 AGAIN     := $(if $(strip $(ARGS)),FORCE)
 
@@ -103,7 +105,8 @@ data/$(DATA)/manifest.json: | $(INSTALLED)
 
 $(LORA): $(BASE) data/$(DATA)/manifest.json $(call recipe,lora) $(AGAIN) | $(INSTALLED)
 	@$(STEP) lora --config $(call recipe,lora) --checkpoint_dir "$$(cat $(BASE))" --data data/$(DATA) \
-	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(TRAINER),--trainer $(TRAINER)) $(ARGS)
+	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(KINDS),--kinds '[$(KINDS)]') \
+	  $(if $(TRAINER),--trainer $(TRAINER)) $(ARGS)
 
 $(OUT)/evaluate/base/metrics.json: $(BASE) data/$(DATA)/manifest.json $(call recipe,evaluate) | $(INSTALLED)
 	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks '[$(TASKS)]' \
