@@ -39,9 +39,7 @@ def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | No
     settings = read_hyperparameters(directory)
     base = check_checkpoint_dir(base_dir or settings["checkpoint_dir"])
     target = out_dir or directory.with_name(directory.name + "-merged")
-    lora = LoRAArgs(
-        **{name.removeprefix("lora_"): value for name, value in settings.items() if name.startswith("lora_")}
-    )
+    lora = LoRAArgs.from_settings(settings)
     with atomic_dir(target) as temporary:
         copy_companions(directory, temporary)
         write_merged(base, load_weights(directory, LORA_WEIGHTS), lora, temporary)

@@ -308,7 +308,7 @@ def load_for_evaluation(checkpoint_dir: Path, precision: Precision, device: torc
     if check_for_evaluation(checkpoint_dir) == WEIGHTS:
         return load_model(checkpoint_dir, precision=precision, device=device)
     settings = read_hyperparameters(checkpoint_dir)
-    lora = LoRAArgs(**{k.removeprefix("lora_"): v for k, v in settings.items() if k.startswith("lora_")})
+    lora = LoRAArgs.from_settings(settings)
     model = load_model(settings["checkpoint_dir"], lora, precision, device=device)
     adapters = load_weights(checkpoint_dir, LORA_WEIGHTS)
     expected = {name for name, _ in model.named_parameters() if "lora_" in name}

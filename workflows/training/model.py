@@ -44,6 +44,11 @@ class LoRAArgs:
     mlp: bool = True
     head: bool = False
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "LoRAArgs":
+        """The `lora_*` entries of a step's `hyperparameters.yaml`."""
+        return cls(**{k.removeprefix("lora_"): value for k, value in settings.items() if k.startswith("lora_")})
+
     def config_fields(self) -> dict[str, Any]:
         """The fields of `litgpt.lora.Config`."""
         return {f"lora_{name}": value for name, value in vars(self).items()}
