@@ -6,14 +6,17 @@ DATA    ?= hpo#              hpo, pubmedqa, medquad, medqa, medmcqa, or jsonl wi
 RUN     ?= demo#             everything a run makes goes to out/RUN
 DEVICES ?= 1
 NODES   ?= 1
-ARGS    ?=#                  further options of the step, e.g. ARGS="--train.max_steps 50"
-PIP_ARGS ?=#                 further options of pip install, e.g. an index with CPU builds of torch
+ARGS    ?=#                  further options of the one step that is named: make lora ARGS="--train.max_steps 50"
+PIP_ARGS ?=#                 further options of pip install, e.g. --extra-index-url for CPU builds of torch (see README)
 
 MODEL := $(strip $(MODEL))
 DATA  := $(strip $(DATA))
 RUN   := $(strip $(RUN))
-NAME  ?= $(RUN)#             the model's name in Ollama
+ARGS  := $(strip $(ARGS))
+NAME  := $(RUN)#             the model's name in Ollama; not from the environment, where WSL keeps the machine's name
 
+# A text as one word of the shell's.
+quoted     = '$(subst ','\'',$(1))'
 PY        := .venv/bin/python
 STEP      := $(PY) -m workflows
 INSTALLED := .venv/.installed
@@ -22,21 +25,60 @@ OUT       := out/$(RUN)
 BASE      := checkpoints/.paths/$(subst /,--,$(MODEL))
 LORA      := $(OUT)/lora/final/provenance.json
 EXPORT    := $(OUT)/ollama/verification.json
+# The name under which the registry first lists MODEL's weights, whether MODEL is a name (in any case) or a Hub id.
+KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1; sub(/:.*/, "", name)} \
+  $$1 == "hub_id:" {id = tolower($$2); id_of[name] = id; if (!(id in first)) first[id] = name} \
+  END {id = tolower(model); if (id in id_of) id = id_of[id]; print (id in first) ? first[id] : id}' checkpoints/registry.yaml)
 # A step's settings: the model's own recipe if there is one, else the one that suits any small model.
-recipe     = $(firstword $(wildcard workflows/recipes/$(MODEL)/$(1).yaml) workflows/recipes/default/$(1).yaml)
-TASKS     ?= $(if $(filter hpo,$(DATA)),hpo_mcq,$(DATA)_local)
+recipe     = $(firstword $(wildcard workflows/recipes/$(KNOWN_AS)/$(1).yaml) workflows/recipes/default/$(1).yaml)
+# What make can prepare by itself, and what is scored: data sets with questions that have options.
+PREPARED  := hpo pubmedqa medquad medqa medmcqa
+TASKS     ?= $(or $(addsuffix _mcq,$(filter hpo,$(DATA))),$(addsuffix _local,$(filter pubmedqa medqa medmcqa,$(DATA))),\
+  $(if $(wildcard data/$(DATA)_mcq/test.jsonl),$(DATA)_mcq))
 # hpo's shortest kind of row, definition -> name, is what its questions ask for; KINDS= trains on all kinds.
 KINDS     ?= $(if $(filter hpo,$(DATA)),name)
-# Options on the command line mean: do it again with these.
-AGAIN     := $(if $(strip $(ARGS)),FORCE)
+
+# A step that has run keeps in OUT/.settings/STEP what it ran with; it is stale when that has changed. DEVICES and NODES
+# are not part of it: they change how fast a result comes, not which.
+variables_of_lora     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) TRAINER=$(TRAINER)
+variables_of_evaluate = MODEL=$(MODEL) DATA=$(DATA) TASKS=$(TASKS)
+variables_of_export   = NAME=$(NAME)
+# ARGS belong to the step that is named on the command line. One that runs on the way to another keeps those it had, and
+# `make demo` means the recipes as they are.
+args_for   = $(if $(filter $(1) demo,$(MAKECMDGOALS)),$(ARGS),$(shell \
+  sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null))
+settings   = $(variables_of_$(1)) ARGS=$(call args_for,$(1))
+# FORCE if a step is to run although its files are new: its settings are others, or ARGS ask for it again.
+changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
+  test "$$(cat $(OUT)/.settings/$(1) 2>/dev/null)" = $(call quoted,$(call settings,$(1))) || echo FORCE))
+announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
+remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
+
+BENCHES   := bench-lora bench-eval bench-export
+# Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
+BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
+BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
+
+TAKE_ARGS := download data lora merge evaluate export chat test test-fast test-slow soak $(BENCHES)
+ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
+$(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, TASKS, TRAINER, RUN and \
+  NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
+endif
+ifneq ($(and $(ARGS),$(filter-out help,$(MAKECMDGOALS)),$(filter-out 1,$(words $(filter $(TAKE_ARGS),$(MAKECMDGOALS))))),)
+$(error ARGS are options of one step, so with them `make` takes exactly one of: $(TAKE_ARGS))
+endif
+ifneq ($(and $(filter evaluate,$(MAKECMDGOALS)),$(if $(TASKS),,none)),)
+$(error $(DATA) has no questions with options to score a model on; `make lora` reports its loss on held-out rows. \
+  To score on something else name it, e.g. make evaluate DATA=$(DATA) TASKS=medical)
+endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-fast test-slow lint bench download data lora merge evaluate export chat clean FORCE
+.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data lora merge evaluate export chat clean FORCE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 
 ##@ Set-up
@@ -64,7 +106,7 @@ data: $(INSTALLED)  ## prepare DATA as JSONL with a manifest
 
 lora: $(LORA)  ## fine-tune MODEL on DATA with LoRA (TRAINER=litgpt: by LitGPT's own command)
 
-merge: $(INSTALLED)  ## fold the adapters of RUN into a plain checkpoint
+merge: $(LORA)  ## fold the adapters of RUN into a plain checkpoint
 	@$(STEP) merge --checkpoint_dir $(OUT)/lora/final $(ARGS)
 
 evaluate: $(OUT)/evaluate/lora/metrics.json  ## score base and tuned model, and test the difference
@@ -74,25 +116,36 @@ export: $(EXPORT)  ## write GGUF and Modelfile, create the model in Ollama, veri
 chat: $(INSTALLED)  ## talk to the exported model
 	@$(STEP) chat --model $(NAME) $(ARGS)
 
-##@ Custom models: the transformer family from scratch, see custom_models/README.md
-
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest $(ARGS)
 
 test-fast: $(INSTALLED)  ## tests without a real checkpoint or Ollama, under a minute
-	$(PY) -m pytest -m "not checkpoint and not ollama and not slow" $(ARGS)
+	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the long tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+soak: $(INSTALLED)  ## kill the steps 100 times at random moments, and print what became of that
+	$(PY) -m tests.kills $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(INSTALLED)  ## measure ours against LitGPT and TRL in one run
-	$(PY) -m bench.lora $(ARGS)
+bench: $(BENCHES)  ## all of the following, one after the other
+
+bench-lora: $(BASE)  ## training: ours, LitGPT and TRL in turn
+	@test -f data/$(BENCH_DATA)/manifest.json || $(STEP) data --data $(BENCH_DATA) $(BENCH_RAW)
+	$(PY) -m bench.lora --checkpoint_dir "$$(cat $(BASE))" --data data/$(BENCH_DATA) $(ARGS)
+
+bench-eval: $(BASE)  ## scoring: ours and lm-eval's hf in turn
+	@test -f data/hpo_mcq/manifest.json || $(STEP) data --data hpo
+	$(PY) -m bench.eval --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
+
+bench-export: $(BASE)  ## memory and time of an export at two model sizes
+	$(PY) -m bench.export --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
 
 # ---- the files behind the targets ----
 
@@ -101,24 +154,35 @@ $(BASE): | $(INSTALLED)
 	@$(STEP) download --model "$(MODEL)" --path_file $@
 
 data/$(DATA)/manifest.json: | $(INSTALLED)
+ifneq ($(filter $(PREPARED),$(DATA)),)
 	@$(STEP) data --data $(DATA)
+else
+	@echo 'error: there is no data/$(DATA). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(DATA)"' >&2; exit 1
+endif
 
-$(LORA): $(BASE) data/$(DATA)/manifest.json $(call recipe,lora) $(AGAIN) | $(INSTALLED)
+$(LORA): data/$(DATA)/manifest.json $(BASE) $(call recipe,lora) $(call changed,lora) | $(INSTALLED)
+	$(call announce,lora)
 	@$(STEP) lora --config $(call recipe,lora) --checkpoint_dir "$$(cat $(BASE))" --data data/$(DATA) \
 	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(KINDS),--kinds '[$(KINDS)]') \
-	  $(if $(TRAINER),--trainer $(TRAINER)) $(ARGS)
+	  $(if $(TRAINER),--trainer $(TRAINER)) $(call args_for,lora)
+	$(call remember,lora)
 
-$(OUT)/evaluate/base/metrics.json: $(BASE) data/$(DATA)/manifest.json $(call recipe,evaluate) | $(INSTALLED)
+$(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) | $(INSTALLED)
+	$(call announce,evaluate)
 	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks '[$(TASKS)]' \
-	  --out_dir $(@D)
+	  --out_dir $(@D) $(call args_for,evaluate)
 
-$(OUT)/evaluate/lora/metrics.json: $(LORA) $(OUT)/evaluate/base/metrics.json $(call recipe,evaluate) $(AGAIN) | $(INSTALLED)
+$(OUT)/evaluate/lora/metrics.json: $(LORA) $(OUT)/evaluate/base/metrics.json | $(INSTALLED)
 	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/lora/final --tasks '[$(TASKS)]' \
-	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(ARGS)
+	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(call args_for,evaluate)
+	$(call remember,evaluate)
 
-$(EXPORT): $(LORA) data/$(DATA)/manifest.json $(call recipe,export) $(AGAIN) | $(INSTALLED)
+$(EXPORT): $(LORA) data/$(DATA)/manifest.json $(call recipe,export) $(call changed,export) | $(INSTALLED)
+	$(call announce,export)
 	@$(STEP) export --config $(call recipe,export) --checkpoint_dir $(OUT)/lora/final --name $(NAME) --data data/$(DATA) \
-	  --out_dir $(@D) $(ARGS)
+	  --out_dir $(@D) $(call args_for,export)
+	$(call remember,export)
 
-$(OUT)/summary.json: $(OUT)/evaluate/base/metrics.json $(OUT)/evaluate/lora/metrics.json $(EXPORT) | $(INSTALLED)
-	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME)
+# Without tasks the summary has validation losses only.
+$(OUT)/summary.json: $(if $(TASKS),$(OUT)/evaluate/base/metrics.json $(OUT)/evaluate/lora/metrics.json) $(EXPORT) | $(INSTALLED)
+	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME) $(if $(TASKS),,--scored false)

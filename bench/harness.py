@@ -6,12 +6,18 @@ is the ratio within a round.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# For all contenders alike, before torch loads: threads that wait sleep soon (see workflows/__main__.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 
@@ -21,6 +27,33 @@ from workflows.files import write_json
 from workflows.measure import PeakMemory, hardware, tree_bytes
 
 REPORTS = Path("out/bench")
+
+
+def run_bench(setup: Callable[..., None]) -> None:
+    """A bench's command line; what goes wrong is one message."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(setup, as_positional=False)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+
+
+def hf_directory(checkpoint_dir: Path) -> Path:
+    """The checkpoint in Hugging Face's form, for peers; written once for each content."""
+    from workflows.hf_export import write_hf
+    from workflows.ollama.gguf_writer import fingerprint
+
+    folder = REPORTS / "hf" / fingerprint(checkpoint_dir)[:16]
+    if not (folder / "config.json").is_file():
+        write_hf(checkpoint_dir, folder, "For measurements only.\n")
+    return folder
+
+
+def by_precision(reports: dict[str, Any]) -> dict[str, Any]:
+    """One report of those at several precisions: bfloat16's on top, float32's under its own key."""
+    top = reports.get("bf16-true") or reports["32-true"]
+    return {**top, **({"float32": reports["32-true"]} if "32-true" in reports else {})}
 
 
 def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any]:
@@ -60,7 +93,7 @@ def alternate(module: str, contenders: list[str], arguments: list[str], rounds: 
             began = time.perf_counter()
             runs[name].append(run_contender(module, name, arguments))
             rate = runs[name][-1]["rate"]
-            print(f"round {number + 1}: {name} {rate:,.0f} a second ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(f"round {number + 1}: {name} {rate:,.4g} a second ({time.perf_counter() - began:.0f} s)", flush=True)
     return runs
 
 
@@ -101,7 +134,7 @@ def write_report(reported: dict[str, Any]) -> None:
             ratio = part["ratio"].get(contender)
             told = f"ours is {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             print(
-                f"  {contender:<8}{row['median']:>8,.0f} ({row['min']:,.0f} to {row['max']:,.0f})"
+                f"  {contender:<8}{row['median']:>8,.4g} ({row['min']:,.4g} to {row['max']:,.4g})"
                 f"{row['peak_bytes'] / 1e9:>8.2f} GB  {told}"
             )
     print(f"\n{path}")

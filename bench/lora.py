@@ -1,4 +1,4 @@
-"""`make bench`: LoRA fine-tuning, ours against LitGPT's `finetune_lora` and TRL's SFTTrainer with PEFT.
+"""`make bench-lora`: LoRA fine-tuning, ours against LitGPT's `finetune_lora` and TRL's SFTTrainer with PEFT.
 
 The same rows in the same order of steps, the same model, rank, precision and thread count. Counted are the tokens of
 the samples, without padding, per second of training (no start-up, validation or saving). Peers' settings: LitGPT with
@@ -7,19 +7,14 @@ a micro-batch of one sample (no padding at all, its best on a CPU), TRL with len
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for all contenders alike
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
-from jsonargparse import auto_cli
 
-from bench.harness import REPORTS, alternate, report, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.errors import UserError
@@ -34,10 +29,12 @@ Contender = Literal["ours", "litgpt", "trl"]
 def setup(
     checkpoint_dir: Path = Path("checkpoints/embedded/smollm2-135m-instruct"),
     data: Path = Path("data/hpo"),
-    rows: int = 64,
+    rows: int = 200,
     max_seq_length: int = 512,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
+    litgpt_micro_batch: int = 1,
+    trl_packing: bool = False,
     contender: Contender | None = None,
 ) -> None:
     """Measure, and write out/bench/lora.json.
@@ -49,6 +46,8 @@ def setup(
         max_seq_length: Longest sample in tokens.
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
+        litgpt_micro_batch: Samples that LitGPT pads together.
+        trl_packing: Let TRL pack the samples (first fit) instead of padding those of about the same length.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
     if rows % BATCH:
@@ -56,29 +55,34 @@ def setup(
     if contender is not None:
         chats = choose_rows(checkpoint_dir, data, rows, max_seq_length)
         with contextlib.redirect_stdout(sys.stderr):
-            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length)
+            peers: dict[str, dict[str, Any]] = {
+                "litgpt": {"micro_batch": litgpt_micro_batch},
+                "trl": {"packing": trl_packing},
+            }
+            options = peers.get(contender, {})
+            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length, **options)
         tokens = sum(len(chat.prompt) + len(chat.completion) for chat in chats)
         print(json.dumps({"rate": tokens / seconds, "loss": loss}))
         return
 
-    if not (REPORTS / "hf" / "config.json").is_file():
-        from workflows.hf_export import write_hf
-
-        write_hf(checkpoint_dir, REPORTS / "hf", "For measurements only.\n")
-    settings = {"rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": str(data)}
+    hf_directory(checkpoint_dir)
+    settings = {
+        "rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": data.name,
+        "litgpt_micro_batch": litgpt_micro_batch, "trl_packing": trl_packing,
+    }  # fmt: skip
     reports: dict[str, Any] = {}
     for precision in precisions:
         arguments = [
             f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--rows={rows}",
             f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]",
+            f"--litgpt_micro_batch={litgpt_micro_batch}", f"--trl_packing={trl_packing}",
         ]  # fmt: skip
         runs = alternate("bench.lora", list(CONTENDERS), arguments, rounds)
         losses = {name: rounds_[0]["loss"] for name, rounds_ in runs.items()}
         if max(losses.values()) - min(losses.values()) > 0.05:
             raise UserError(f"The contenders do not do the same work: their mean losses are {losses}.")
         reports[precision] = report("lora", "tokens/s", {**settings, "precision": precision}, runs)
-    top = reports.get("bf16-true") or reports["32-true"]
-    write_report({**top, **({"float32": reports["32-true"]} if "32-true" in reports else {})})
+    write_report(by_precision(reports))
 
 
 def choose_rows(checkpoint_dir: Path, data: Path, rows: int, max_seq_length: int) -> list[EncodedChat]:
@@ -100,8 +104,9 @@ def run_ours(
     from tempfile import TemporaryDirectory
 
     from workflows.lora import SFT
-    from workflows.training.loop import TrainArgs, fit, make_fabric
+    from workflows.training.loop import TrainArgs, fit
     from workflows.training.model import load_model
+    from workflows.training.processes import make_fabric
 
     class InOrder(SFT):
         def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
@@ -117,14 +122,12 @@ def run_ours(
     torch.manual_seed(0)
     model = load_model(checkpoint_dir, LoRAArgs(), precision, max_seq_length)
     with TemporaryDirectory() as out:
-        result = fit(
-            make_fabric(1, 1, "auto"), model, InOrder(chats, chats[:1], train, 0), train, Path(out), seed=0, identity={}
-        )
+        result = fit(make_fabric(), model, InOrder(chats, chats[:1], train, 0), train, Path(out), seed=0, identity={})
     return result.seconds, sum(result.losses) / steps
 
 
 def run_litgpt(
-    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, micro_batch: int
 ) -> tuple[float, float]:
     """LitGPT's own `finetune_lora`, its training loop timed from outside."""
     from tempfile import TemporaryDirectory
@@ -193,24 +196,27 @@ def run_litgpt(
         finetune.setup(
             checkpoint_dir=checkpoint_dir, out_dir=Path(out), precision=precision, data=InOrder(), seed=0,
             train=TrainArgs(
-                save_interval=10**9, log_interval=1, global_batch_size=BATCH, micro_batch_size=1, lr_warmup_steps=1,
-                epochs=2, max_steps=len(chats) // BATCH,
+                save_interval=10**9, log_interval=1, global_batch_size=BATCH, micro_batch_size=micro_batch,
+                lr_warmup_steps=1, epochs=2, max_steps=len(chats) // BATCH,
             ),
             eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
             optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": RATE, "weight_decay": 0.0}},
             **LoRAArgs().config_fields(),
         )  # fmt: skip
-    # LitGPT's loss of a step is the mean of its samples' means; the same rows token by token give a mean that differs.
+    # LitGPT's loss of a step is the mean of its micro-batches' means; token by token it is one that others give, too.
     lengths = [sum(chat.loss_mask) for chat in chats]
-    weighted = 0.0
-    for begin in range(0, len(chats), BATCH):
-        part = slice(begin, begin + BATCH)
-        total = sum(loss * n for loss, n in zip(losses[part], lengths[part], strict=True))
-        weighted += total / sum(lengths[part])
+    learned = [sum(lengths[i : i + micro_batch]) for i in range(0, len(chats), micro_batch)]
+    weighted, a_step = 0.0, BATCH // micro_batch
+    for begin in range(0, len(learned), a_step):
+        part = slice(begin, begin + a_step)
+        total = sum(loss * n for loss, n in zip(losses[part], learned[part], strict=True))
+        weighted += total / sum(learned[part])
     return seconds[0], weighted / (len(chats) // BATCH)
 
 
-def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int) -> tuple[float, float]:
+def run_trl(
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, packing: bool
+) -> tuple[float, float]:
     """TRL's SFTTrainer with PEFT, on the exported weights."""
     from tempfile import TemporaryDirectory
 
@@ -229,7 +235,7 @@ def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_
     lora = LoRAArgs()
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(REPORTS / "hf", dtype=dtype),
+        AutoModelForCausalLM.from_pretrained(hf_directory(checkpoint_dir), dtype=dtype),
         LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear"),
     )
     rows = [
@@ -238,14 +244,15 @@ def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_
     ]
     with TemporaryDirectory() as out:
         config = SFTConfig(
-            output_dir=out, max_steps=len(chats) // BATCH, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            output_dir=out, num_train_epochs=1, learning_rate=RATE,
+            per_device_train_batch_size=BATCH // 2 if packing else BATCH,  # about as many tokens a step
             lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, report_to=[],
             save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
-            max_length=max_seq_length, disable_tqdm=True,
+            max_length=max_seq_length, disable_tqdm=True, packing=packing,
         )  # fmt: skip
         trainer = InOrder(
             model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(REPORTS / "hf"),
+            processing_class=AutoTokenizer.from_pretrained(hf_directory(checkpoint_dir)),
         )  # fmt: skip
         began = time.perf_counter()
         trainer.train()
@@ -254,10 +261,7 @@ def run_trl(checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_
     return seconds, sum(losses) / len(losses)
 
 
-_RUN = {"ours": run_ours, "litgpt": run_litgpt, "trl": run_trl}
+_RUN: dict[str, Any] = {"ours": run_ours, "litgpt": run_litgpt, "trl": run_trl}
 
 if __name__ == "__main__":
-    try:
-        auto_cli(setup, as_positional=False)
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_bench(setup)

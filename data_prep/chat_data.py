@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.data import DataModule, get_sft_collate_fn
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.prompts import PromptStyle, has_prompt_style
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +23,7 @@ from data_prep.rows import Row, read_rows
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import load_config
 from workflows.errors import UserError
-from workflows.prompt_style import choose_prompt_style
+from workflows.prompt_style import choose_prompt_style, read_prompt_style
 
 IGNORE_INDEX = -100
 """The label of tokens that carry no loss, as in PyTorch's cross-entropy."""
@@ -195,7 +195,7 @@ class ChatData(DataModule):
                 "Make --data.checkpoint_dir the same as --checkpoint_dir, or leave it out."
             )
         if has_prompt_style(directory):
-            self.prompt_style = load_prompt_style(directory)
+            self.prompt_style = read_prompt_style(directory)
         else:
             self.prompt_style = choose_prompt_style(directory, self.template)
         context = load_config(directory).block_size

@@ -1,15 +1,18 @@
-"""A prepared data set and its folder: three JSONL files and manifest.json; beside it NAME_mcq for scoring."""
+"""A prepared data set and its folder: three JSONL files, manifest.json and metrics.json; NAME_mcq for scoring."""
 
 import random
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.rows import Row, row_problem, write_rows
 from data_prep.splits import Item, check_splits
+from workflows.checkpoint import metric, write_metrics
 from workflows.errors import UserError
 from workflows.files import atomic_dir, sha256, write_json
+from workflows.measure import seconds_of_step
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,28 @@ def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
     if kinds is None:
         return
     items = [item for split in dataset.splits.values() for item in split]
-    present = sorted({str(row["kind"]) for item in items for row in item.rows})
+    present = sorted({row["kind"] for item in items for row in item.rows if "kind" in row})
     if unknown := [kind for kind in kinds if kind not in present]:
-        raise UserError(f"{dataset.name} has no rows of kind {', '.join(unknown)}; it has {', '.join(present)}.")
+        has = ", ".join(present) or "no kinds"
+        raise UserError(f"{dataset.name} has no rows of kind {', '.join(unknown)}; it has {has}.")
     for split, members in dataset.splits.items():
         dataset.splits[split] = [
-            Item(item.keys, tuple(row for row in item.rows if row["kind"] in kinds), item.scoring) for item in members
+            Item(item.keys, tuple(row for row in item.rows if row.get("kind") in kinds), item.scoring)
+            for item in members
         ]
 
 
-def write_dataset(dataset: DataSet, out_dir: Path, seed: int) -> list[Path]:
+def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> list[Path]:
     """Write a data set's folder, and NAME_mcq if it has scoring rows; each appears whole or not at all.
 
-    Training rows are shuffled by `seed`; two runs with the same input and seed write the same bytes.
+    Training rows are shuffled by `seed`; two runs with the same input and seed write the same bytes, the seconds in
+    metrics.json aside.
+
+    Args:
+        dataset: What to write.
+        out_dir: The folder of data directories.
+        seed: Seed of the order of training rows.
+        began: When the step began (`workflows.measure.step_began`).
 
     Returns:
         The folders written.
@@ -89,39 +101,45 @@ def write_dataset(dataset: DataSet, out_dir: Path, seed: int) -> list[Path]:
     scoring = {
         split: [item.scoring for item in dataset.splits[split] if item.scoring] for split in ("validation", "test")
     }
-    written = []
-    if any(scoring.values()):
-        # Written first: whoever finds NAME/manifest.json may rely on NAME_mcq too.
-        written.append(_write(out_dir / f"{dataset.name}_mcq", dataset, scoring, "scoring", seed))
-    written.append(_write(out_dir / dataset.name, dataset, rows, "messages", seed))
-    return written
+    main, mcq = out_dir / dataset.name, out_dir / f"{dataset.name}_mcq"
+    # Both are filled before either takes its place, so that no kill leaves one of them beside an older other: with
+    # another seed that one's test questions may be training rows here. NAME comes last: whoever finds it has both.
+    with ExitStack() as both:
+        _fill(both.enter_context(atomic_dir(main)), main.name, dataset, rows, "messages", seed, began)
+        if not any(scoring.values()):
+            return [main]
+        _fill(both.enter_context(atomic_dir(mcq)), mcq.name, dataset, scoring, "scoring", seed, began)
+    return [mcq, main]
 
 
-def _write(directory: Path, dataset: DataSet, rows: dict[str, list[Row]], shape: str, seed: int) -> Path:
+def _fill(
+    folder: Path, name: str, dataset: DataSet, rows: dict[str, list[Row]], shape: str, seed: int, began: float
+) -> None:
+    """Write one data directory's files into a folder."""
     for split, members in rows.items():
         if not members:
-            raise UserError(f"{directory.name}: the {split} split has no rows. Choose other --kinds or sizes.")
+            raise UserError(f"{name}: the {split} split has no rows. Choose other --kinds or sizes.")
         for row in members:
             if problem := row_problem(row, shape):
-                raise ValueError(f"{directory.name}, {split}: a row {problem}: {row}")
-    with atomic_dir(directory) as temporary:
-        files: dict[str, Any] = {}
-        for split, members in rows.items():
-            path = temporary / f"{split}.jsonl"
-            write_rows(path, members)
-            files[path.name] = {"rows": len(members), "kinds": _kinds(members), "sha256": sha256(path)}
-        manifest = {
-            "name": directory.name,
-            "shape": shape,
-            **asdict(dataset.source),
-            "seed": seed,
-            "split": dataset.split_rule,
-            "splits": files,
-            "dropped": dataset.dropped,
-            "notes": dataset.notes,
-        }
-        write_json(temporary / "manifest.json", manifest)
-    return directory
+                raise ValueError(f"{name}, {split}: a row {problem}: {row}")
+    files: dict[str, Any] = {}
+    for split, members in rows.items():
+        path = folder / f"{split}.jsonl"
+        write_rows(path, members)
+        files[path.name] = {"rows": len(members), "kinds": _kinds(members), "sha256": sha256(path)}
+    manifest = {
+        "name": name,
+        "shape": shape,
+        **asdict(dataset.source),
+        "seed": seed,
+        "split": dataset.split_rule,
+        "splits": files,
+        "dropped": dataset.dropped,
+        "notes": dataset.notes,
+    }
+    write_json(folder / "manifest.json", manifest)
+    counts = [metric("rows", len(members), split=split) for split, members in rows.items()]
+    write_metrics(folder / "metrics.json", counts, seconds=seconds_of_step(began))
 
 
 def _kinds(rows: list[Row]) -> dict[str, int]:

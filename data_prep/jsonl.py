@@ -88,4 +88,7 @@ def _turns(value: Any, role: str, name: str) -> list[Any]:
 
 
 def _extra(row: Row) -> Row:
-    return {name: row[name] for name in ("kind", "id") if isinstance(row.get(name), str | int)}
+    extra = {name: row[name] for name in ("kind", "id") if isinstance(row.get(name), str | int)}
+    if "kind" in extra:
+        extra["kind"] = str(extra["kind"])  # kinds are named on the command line
+    return extra

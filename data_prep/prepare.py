@@ -10,10 +10,9 @@ from typing import Literal
 
 from data_prep import exams, hpo, jsonl, medquad, pubmedqa
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
-from workflows.checkpoint import metric, write_metrics
 from workflows.errors import report_all
 from workflows.files import read_json
-from workflows.measure import seconds_of_step, step_began
+from workflows.measure import step_began
 
 Name = Literal["hpo", "pubmedqa", "medquad", "medqa", "medmcqa", "jsonl"]
 _PREPARE = {
@@ -80,11 +79,7 @@ def setup(
         dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)
     dataset.name = name or dataset.name
     choose_kinds(dataset, kinds)
-    directories = write_dataset(dataset, out_dir, seed)
-    for directory in directories:
-        splits = read_json(directory / "manifest.json")["splits"]
-        counts = [metric("rows", split["rows"], split=file.removesuffix(".jsonl")) for file, split in splits.items()]
-        write_metrics(directory / "metrics.json", counts, seconds=seconds_of_step(began))
+    directories = write_dataset(dataset, out_dir, seed, began)
     _print_summary(dataset, directories)
 
 

@@ -120,11 +120,8 @@ def _single(tables: dict[str, list[Table]], name: str) -> Table:
 
 
 def _read_original(path: Path) -> Table:
-    questions = read_json(path)
-    if not isinstance(questions, dict):
-        raise UserError(f"{path} is not an object of questions by id. Get ori_pqal.json again.")
     rows = []
-    for pubid, fields in questions.items():
+    for pubid, fields in read_json(path).items():
         if not isinstance(fields, dict) or not fields.keys() >= set(_ORIGINAL_NAMES):
             raise UserError(f"{path}, question {pubid}: not an object with {', '.join(_ORIGINAL_NAMES)}.")
         row = {name: fields[original] for original, name in _ORIGINAL_NAMES.items()}
@@ -134,7 +131,7 @@ def _read_original(path: Path) -> Table:
 
 def _read_ground_truth(path: Path) -> set[str]:
     answers = read_json(path)
-    if not isinstance(answers, dict) or not answers or not set(answers.values()) <= set(CHOICES):
+    if not answers or not all(answer in CHOICES for answer in answers.values()):
         raise UserError(f"{path} is not an object of ids with yes, no or maybe. Get test_ground_truth.json again.")
     return set(answers)
 

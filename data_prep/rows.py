@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.errors import UserError
+from workflows.untrusted import parse_json
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -113,7 +114,7 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield number, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
             except json.JSONDecodeError as e:
@@ -121,6 +122,8 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                     f"{path}, line {number}: not valid JSON ({e.msg} at column {e.colno}). "
                     "Mend or remove that line; if it is the last one, the file may be cut short."
                 ) from None
+            except ValueError as e:
+                raise UserError(f"{path}, line {number}: not valid JSON ({e}). Mend or remove that line.") from None
 
 
 def read_rows(path: Path, shape: str = "messages") -> list[Row]:

@@ -4,14 +4,14 @@ From the Hub, data comes through `datasets`, which runs no code of the repositor
 such code, the Parquet copy that the Hub itself keeps of it (revision `refs/convert/parquet`) is read.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.rows import Row, iterate_jsonl, type_name
-from workflows.errors import UserError
+from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained, sha256
+from workflows.untrusted import parse_json
 
 PARQUET_REVISION = "refs/convert/parquet"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -73,8 +73,8 @@ def read_table(path: Path) -> Table:
         return _read_parquet(path)
     if path.suffix == ".json" and path.read_text(encoding="utf-8-sig", errors="replace").lstrip().startswith("["):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            rows = parse_json(path.read_text(encoding="utf-8-sig"))
+        except ValueError as e:
             raise UserError(f"{path}: not valid JSON ({e}). The file may be cut short.") from None
         return Table(str(path), rows)
     if path.suffix not in _SUFFIXES:
@@ -155,14 +155,10 @@ def read_hub(hub_id: str, config: str | None = None) -> tuple[dict[str, list[Tab
     except datasets.exceptions.DatasetNotFoundError as e:
         raise UserError(f"The Hub has no data set {hub_id} that you may read ({e}). Is HF_TOKEN needed?") from None
     except HfHubHTTPError as e:
-        raise UserError(f"The Hub refused {hub_id} ({_first_line(e)}). If it wants a login, set HF_TOKEN.") from None
+        raise UserError(f"The Hub refused {hub_id} ({first_line(e)}). If it wants a login, set HF_TOKEN.") from None
     except datasets.exceptions.DatasetsError as e:
-        raise UserError(f"{hub_id} cannot be read ({_first_line(e)}). {_OFFLINE}") from None
-    except (httpx.HTTPError, OSError) as e:
-        raise UserError(f"The Hugging Face Hub cannot be reached for {hub_id} ({_first_line(e)}). {_OFFLINE}") from None
+        raise UserError(f"{hub_id} cannot be read ({first_line(e)}). {_OFFLINE}") from None
+    except (httpx.HTTPError, OSError, RuntimeError) as e:  # hf_xet raises bare RuntimeErrors
+        raise UserError(f"The Hugging Face Hub cannot be reached for {hub_id} ({first_line(e)}). {_OFFLINE}") from None
     tables = {str(split): [Table(f"{hub_id} ({split})", rows.to_list())] for split, rows in loaded.items()}
     return tables, str(commit)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests.children import Child
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "checkpoints" / "embedded" / "smollm2-135m-instruct"
@@ -43,6 +47,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def project_root() -> None:
     """Relative defaults (`checkpoints/`, `.tools/`) mean the project's own folders, wherever pytest was started."""
     os.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c() -> None:
+    """Some tests press Ctrl-C; a job that a shell started in the background would ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def child() -> Iterator[Child]:
+    """A process under limits, in which hostile input may do its worst and a disk may be full."""
+    process = Child()
+    yield process
+    process.stop()
 
 
 @pytest.fixture(scope="session")

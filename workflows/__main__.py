@@ -4,13 +4,17 @@ A step is a function: its signature and docstring are the interface, read by jso
 that is named gets imported, so `--help` is quick.
 """
 
+import dataclasses
+import functools
 import importlib
+import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workflows.errors import UserError
 
@@ -52,6 +56,7 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    _bound_yaml()
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_urls_enabled=False)
     parser = ArgumentParser(prog=f"python -m workflows {prog}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these same keys; later arguments override it.")
@@ -63,12 +68,14 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
             namespace = parser.parse_args(remaining)
             break
         except Exception as e:  # jsonargparse: ArgumentError; argparse: its own; YAML: another
-            message = str(e).removeprefix("error: ").strip()
+            message = _with_choices(str(e).removeprefix("error: ").strip(), function)
             problems.append(message)
             shorter = _without_offender(remaining, message)
             if shorter == remaining:
                 break
             remaining = shorter
+    if not problems:
+        problems = _emptied_groups(function, namespace)
     if problems:
         problems = list(dict.fromkeys(problems))
         listed = problems[0] if len(problems) == 1 else "\n".join(["wrong arguments:", *(f"  - {p}" for p in problems)])
@@ -77,6 +84,49 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
         raise SystemExit(2)
     namespace.pop("config", None)
     return parser.instantiate_classes(namespace)
+
+
+def _emptied_groups(function: Callable[..., Any], namespace: Any) -> list[str]:
+    """Groups of settings that are null or empty lists in a config file, which jsonargparse lets pass."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    return [
+        f'Parser key "{name}": not a group of settings; leave it out for the defaults.'
+        for name, default in defaults.items()
+        if dataclasses.is_dataclass(default) and not isinstance(namespace.get(name), type(namespace))
+    ]
+
+
+def _with_choices(message: str, function: Callable[..., Any]) -> str:
+    """Name the choices where jsonargparse only says "Cannot take a Union of no types": a value that is none of them."""
+    found = re.search(r'Parser key "([\w.]+)"', message)
+    if found is None or "Union of no types" not in message:
+        return message
+    owner: Any = function
+    for name in (path := found[1].split("."))[:-1]:
+        owner = get_type_hints(owner)[name]
+    choices = [str(value) for value in _literals(get_type_hints(owner)[path[-1]])]
+    return f'Parser key "{found[1]}": must be one of {", ".join(choices)}.'
+
+
+def _literals(hint: Any) -> list[Any]:
+    """The values that a type hint allows by name, with `null` for None."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if hint is type(None):
+        return ["null"]
+    return [value for part in get_args(hint) for value in _literals(part)]
+
+
+@functools.cache
+def _bound_yaml() -> None:
+    """Let jsonargparse refuse YAML that would fill the memory."""
+    import jsonargparse
+    import yaml
+
+    from workflows.untrusted import parse_yaml
+
+    load = jsonargparse.get_loader("yaml")
+    jsonargparse.set_loader("yaml", lambda text: parse_yaml(text, load), exceptions=(yaml.YAMLError,))
 
 
 def _without_offender(args: list[str], message: str) -> list[str]:
@@ -99,6 +149,21 @@ def _without_offender(args: list[str], message: str) -> list[str]:
             continue
         kept.append(arg)
     return kept
+
+
+def explain(error: Exception) -> str | None:
+    """One message for what the machine or the user can be the cause of; None for what is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # no permission, not a folder, too many open files
+        return f"{error.strerror}: {error.filename}"
+    words = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        return (
+            "The memory is not enough. Lower --train.row_tokens (training) or --row_tokens (evaluation), choose a "
+            "smaller model, --precision bf16-true, or on a GPU --quantize bnb.nf4."
+        )
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,8 +191,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         function = importlib.import_module(STEPS[step][0]).setup
         function(**parse_all(function, rest, step))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        if (message := explain(e)) is None:
+            raise
+        process = os.environ.get("LOCAL_RANK", "0")
+        print(f"error: {message}" if process == "0" else f"error in process {process}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)

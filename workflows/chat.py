@@ -1,6 +1,7 @@
 """`make chat`: talk to a model in Ollama, in the terminal."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any, Literal, TextIO
 
 from workflows.errors import UserError, report_all
 from workflows.files import write_json
-from workflows.ollama.client import connect, explained, stream_chat
+from workflows.ollama.client import ContextFull, connect, explained, stream_chat
 from workflows.ollama.server import OllamaServer, open_server
 
 _HELP = "/system TEXT sets the system message, /reset forgets the conversation, /save FILE writes it, /exit ends"
@@ -73,11 +74,11 @@ def setup(
     }
     report_all(_problems(options, prompt, port))
     with open_server(port) as server:
-        begins_in_thoughts = opens_thoughts(server, model)
-        chat = Chat(server, model, options, think, json, begins_in_thoughts, system)
+        begins_in_thoughts, context = facts(server, model, num_ctx)
+        chat = Chat(server, model, options, think, json, begins_in_thoughts, system, context=context)
         if prompt is not None:
             if not chat.ask(prompt).finished:
-                raise KeyboardInterrupt
+                raise SystemExit(130)  # Ctrl-C; the answer ends with "[stopped]"
         else:
             chat.loop()
 
@@ -104,16 +105,30 @@ def _problems(options: dict[str, Any], prompt: str | None, port: int | None) -> 
     return found
 
 
-def opens_thoughts(server: OllamaServer, model: str) -> bool:
-    """Whether the model's template itself writes `<think>`, so that its answers begin inside the thoughts.
+def facts(server: OllamaServer, model: str, num_ctx: int | None = None) -> tuple[bool, int | None]:
+    """What Ollama says about a model.
+
+    Args:
+        server: The server.
+        model: The model's name.
+        num_ctx: The context length asked for, in tokens; the one in the model's Modelfile if None.
+
+    Returns:
+        Whether the model's template itself writes `<think>`, so that its answers begin inside the thoughts, and the
+        context length that its runner will have; None if only the server knows its default.
 
     Raises:
         UserError: If Ollama does not know the model.
     """
     with explained(server, model):
-        template = connect(server).show(model).template or ""
+        shown = connect(server).show(model)
+    template, info = shown.template or "", shown.modelinfo or {}
     # Where a template names .Thinking, Ollama parts thoughts and speech itself.
-    return ".Thinking" not in template and re.search(r"<think>\s*\{\{-?\s*(end|else)", template) is not None
+    begins = ".Thinking" not in template and re.search(r"<think>\s*\{\{-?\s*(end|else)", template) is not None
+    if num_ctx is None and (line := re.search(r"^num_ctx\s+(\d+)$", shown.parameters or "", flags=re.MULTILINE)):
+        num_ctx = int(line[1])
+    trained = info.get(f"{info.get('general.architecture')}.context_length")
+    return begins, min(num_ctx, trained) if num_ctx and isinstance(trained, int) else num_ctx
 
 
 class ThoughtParser:
@@ -197,12 +212,14 @@ class Chat:
         begins_in_thoughts: bool = False,
         system: str | None = None,
         out: TextIO | None = None,
+        context: int | None = None,
     ) -> None:
         self.server, self.model, self.options = server, model, options
         self.think, self.as_json, self.begins_in_thoughts = think, as_json, begins_in_thoughts
-        self.system = system
+        self.system, self.context = system, context
         self.history: list[dict[str, str]] = []
         self.out = out or sys.stdout
+        self._used = 0  # tokens of the conversation, about; 0 until the server has counted some
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -217,11 +234,15 @@ class Chat:
         again with later questions: models that think were trained without their earlier thoughts.
 
         Raises:
-            UserError: If the server fails; the conversation is then as it was before.
+            ContextFull: If the conversation does not fit into the context.
+            UserError: If the server fails. Either way the conversation is left as it was before the question.
         """
+        # Another's server leaves out the oldest messages without a word, so that they have to be counted beforehand.
+        if self.server.log is None and self._used and self._used + _tokens(question) > (self.context or math.inf):
+            raise ContextFull(self.context)
         self.history.append({"role": "user", "content": question})
         answer, parser = Answer(), ThoughtParser(self.begins_in_thoughts)
-        stream = stream_chat(self.server, self.model, self.messages, self.options)
+        stream = stream_chat(self.server, self.model, self.messages, self.options, self.context)
         try:
             for part in stream:
                 if part.message.thinking:
@@ -236,6 +257,8 @@ class Chat:
                         for name in ("prompt_eval_count", "eval_count", "total_duration", "done_reason")
                         if (value := getattr(part, name)) is not None
                     }
+                    if answer.thoughts and not answer.text:
+                        self._end_in_thoughts(answer, was_cut=part.done_reason == "length")
         except KeyboardInterrupt:
             self._show(answer, parser.close())
             self._print("\n[stopped]" if not self.as_json else "")
@@ -247,8 +270,19 @@ class Chat:
         finally:
             stream.close()  # type: ignore[attr-defined]
         self.history.append({"role": "assistant", "content": answer.text})
+        self._used = answer.counts.get("prompt_eval_count") or (self._used and self._used + _tokens(question))
+        self._used += _tokens(answer.text) if self._used else 0
         self._end(question, answer)
         return answer
+
+    def _end_in_thoughts(self, answer: Answer, was_cut: bool) -> None:
+        if was_cut:
+            print("[cut while it was thinking: raise --num_predict, and --num_ctx with it]", file=sys.stderr)
+            return
+        # It came to its end without ever leaving its thoughts: its answer is what it said in them.
+        if self.think == "hide" and not self.as_json:
+            self._print(answer.thoughts)
+        answer.thoughts, answer.text = "", answer.thoughts
 
     def _show(self, answer: Answer, pieces: Iterator[tuple[bool, str]]) -> None:
         for is_thought, text in pieces:
@@ -277,7 +311,9 @@ class Chat:
         self.out.flush()
 
     def loop(self) -> None:
-        """Read questions and commands until /exit or the end of the input; an error ends the chat.
+        """Read questions and commands until /exit or the end of the input.
+
+        An error ends the chat, but for a full context where somebody is there to mend it.
 
         Raises:
             UserError: If the server fails.
@@ -298,7 +334,12 @@ class Chat:
             if line.startswith("/"):
                 self.command(line)
             elif line:
-                self.ask(line)
+                try:
+                    self.ask(line)
+                except ContextFull as e:
+                    if not interactive:
+                        raise
+                    print(e, file=sys.stderr)
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash; what is wrong with it is said, and the chat goes on."""
@@ -306,9 +347,11 @@ class Chat:
         argument = argument.strip()
         if name == "/system":
             self.system = argument or None
+            self._used += _tokens(argument) if self._used else 0
             print(f"system message: {argument or 'the model’s own'}", file=sys.stderr)
         elif name == "/reset":
             self.history.clear()
+            self._used = 0
             print("the conversation is forgotten", file=sys.stderr)
         elif name == "/save":
             self._save(argument)
@@ -325,3 +368,8 @@ class Chat:
             print(f"not saved: {e}", file=sys.stderr)
         else:
             print(f"saved: {file}", file=sys.stderr)
+
+
+def _tokens(text: str) -> int:
+    """About how many tokens a message has, its role's marks included; rather too many than too few."""
+    return len(text.encode()) // 3 + 8

@@ -9,68 +9,23 @@ Prompt and completion are encoded apart and concatenated: at inference the model
 token may straddle the border. The token that ends the assistant's turn belongs to the completion.
 """
 
-import datetime
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from workflows.errors import UserError
-from workflows.files import read_json
+from workflows.files import read_json, read_text
+from workflows.template_sandbox import render
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": TEXT}`."""
 
-# Templates that print today's date (Llama 3.1 and later) would change every prompt every day, and Ollama's template
-# could not follow. The day of Llama 3.2's own template default is used always.
-_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
-
 # Private-use characters: no tokenizer or template treats them specially, and no real text holds them by accident.
 _CONTENT = "\ue000content\ue001"
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """Accept Hugging Face's `{% generation %}…{% endgeneration %}` marks, which render as their contents."""
-
-    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Unlike Jinja's own filter, no HTML escapes; the arguments are those of transformers' filter.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _TEMPLATE_DATE.strftime
-    return environment.from_string(source)
 
 
 @dataclass(frozen=True)
@@ -116,7 +71,7 @@ class ChatTemplate:
         directory = Path(checkpoint_dir)
         config = read_json(directory / "tokenizer_config.json")
         template_file = directory / "chat_template.jinja"
-        source = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+        source = read_text(template_file) if template_file.is_file() else config.get("chat_template")
         if not isinstance(source, str):
             raise UserError(
                 f"{directory} has no chat template (chat_template.jinja): it looks like a base model. Use the "
@@ -135,7 +90,8 @@ class ChatTemplate:
         eos_token = _token_text(config.get("eos_token"))
         generation = directory / "generation_config.json"
         stop = read_json(generation).get("eos_token_id") if generation.is_file() else None
-        stop_ids = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        stops = [i for i in (stop if isinstance(stop, list) else [stop]) if isinstance(i, int) and 0 <= i < 1 << 32]
+        stop_ids = {token_id for token_id in stops if tokenizer.id_to_token(token_id) is not None}
         if (eos_id := tokenizer.token_to_id(eos_token)) is not None:
             stop_ids.add(eos_id)
         if not stop_ids:
@@ -150,20 +106,23 @@ class ChatTemplate:
         Raises:
             UserError: If the template is malformed or refuses the messages (an unknown role, two user turns in a row).
         """
+        variables = {
+            "messages": [{**message} for message in messages],  # Jinja's `indent` adds to the list that it is given
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "tools": None,
+            "documents": None,
+        }
         try:
-            return _compile(self.source).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-                tools=None,
-                documents=None,
-            )
+            return render(self.source, variables)
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from None
+        except (RecursionError, SyntaxError):  # of Python's compiler, which has limits on nesting
+            raise UserError("The chat template is nested too deeply, or calls itself without end.") from None
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise UserError(f"The chat template refuses this conversation (roles: {roles}): {e}") from None
+            roles = ", ".join(str(message.get("role")) for message in messages[:20])
+            raise UserError(f"The chat template refuses this conversation (roles: {roles}): {str(e)[:500]}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it become their ids, none are added."""
@@ -177,16 +136,18 @@ class ChatTemplate:
         """Ids of a conversation that ends with the user's turn, plus the header of the assistant's answer."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
-    def completion_ids(self, content: str) -> list[int]:
-        """Ids of an assistant's answer with the token that ends its turn."""
-        return self.encode(self.answer_text(content))
-
     def answer_text(self, content: str) -> str:
-        """An assistant's answer as the model is to write it: trimmed where the template trims, turn end included."""
-        # A template whose generation prompt already opens the thoughts (DeepSeek-R1) must not open them twice.
-        if self.opens_thoughts:
+        """An assistant's answer as the model is to write it: trimmed where the template trims, turn end included.
+
+        Where the generation prompt has opened the thoughts (DeepSeek-R1), they are not opened twice; an answer without
+        thoughts closes them first, or the model would learn never to leave them.
+        """
+        content = content.strip() if self._trims_answers else content
+        if self.opens_thoughts and "</think>" in content:
             content = content.removeprefix("<think>").removeprefix("\n")
-        return (content.strip() if self._trims_answers else content) + self.turn_end
+        else:
+            content = self.empty_thoughts + content
+        return content + self.turn_end
 
     @functools.cached_property
     def turn_end(self) -> str:
@@ -210,6 +171,11 @@ class ChatTemplate:
     def opens_thoughts(self) -> bool:
         """Whether the generation prompt itself writes `<think>`, so that answers begin inside the thoughts."""
         return self.render(_PROBE, add_generation_prompt=True).rstrip().endswith("<think>")
+
+    @property
+    def empty_thoughts(self) -> str:
+        """What leads from the generation prompt to an answer without thoughts; "" where it does not open them."""
+        return "\n</think>\n\n" if self.opens_thoughts else ""
 
     @functools.cached_property
     def default_system(self) -> str:
@@ -286,4 +252,4 @@ def _token_text(token: Any) -> str:
     """`tokenizer_config.json` writes a special token as a string, as an AddedToken object, or as null."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token or ""
+    return token if isinstance(token, str) else ""

@@ -17,7 +17,8 @@ import yaml
 from litgpt.config import Config
 
 from workflows.errors import UserError
-from workflows.files import read_json, sha256, write_json, write_text
+from workflows.files import read_json, read_text, sha256, write_json, write_text
+from workflows.untrusted import parse_yaml
 
 WEIGHTS = "lit_model.pth"
 LORA_WEIGHTS = "lit_model.pth.lora"
@@ -33,6 +34,18 @@ COMPANIONS = (
 )
 """Files that a training step hands on unchanged."""
 REQUIRED = ("config.json", "model_config.yaml", "tokenizer.json", "tokenizer_config.json")
+SIZES = {
+    "hidden_size": ("n_embd", 1 << 20),
+    "intermediate_size": ("intermediate_size", 1 << 24),
+    "num_hidden_layers": ("n_layer", 1 << 10),
+    "num_attention_heads": ("n_head", 1 << 16),
+    "num_key_value_heads": ("n_query_groups", 1 << 16),
+    "head_dim": ("head_size", 1 << 16),
+    "vocab_size": ("padded_vocab_size", 1 << 24),
+    "max_position_embeddings": ("block_size", 1 << 24),
+}
+"""Sizes by their names in `config.json`: LitGPT's names, and limits far above those of any model. What a file asks for
+is allocated further down, whoever wrote it."""
 VERSIONED = ("torch", "litgpt", "lightning", "transformers", "tokenizers", "lm-eval", "datasets", "jsonargparse")
 """Packages whose versions are written into every provenance.json."""
 
@@ -85,10 +98,21 @@ def load_config(checkpoint_dir: Path, **overrides: Any) -> Any:
     else:
         config_class = Config
     try:
-        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return config_class(**{**fields, **overrides})
-    except (yaml.YAMLError, TypeError, ValueError, AssertionError) as e:
+        return checked(config_class(**{**parse_yaml(read_text(file)), **overrides}))
+    except (yaml.YAMLError, TypeError, ValueError, AssertionError, AttributeError, KeyError, ArithmeticError) as e:
         raise UserError(f"{file} is not a LitGPT model configuration ({e}). Download the checkpoint again.") from None
+
+
+def checked(config: Any) -> Any:
+    """The configuration, if its sizes can be those of a model.
+
+    Raises:
+        ValueError: If one of them is none.
+    """
+    for name, most in SIZES.values():
+        if type(size := getattr(config, name)) is not int or not 0 < size <= most:
+            raise ValueError(f"{name} is {size!r:.40}, not a whole number from 1 to {most:,}")
+    return config
 
 
 def write_config(config: Config, checkpoint_dir: Path) -> None:
@@ -113,7 +137,24 @@ def load_weights(checkpoint_dir: Path, name: str = WEIGHTS) -> dict[str, torch.T
             f"{file} cannot be read as a checkpoint of tensors: {reason}\n"
             "It is cut short or holds more than tensors. Delete its folder and run the step that makes it again."
         ) from None
-    return state_dict.get("model", state_dict)
+    weights: Any = state_dict.get("model", state_dict) if isinstance(state_dict, dict) else None
+    if not is_state_dict(weights) or not all(tensor.is_floating_point() for tensor in weights.values()):
+        raise UserError(
+            f"{file} does not hold weights by name. Delete its folder and run the step that makes it again."
+        )
+    return weights
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether a value read from a file is tensors by name, none of them larger than what the file holds of it."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        for name, tensor in value.items()
+    )
 
 
 def is_tied(checkpoint_dir: Path) -> bool:

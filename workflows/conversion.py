@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from workflows import litgpt_api
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import WEIGHTS, write_config
+from workflows.checkpoint import SIZES, WEIGHTS, checked, write_config
 from workflows.errors import UserError, report_all
 from workflows.files import write_json, write_text
 from workflows.prompt_style import write_prompt_style
@@ -28,6 +28,20 @@ _COPY = {
     "Qwen2ForCausalLM": litgpt_api.copy_weights_qwen_2_5,
 }
 """The architectures we convert, and LitGPT's function that holds the map of names."""
+_READ = (
+    *SIZES,
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+)
+"""The keys of `config.json` that matter here; transformers acts on others too (`num_labels` makes so many names)."""
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
@@ -85,7 +99,9 @@ def litgpt_config(hf_config: dict[str, Any], name: str, place: str) -> Config:
     """
     from transformers import LlamaConfig, Qwen2Config
 
-    architecture = (hf_config.get("architectures") or [f"of type {hf_config.get('model_type')!r}"])[0]
+    architectures = hf_config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    architecture = first if isinstance(first, str) else f"of type {hf_config.get('model_type')!r:.40}"
     if architecture not in _COPY:
         raise UserError(
             f"{place}: the architecture {architecture} is not supported. Supported are "
@@ -93,13 +109,26 @@ def litgpt_config(hf_config: dict[str, Any], name: str, place: str) -> Config:
         )
     if "quantization_config" in hf_config:
         raise UserError(f"{place} holds quantized weights; use the model's unquantized checkpoint (bf16 safetensors).")
+    report_all(
+        [
+            f"{place}: config.json is damaged: {key} is {hf_config[key]!r:.40}, not a whole number from 1 to {most:,}."
+            for key, (_, most) in SIZES.items()
+            if hf_config.get(key) is not None and not (type(hf_config[key]) is int and 0 < hf_config[key] <= most)
+        ]
+    )
     is_qwen2 = architecture == "Qwen2ForCausalLM"
     # transformers' own classes fill in the defaults and bring both generations of rotary settings into one form.
     try:
-        hf = (Qwen2Config if is_qwen2 else LlamaConfig)(**hf_config)
+        hf = (Qwen2Config if is_qwen2 else LlamaConfig)(**{key: hf_config[key] for key in _READ if key in hf_config})
     except Exception as e:  # huggingface_hub's strict dataclasses raise several classes for a field of the wrong type
         raise UserError(f"{place}: config.json is not a valid configuration of {architecture}: {e}") from None
+    try:
+        return _from_hf(hf, name, place, is_qwen2)
+    except (AssertionError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
+        raise UserError(f"{place}: the settings in config.json do not fit together ({e}).") from None
 
+
+def _from_hf(hf: Any, name: str, place: str, is_qwen2: bool) -> Config:
     rope = hf.rope_parameters
     rope_type = rope.get("rope_type", "default")
     problems = []
@@ -121,32 +150,34 @@ def litgpt_config(hf_config: dict[str, Any], name: str, place: str) -> Config:
         adjustments = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
         adjustments["original_max_seq_len"] = rope["original_max_position_embeddings"]
     base = float(rope["rope_theta"])
-    try:
-        return Config(
-            name=_litgpt_name(name, is_qwen2),
-            block_size=hf.max_position_embeddings,
-            n_layer=hf.num_hidden_layers,
-            n_embd=hf.hidden_size,
-            n_head=hf.num_attention_heads,
-            n_query_groups=hf.num_key_value_heads,
-            head_size=getattr(hf, "head_dim", None),
-            vocab_size=hf.vocab_size,
-            padded_vocab_size=hf.vocab_size,
-            padding_multiple=1,
-            norm_class_name="RMSNorm",
-            norm_eps=hf.rms_norm_eps,
-            parallel_residual=False,
-            bias=False,
-            attn_bias=is_qwen2,
-            mlp_class_name="LLaMAMLP",
-            intermediate_size=hf.intermediate_size,
-            rotary_percentage=1.0,
-            rope_base=int(base) if base.is_integer() else base,
-            rope_condense_ratio=rope["factor"] if rope_type == "linear" else 1,
-            rope_adjustments=adjustments,
-        )
-    except (AssertionError, ValueError, TypeError) as e:
-        raise UserError(f"{place}: the sizes in config.json do not fit together ({e}).") from None
+    factor = rope["factor"] if rope_type == "linear" else 1
+    numbers = [base, hf.rms_norm_eps, factor, *(adjustments or {}).values()]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ValueError(f"rotary settings {rope}, rms_norm_eps {hf.rms_norm_eps}")
+    config = Config(
+        name=_litgpt_name(name, is_qwen2),
+        block_size=hf.max_position_embeddings,
+        n_layer=hf.num_hidden_layers,
+        n_embd=hf.hidden_size,
+        n_head=hf.num_attention_heads,
+        n_query_groups=hf.num_key_value_heads,
+        head_size=getattr(hf, "head_dim", None),
+        vocab_size=hf.vocab_size,
+        padded_vocab_size=hf.vocab_size,
+        padding_multiple=1,
+        norm_class_name="RMSNorm",
+        norm_eps=hf.rms_norm_eps,
+        parallel_residual=False,
+        bias=False,
+        attn_bias=is_qwen2,
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=hf.intermediate_size,
+        rotary_percentage=1.0,
+        rope_base=int(base) if base.is_integer() and base < 1 << 63 else base,
+        rope_condense_ratio=factor,
+        rope_adjustments=adjustments,
+    )
+    return checked(config)
 
 
 def _litgpt_name(name: str, is_qwen2: bool) -> str:
@@ -267,7 +298,8 @@ def _write_weights(file: Path, outputs: list[_Output], dtype: torch.dtype, tied:
 
 
 def _write_prompt_files(source: Source, output: Path) -> None:
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **source.tokenizer_config}
+    config = dict(source.tokenizer_config)
+    config["tokenizer_class"] = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
     config.pop("chat_template", None)
     if source.chat_template is None:
         write_json(output / "tokenizer_config.json", config)

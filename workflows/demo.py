@@ -1,22 +1,34 @@
 """The end of `make demo`: ask the new model three held-out questions in Ollama, and put all numbers in one table.
 
-The stages themselves are targets of the Makefile; each left its numbers in files, which are read here.
+The stages themselves are targets of the Makefile; each left its numbers in files, which are read here. Only the
+validation loss of the untuned model is measured here, to go with the one that training reports.
 """
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.rows import Row, read_rows
-from workflows.checkpoint import versions
+from data_prep.chat_data import ChatData
+from data_prep.rows import read_rows
+from workflows.checkpoint import metric, versions
 from workflows.errors import UserError
 from workflows.files import read_json, write_json
+from workflows.lora import SFT
 from workflows.measure import hardware, seconds_of_step, step_began
+from workflows.merge import read_hyperparameters
 from workflows.ollama.client import stream_chat
 from workflows.ollama.server import open_server
+from workflows.training.loop import TrainArgs
+from workflows.training.model import load_model
+from workflows.training.processes import choose_accelerator
 
 STAGES = ("base", "lora")
 QUESTIONS = 3
+ANSWER_TOKENS = 256
+"""The most tokens of an answer: a model that learned from truncated answers may not stop by itself."""
+_SHOWN = 300
+"""Characters of a question or answer in the table; the summary has all of them."""
 
 
 def setup(
@@ -25,6 +37,7 @@ def setup(
     data: Path = Path("data/hpo"),
     name: str = "demo",
     seed: int = 7,
+    scored: bool = True,
     show: bool = False,
 ) -> None:
     """Write RUN_DIR/summary.json from what the stages wrote, and print it as a table.
@@ -35,6 +48,8 @@ def setup(
         data: The data directory; questions are drawn from its test split.
         name: The model's name in Ollama.
         seed: Chooses the questions.
+        scored: Whether the stages were evaluated; false for data without questions to score on, whose stages differ by
+            their validation loss alone.
         show: Only print the summary that is there.
 
     Raises:
@@ -42,64 +57,119 @@ def setup(
     """
     began = step_began()
     if show:
-        print(as_text(read_json(run_dir / "summary.json"), run_dir))
+        print(as_text(read_stage(run_dir / "summary.json", "demo"), run_dir))
         return
-    stages = [stage_summary(run_dir, stage) for stage in STAGES]
+    base, *tuned = [stage_summary(run_dir, stage, scored) for stage in STAGES]
     answers = ask(data, name, seed)
-    summary = summarize(run_dir, base_dir, data, stages, answers)
-    summary["steps"]["ask"] = seconds_of_step(began)
+    seconds_of_asking = seconds_of_step(began)
+    if any(row["name"] == "val_loss" for stage in tuned for row in stage["metrics"]):
+        began = time.time()
+        loss = validation_loss(base_dir, data, read_hyperparameters(run_dir / "lora" / "final"))
+        base["metrics"].append(metric("val_loss", loss, split="validation"))
+        base["seconds"] += time.time() - began
+    summary = summarize(run_dir, base_dir, data, [base, *tuned], answers)
+    summary["steps"]["ask"] = seconds_of_asking
     summary["total_seconds"] = sum(summary["steps"].values())
     write_json(run_dir / "summary.json", summary)
 
 
-def stage_summary(run_dir: Path, stage: str) -> dict[str, Any]:
-    """One stage's seconds and metrics: its scores on held-out questions, and what its training reported."""
-    scored = read_json(run_dir / "evaluate" / stage / "metrics.json")
-    summary: dict[str, Any] = {"name": stage, "seconds": scored["seconds"], "metrics": scored["metrics"]}
+def read_stage(file: Path, target: str) -> Any:
+    """Read what a stage left.
+
+    Args:
+        file: A JSON file.
+        target: The target of the Makefile that writes it.
+
+    Raises:
+        UserError: If it is not there, or not JSON.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: `make {target}` (with the same RUN, MODEL and DATA) writes it.")
+    return read_json(file)
+
+
+def stage_summary(run_dir: Path, stage: str, scored: bool) -> dict[str, Any]:
+    """One stage's seconds and metrics: its scores on held-out questions, and what its training reported.
+
+    Raises:
+        UserError: If the stage has not run or, where it is to be scored, was not evaluated.
+    """
+    evaluated: dict[str, Any] = {"seconds": 0.0, "metrics": [], "comparison": []}
+    if scored:
+        evaluated = read_stage(run_dir / "evaluate" / stage / "metrics.json", "evaluate")
+    summary: dict[str, Any] = {"name": stage, "seconds": evaluated["seconds"], "metrics": evaluated["metrics"]}
     if stage != "base":
-        trained = read_json(run_dir / stage / "final" / "metrics.json")
+        trained = read_stage(run_dir / stage / "final" / "metrics.json", stage)
         summary["seconds"] += trained["seconds"]
-        summary["metrics"] = scored["metrics"] + trained["metrics"]
+        summary["metrics"] = evaluated["metrics"] + trained["metrics"]
         summary |= {key: trained[key] for key in ("tokens_per_second", "peak_bytes")}
-        summary["comparison"] = scored["comparison"]
+        summary["comparison"] = evaluated["comparison"]
     return summary
 
 
+def validation_loss(checkpoint_dir: Path, data: Path, settings: dict[str, Any]) -> float:
+    """The loss of an untuned checkpoint on the rows, and in the precision, with which a training step validates.
+
+    The weights are not quantized, even if the training's are.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        data: The data directory.
+        settings: The `hyperparameters.yaml` of the training step.
+
+    Returns:
+        Mean negative log-likelihood of the assistant's tokens, in nats.
+    """
+    train = TrainArgs(**settings["train"])
+    chat_data = ChatData(
+        data, kinds=settings["kinds"], max_val_rows=settings["max_val_rows"], checkpoint_dir=checkpoint_dir
+    )
+    chat_data.connect(max_seq_length=train.max_seq_length)
+    objective = SFT([], chat_data.encoded("validation"), train, settings["seed"])
+    model = load_model(
+        checkpoint_dir,
+        precision=settings["precision"],
+        max_seq_length=train.max_seq_length,
+        device=choose_accelerator(),
+    )
+    return objective.validate(model)["val_loss"]
+
+
 def ask(data: Path, name: str, seed: int) -> list[dict[str, str]]:
-    """Put held-out questions to the model in Ollama, with the settings that its Modelfile gives it.
+    """Put held-out questions to the model in Ollama, with the sampling that its Modelfile sets.
+
+    Where the data has rows of kind "name" (hpo's questions with one short answer), the questions are of these.
 
     Returns:
         For each question its text, the model's answer, and the answer of the data set.
 
     Raises:
-        UserError: If the test split is too small, or Ollama fails.
+        UserError: If the test split has no question, or Ollama fails.
     """
-    rows = [row for row in read_rows(data / "test.jsonl") if row.get("kind") in (None, "name")]
-    if len(rows) < QUESTIONS:
-        raise UserError(f"{data}/test.jsonl has {len(rows)} questions, the demo asks {QUESTIONS}.")
+    rows = [row for row in read_rows(data / "test.jsonl") if any(m["role"] == "user" for m in row["messages"])]
+    rows = [row for row in rows if row.get("kind") == "name"] or rows
+    if not rows:
+        raise UserError(f"{data}/test.jsonl has no message of a user to ask.")
     answers = []
     with open_server() as server:
-        for row in random.Random(seed).sample(rows, QUESTIONS):
-            question = _question(row)
-            parts = stream_chat(server, name, [{"role": "user", "content": question}], {})
+        for row in random.Random(seed).sample(rows, min(QUESTIONS, len(rows))):
+            end = 1 + next(i for i, message in enumerate(row["messages"]) if message["role"] == "user")
+            asked, expected = row["messages"][:end], row["messages"][end]["content"]
+            parts = stream_chat(server, name, asked, {"num_predict": ANSWER_TOKENS})
             answer = "".join(part.message.content or "" for part in parts)
-            answers.append({"question": question, "answer": answer, "expected": row["messages"][-1]["content"]})
+            answers.append({"question": asked[-1]["content"], "answer": answer, "expected": expected})
     return answers
-
-
-def _question(row: Row) -> str:
-    return next(message["content"] for message in row["messages"] if message["role"] == "user")
 
 
 def summarize(
     run_dir: Path, base_dir: Path, data: Path, stages: list[dict[str, Any]], answers: list[dict[str, str]]
 ) -> dict[str, Any]:
     """The summary in the shape that DESIGN and the README's tables read; times of all steps under `steps`."""
-    verified = read_json(run_dir / "ollama" / "verification.json")
-    exported = read_json(run_dir / "ollama" / "metrics.json")
+    verified = read_stage(run_dir / "ollama" / "verification.json", "export")
+    exported = read_stage(run_dir / "ollama" / "metrics.json", "export")
     steps = {
-        "download": read_json(base_dir / "metrics.json")["seconds"],
-        "data": read_json(data / "metrics.json")["seconds"],
+        "download": read_stage(base_dir / "metrics.json", "download")["seconds"],
+        "data": read_stage(data / "metrics.json", "data")["seconds"],
         "evaluate base": stages[0]["seconds"],
         **{f"{stage['name']} and evaluate": stage["seconds"] for stage in stages[1:]},
         "export and verify": exported["seconds"],
@@ -156,14 +226,20 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
     ]
     for answer in ollama["answers"]:
         lines += [
-            f"  Q: {answer['question']}",
-            f"  A: {answer['answer'].strip()}",
-            f"     (expected: {answer['expected']})",
+            f"  Q: {_short(answer['question'])}",
+            f"  A: {_short(answer['answer'])}",
+            f"     (expected: {_short(answer['expected'])})",
         ]
     lines += ["", "Seconds"]
     lines += [f"  {name:<20}{seconds:>8.0f}" for name, seconds in summary["steps"].items()]
     lines += [f"  {'total':<20}{summary['total_seconds']:>8.0f}", "", f"All of it: {run_dir}/summary.json"]
     return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    """On one line; of a long text its beginning and its end, where the question is that follows an abstract."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN // 2]} … {line[-_SHOWN // 2 :]}"
 
 
 def _score(row: dict[str, Any] | None) -> str:

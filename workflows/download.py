@@ -71,7 +71,8 @@ def setup(
         checkpoints_dir: The folder of all checkpoints.
         dtype: The type of the weights; as stored if not given (float32 for quantized weights).
         hub_id: For a name in the registry: another Hub id than the registry's.
-        path_file: Write the checkpoint's path to this file; so make learns where a model is.
+        path_file: Write the checkpoint's path to this file; so make learns where a model is. The file is left alone if
+            it has that path and the checkpoint was there already, so that nothing made from it becomes stale.
 
     Raises:
         UserError: If the model cannot be found, reached, read or converted.
@@ -80,7 +81,8 @@ def setup(
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
     asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
-    if _is_there(target, asked):
+    was_there = _is_there(target, asked)
+    if was_there:
         print(f"{target} is already there. Delete the folder to make it again.")
     else:
         with PeakMemory() as peak:
@@ -91,8 +93,9 @@ def setup(
                 write_provenance(folder, "download", {"model": {**asked, **facts}}, {"model": model, "hub_id": hub_id})
                 _write_metrics(folder, source, seconds_of_step(began), peak)
         print(f"{target}: ready in {seconds_of_step(began):.0f} s")
-    if path_file is not None:
-        write_text(path_file, f"{target}\n")
+    line = f"{target}\n"
+    if path_file is not None and not (was_there and path_file.is_file() and path_file.read_text() == line):
+        write_text(path_file, line)
 
 
 def find_model(model: str, revision: str | None = None, hub_id: str | None = None) -> _Origin:
@@ -111,7 +114,8 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
     if model == EMBEDDED or (entry and not hub_id and entry["hub_id"] == EMBEDDED):
         origin = _Origin("embedded", f"{SMOLLM2.requirement}: {_EMBEDDED_FILE}", EMBEDDED, _EMBEDDED_NAME)
     elif entry:
-        print(f"{model}: {entry['note']}\nLicence: {entry['licence']}; about {entry['disk_gb']} GB.")
+        if not hub_id:
+            print(f"{model}: {entry['note']}\nLicence: {entry['licence']}; about {entry['disk_gb']} GB.")
         origin = _from_hub(hub_id or entry["hub_id"])
     elif path.is_dir():
         if (path / WEIGHTS).is_file():
@@ -161,6 +165,12 @@ def _registry() -> dict[str, dict[str, Any]]:
         raise UserError(f"{file} cannot be read: {e}") from None
 
 
+def _known_licence(hub_id: str) -> str | None:
+    """The licence of a model on the Hub that the registry lists, under whatever name it was asked for."""
+    found = (entry["licence"] for entry in _registry().values() if entry["hub_id"].lower() == hub_id.lower())
+    return next(found, None)
+
+
 def _from_hub(hub_id: str) -> _Origin:
     org, _, name = hub_id.rpartition("/")
     return _Origin("hub", hub_id, org.lower() or "hub", name)
@@ -189,7 +199,7 @@ def _read(origin: _Origin, revision: str | None) -> tuple[Source, dict[str, Any]
         return source, {**facts, "licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
     if origin.kind == "hub":
         folder = fetch_from_hub(origin.place, revision)
-        return read_hf_dir(folder), {"commit": folder.name}
+        return read_hf_dir(folder), {"commit": folder.name, "licence": _known_licence(origin.place)}
     path = Path(origin.place)
     if origin.kind == "gguf":
         return read_gguf(path), {"sha256": sha256(path)}

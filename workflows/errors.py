@@ -22,3 +22,8 @@ def report_all(problems: list[str]) -> None:
         raise UserError(problems[0])
     if problems:
         raise UserError("\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message up to its first line break, or its class's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

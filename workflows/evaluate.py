@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
@@ -17,12 +16,15 @@ from workflows.evaluation.cache import ResultCache
 from workflows.evaluation.compare import Comparison, compare_samples
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
 from workflows.evaluation.tasks import load_tasks, split_of
-from workflows.files import write_json, write_text
+from workflows.files import atomic_update, write_json, write_text
 from workflows.lora import default_precision
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.training.processes import choose_accelerator
 
 UNFINISHED = "unfinished.jsonl"
 """Results of a run that was stopped; gone when the run is finished."""
+METRICS = "metrics.json"
+"""Written last: a folder without it holds no finished evaluation."""
 
 
 def setup(
@@ -64,11 +66,13 @@ def setup(
         UserError: If an argument, the checkpoint, a task or its data is not usable.
     """
     report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot))
-    precision = precision or default_precision()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_accelerator()
+    precision = precision or default_precision(on_gpu=device.startswith("cuda"))
     out_dir = out_dir or default_out_dir(checkpoint_dir)
-    if baseline is not None and not baseline.is_dir():
-        raise UserError(f"--baseline {baseline} is not a folder: name the out_dir of an earlier `make evaluate`.")
+    if baseline is not None and not (baseline / METRICS).is_file():
+        raise UserError(
+            f"--baseline {baseline} has no {METRICS}: name the out_dir of an earlier `make evaluate` that has finished."
+        )
     quiet_lm_eval()
 
     began = step_began()
@@ -112,18 +116,19 @@ def setup(
     if lm.truncated:
         remarks.append(f"{lm.truncated} requests were longer than the model's context and lost text at their beginning")
 
-    write_results(out_dir, results, samples)
-    write_metrics(
-        out_dir / "metrics.json",
-        metric_rows(results),
-        seconds=seconds_of_step(began) + earlier,
-        tokens_per_second=cache.tokens / cache.seconds if cache.seconds else None,
-        peak_bytes=peak.bytes,
-        checkpoint_dir=str(checkpoint_dir),
-        **identity,
-        comparison=[comparison.row() for comparison in compared],
-        remarks=remarks,
-    )
+    with atomic_update(out_dir, last=[METRICS]) as fresh:
+        write_results(fresh, results, samples)
+        write_metrics(
+            fresh / METRICS,
+            metric_rows(results),
+            seconds=seconds_of_step(began) + earlier,
+            tokens_per_second=cache.tokens / cache.seconds if cache.seconds else None,
+            peak_bytes=peak.bytes,
+            checkpoint_dir=str(checkpoint_dir),
+            **identity,
+            comparison=[comparison.row() for comparison in compared],
+            remarks=remarks,
+        )
     cache.delete()
     print(table(results, compared))
     print("\n".join([*remarks, f"{cache.tokens:,} tokens, {cache.tokens / max(cache.seconds, 1e-9):,.0f} a second"]))

@@ -1,10 +1,12 @@
 """`make export`: a checkpoint in the forms that others read, a model in Ollama, and proof that it is the same model.
 
 OUT_DIR holds the GGUF files, the Modelfile, the model card, `hf/` (Hugging Face) and on request `adapter/` (PEFT).
-`verification.json`, `metrics.json` and `provenance.json` are written last: without them an export is not finished.
-Finished GGUF files of the same weights are kept when the step is run again.
+They take the places of an earlier export's when all of them are written. `metrics.json` and `provenance.json` come
+last: without them an export is not finished. `verification.json` follows where models were created in Ollama. Finished
+GGUF files of the same weights are kept when the step is run again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,17 +28,18 @@ from workflows.checkpoint import (
     write_provenance,
 )
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_file, read_json, write_json, write_text
+from workflows.files import atomic_file, atomic_update, read_json, write_json, write_text
 from workflows.hf_export import write_hf
 from workflows.measure import PeakMemory, seconds_of_step, step_began
-from workflows.model_card import base_model_of, licence_of, lineage, model_card
+from workflows.model_card import licence_of, lineage, model_card
 from workflows.ollama.client import connect, create_model, explained, owner_sha256
 from workflows.ollama.gguf_writer import GGUFType, fingerprint, is_gguf_of, write_gguf
 from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.server import OllamaServer, open_server
-from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Verification, reference_answers, verify_model
-from workflows.peft_export import write_adapter
+from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Reference, Verification, reference_answers, verify_model
+from workflows.peft_export import find_base, write_adapter
 from workflows.training.model import Precision
+from workflows.training.processes import choose_accelerator
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_K_M", "q4_K_S"]
 _BY_OLLAMA = ("q4_K_M", "q4_K_S")
@@ -50,12 +53,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ```"""
-_PEFT_USAGE = """```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, ".")  # base: the model that adapter_config.json names, by transformers
-```"""
-_RESULTS = ("verification.json", "metrics.json", PROVENANCE)
+_RESULTS = (PROVENANCE, "metrics.json", "verification.json")
 
 
 def setup(
@@ -69,6 +67,7 @@ def setup(
     create: bool = True,
     verify_prompts: int = 50,
     verify_precision: Precision = "32-true",
+    device: str | None = None,
     num_ctx: int = 4096,
     num_thread: int | None = None,
     temperature: float | None = None,
@@ -90,6 +89,7 @@ def setup(
         create: Create the model in Ollama and verify it; false only writes the files.
         verify_prompts: Held-out questions to verify with; 0 for no verification.
         verify_precision: Precision of LitGPT's own answers; bf16-true halves the memory.
+        device: Where LitGPT's own answers are computed: "cpu", "cuda", …; null takes a GPU if there is one.
         num_ctx: Context length in Ollama, in tokens; at most the model's.
         num_thread: CPU threads in Ollama; half the logical cores by default (with every core taken it crawls).
         temperature: Sampling temperature; the checkpoint's own by default, else 0.2.
@@ -143,22 +143,29 @@ def setup(
         held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
     )
     target = out_dir or default_out_dir(directory, name)
-    target.mkdir(parents=True, exist_ok=True)
-    for result in _RESULTS:
-        (target / result).unlink(missing_ok=True)
-
     with PeakMemory() as peak:
-        write_files(directory, target, name, kinds, modelfile, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
+        with atomic_update(target, last=_RESULTS, kept="*.gguf") as fresh:
+            write_files(directory, target, fresh, name, kinds, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
+            write_instructions(directory, fresh, name, kinds, modelfile)
+            if not create:
+                finish(fresh, directory, settings, None, {}, seconds_of_step(began), peak.bytes)
+        for kind in kinds:
+            if kind in _BY_OLLAMA:  # one that is there is of an earlier export
+                gguf_file(target, name, kind).unlink(missing_ok=True)
         results: dict[str, Verification] = {}
         version = None
         if create:
             with open_server(port) as server:
                 version = server.version
                 create_models(server, target, name, kinds, modelfile)
+                write_instructions(directory, target, name, kinds, modelfile)  # its files may be others now
                 if prompts:
-                    results = verify(server, directory, template, name, kinds, prompts, verify_precision)
-    finish(target, directory, settings, version, results, seconds_of_step(began), peak.bytes)
+                    reference = reference_answers(
+                        directory, template, prompts, verify_precision, device or choose_accelerator()
+                    )
+                    results = verify(server, template, name, kinds, prompts, reference)
     if create:
+        finish(target, directory, settings, version, results, seconds_of_step(began), peak.bytes)
         print(f"{name} is in Ollama; talk to it with: make chat NAME={name}")
 
 
@@ -172,6 +179,8 @@ def default_out_dir(checkpoint_dir: Path, name: str) -> Path:
 def held_out_prompts(data: Path, number: int, template: ChatTemplate, num_ctx: int) -> list[list[Message]]:
     """The first different questions of the test split: an optional system message and one user message each.
 
+    A small data set may have fewer than are asked for; then all of them are taken, and the terminal says so.
+
     Args:
         data: A data directory; its rows may be conversations or prompts.
         number: How many.
@@ -179,7 +188,7 @@ def held_out_prompts(data: Path, number: int, template: ChatTemplate, num_ctx: i
         num_ctx: Longer prompts (with room for an answer) are left out.
 
     Raises:
-        UserError: If there are not so many, or a line is malformed.
+        UserError: If none fits, or a line is malformed.
     """
     prompts: dict[str, list[Message]] = {}
     file = data / "test.jsonl"
@@ -195,10 +204,13 @@ def held_out_prompts(data: Path, number: int, template: ChatTemplate, num_ctx: i
             prompts[key] = question
         if len(prompts) == number:
             return list(prompts.values())
-    raise UserError(
-        f"{file} has only {len(prompts)} different questions that fit into --num_ctx {num_ctx}; "
-        f"--verify_prompts asks for {number}."
-    )
+    if not prompts:
+        raise UserError(
+            f"{file} has no question that fits into --num_ctx {num_ctx} with {ANSWER_TOKENS} tokens left to answer. "
+            "Raise --num_ctx (at most to the model's context), or switch the verification off: --verify_prompts 0."
+        )
+    print(f"{file} has {len(prompts)} different questions that fit: verifying with these instead of {number}")
+    return list(prompts.values())
 
 
 def gguf_file(out_dir: Path, name: str, kind: str) -> Path:
@@ -214,47 +226,74 @@ def model_name(name: str, kinds: list[Any], kind: str) -> str:
 def write_files(
     directory: Path,
     out_dir: Path,
+    fresh: Path,
     name: str,
     kinds: list[Quantization],
-    modelfile: Modelfile,
     *,
     hf: bool,
     adapter: bool,
     shard_bytes: int,
 ) -> None:
-    """Write everything that needs no Ollama."""
+    """Write the weights in all forms that need no Ollama.
+
+    Args:
+        directory: The checkpoint.
+        out_dir: The export's folder; finished files of the same weights are taken over from there.
+        fresh: Where to write; finished files that a stopped run left there are kept.
+        name: The model's name.
+        kinds: The types of GGUF.
+        hf: Write the Hugging Face directory.
+        adapter: Write the adapter.
+        shard_bytes: The largest safetensors file.
+    """
     steps = lineage(directory)
     checkpoint_sha256 = fingerprint(directory)
     if hf:
-        write_hf(directory, out_dir / "hf", model_card(directory, name, _HF_USAGE), shard_bytes)
+        write_hf(directory, fresh / "hf", model_card(directory, name, _HF_USAGE), shard_bytes)
         print(f"written: {out_dir / 'hf'}")
     if adapter:
-        base_dir = (steps[0].get("sources") or {}).get("base", {}).get("path") if steps else None
-        base = base_dir or base_model_of(steps) or "unknown"
-        write_adapter(directory, out_dir / "adapter", base, model_card(directory, name, _PEFT_USAGE))
+        base = find_base(directory, out_dir / "base")
+        write_adapter(directory, fresh / "adapter", base, model_card(directory, name, base.usage))
         print(f"written: {out_dir / 'adapter'}")
     ours: dict[str, GGUFType] = {kind: kind for kind in kinds if kind not in _BY_OLLAMA}  # type: ignore[misc]
-    if any(kind in _BY_OLLAMA for kind in kinds):
+    if set(kinds) - set(ours):
         ours["source"] = "source"
-    for kind in ours.values():
-        file = gguf_file(out_dir, name, kind)
+    files = {gguf_file(fresh, name, kind): kind for kind in ours.values()}
+    for leftover in set(fresh.glob("*.gguf")) - set(files):
+        leftover.unlink()
+    for file, kind in files.items():
+        there = out_dir / file.name
+        if not is_gguf_of(file, checkpoint_sha256, kind) and is_gguf_of(there, checkpoint_sha256, kind):
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system without links: it is written anew
+                file.hardlink_to(there)
         if is_gguf_of(file, checkpoint_sha256, kind):
-            print(f"already there: {file}")
+            print(f"already there: {there}")
             continue
         write_gguf(directory, file, kind, name, checkpoint_sha256, licence_of(steps))
-        print(f"written: {file} ({file.stat().st_size / 1e6:.0f} MB)")
-    source = gguf_file(out_dir, name, kinds[0])
-    write_text(out_dir / "Modelfile", modelfile.text(f"./{source.name}"))
-    usage = (
-        f"```\nollama create {name} -f Modelfile\nollama run {name}\n```\n\nor `make chat NAME={name}` in the project."
-    )
+        print(f"written: {there} ({file.stat().st_size / 1e6:.0f} MB)")
+
+
+def write_instructions(
+    directory: Path, out_dir: Path, name: str, kinds: list[Quantization], modelfile: Modelfile
+) -> None:
+    """Write the Modelfile and the model card, over the file of the first type or what Ollama makes that type from."""
+    file, option = gguf_file(out_dir, name, kinds[0]), ""
+    if not file.is_file():
+        file, option = gguf_file(out_dir, name, "source"), f"-q {kinds[0]} "
+    write_text(out_dir / "Modelfile", modelfile.text(f"./{file.name}"))
+    commands = f"ollama create {option}{name} -f Modelfile\nollama run {name}"
+    usage = f"```\n{commands}\n```\n\nor `make chat NAME={name}` in the project."
     write_text(out_dir / "README.md", model_card(directory, name, usage))
 
 
 def create_models(
     server: OllamaServer, out_dir: Path, name: str, kinds: list[Quantization], modelfile: Modelfile
 ) -> None:
-    """Create one model for each type; files of types that Ollama makes are copied out of a server of ours."""
+    """Create one model for each type; files of types that Ollama makes are copied out of a server of ours.
+
+    What Ollama makes such a type from is kept where its file could not be had.
+    """
     for kind in kinds:  # all of them before the first is touched
         owner_sha256(server, model_name(name, kinds, kind))
     for kind in kinds:
@@ -266,7 +305,8 @@ def create_models(
         create_model(server, model, gguf_file(out_dir, name, "source"), modelfile, quantize=kind)
         if server.is_ours:
             copy_blob(server, model, file)
-    gguf_file(out_dir, name, "source").unlink(missing_ok=True)
+    if all(gguf_file(out_dir, name, kind).is_file() for kind in kinds):
+        gguf_file(out_dir, name, "source").unlink(missing_ok=True)
 
 
 def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
@@ -287,20 +327,18 @@ def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
 
 def verify(
     server: OllamaServer,
-    directory: Path,
     template: ChatTemplate,
     name: str,
     kinds: list[Quantization],
     prompts: list[list[Message]],
-    precision: Precision,
+    reference: Reference,
 ) -> dict[str, Verification]:
-    """Verify each model.
+    """Verify each model against LitGPT's answers.
 
     Raises:
         UserError: If prompt ids differ, a model is broken, or f16 agrees with LitGPT on too few answers, or parts from
             it elsewhere than at near ties.
     """
-    reference = reference_answers(directory, template, prompts, precision)
     results: dict[str, Verification] = {}
     for kind in kinds:
         result = results[kind] = verify_model(server, model_name(name, kinds, kind), template, prompts, reference)
@@ -336,7 +374,7 @@ def finish(
     seconds: float,
     peak_bytes: int,
 ) -> None:
-    """Write `provenance.json`, `metrics.json` and, last, `verification.json`."""
+    """Write `provenance.json`, `metrics.json` and, last, `verification.json`: make takes that for "is in Ollama"."""
     agreement = {kind: result.greedy_agreement for kind, result in results.items()}
     checks = [result.prompt_ids_equal for result in results.values()]
     chats = [result.chat_prompts_equal for result in results.values()]
@@ -345,6 +383,8 @@ def finish(
     rows = [metric(f"greedy_agreement_{kind}", share, n=prompts, split="test") for kind, share in agreement.items()]
     sizes = {file.name: file.stat().st_size for file in sorted(out_dir.glob("*.gguf"))}
     write_metrics(out_dir / "metrics.json", rows, seconds=seconds, peak_bytes=peak_bytes, file_bytes=sizes)
+    if version is None:
+        return
     write_json(
         out_dir / "verification.json",
         {

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from workflows.conversion import LazyTensor, Source
 from workflows.errors import UserError
+from workflows.gguf_header import GGUFTensor, read_header
 from workflows.gguf_tokenizer import build_tokenizer
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -36,6 +36,28 @@ _NAMES = {
 }
 """GGUF's names (between `blk.N.` and `.weight`) to Hugging Face's."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_FIELDS: dict[str, Any] = {
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.tokens": list[str],
+    "tokenizer.ggml.token_type": list[int],
+    "tokenizer.ggml.merges": list[str],
+    "tokenizer.ggml.add_bos_token": bool,
+    **{f"tokenizer.ggml.{role}_token_id": int for role in ("bos", "eos", "eot", "unknown", "padding")},
+    "*.expert_count": int,
+    "*.embedding_length": int,
+    "*.feed_forward_length": int,
+    "*.block_count": int,
+    "*.context_length": int,
+    "*.attention.key_length": int,
+    "*.attention.layer_norm_rms_epsilon": float,
+    "*.rope.dimension_count": int,
+    "*.rope.freq_base": float,
+    "*.rope.scaling.type": str,
+    "*.rope.scaling.factor": float,
+}
+"""Types of the fields that are read; a star stands for the architecture."""
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 20  # elements dequantized at once; the temporaries of k-quants are several times as large
 
@@ -46,14 +68,17 @@ def read_gguf(file: Path) -> Source:
     Raises:
         UserError: If the file is missing, cut short, not GGUF, or of an architecture or tokenizer we do not convert.
     """
-    reader = _open(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields, tensors = read_header(file)
     architecture = fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise UserError(
-            f"{file}: GGUF architecture {architecture!r} is not supported. Supported: {', '.join(_ARCHITECTURES)}."
+            f"{file}: GGUF architecture {architecture!r:.40} is not supported. Supported: {', '.join(_ARCHITECTURES)}."
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, kind in _FIELDS.items():
+        if (name := name.replace("*", architecture)) in fields and not _is(fields[name], kind):
+            raise UserError(
+                f"{file} is damaged: its field {name} is not of the type {getattr(kind, '__name__', kind)}."
+            )
     if "token_embd.weight" not in tensors:
         raise UserError(f"{file} has no token_embd.weight: it is not a language model (an adapter, or a split file?).")
 
@@ -65,30 +90,25 @@ def read_gguf(file: Path) -> Source:
         tensors=_lazy_tensors(config, tensors),
         tokenizer_json=tokenizer_json,
         tokenizer_config=tokenizer_config,
-        generation_config={key: config[key] for key in ("bos_token_id", "eos_token_id")},
+        generation_config={"bos_token_id": config["bos_token_id"], "eos_token_id": _stops(fields)},
         chat_template=fields.get("tokenizer.chat_template"),
     )
 
 
-def _open(file: Path) -> GGUFReader:
-    try:
-        with open(file, "rb") as f:
-            magic = f.read(4)
-    except OSError as e:
-        raise UserError(f"{file} cannot be read: {e.strerror}.") from None
-    if magic != b"GGUF":
-        raise UserError(f"{file} is not a GGUF file (it does not begin with 'GGUF').")
-    try:
-        # The reader maps every tensor it finds in the header, so that a file that ends too early fails here.
-        return GGUFReader(file)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as e:
-        raise UserError(
-            f"{file} is cut short or damaged: its header describes more than its {file.stat().st_size:,} bytes hold "
-            f"({e}). Download it again."
-        ) from None
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (list[str], list[int]):
+        return isinstance(value, list) and all(type(item) is kind.__args__[0] for item in value)
+    return type(value) is kind and (kind is not float or math.isfinite(value))
 
 
-def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
+def _stops(fields: dict[str, Any]) -> int | list[int]:
+    """The ids that end an answer: the text's end and, where it is another (Llama 3), the turn's."""
+    found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    stops = list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+    return stops if len(stops) > 1 else stops[0]
+
+
+def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[str, Any]:
     """The `config.json` that the model has, or would have, on the Hub."""
 
     def field(key: str, default: Any = None) -> Any:
@@ -102,6 +122,8 @@ def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict
     width, heads = field("embedding_length"), field("attention.head_count")
     if not isinstance(heads, int) or not isinstance(field("attention.head_count_kv", heads), int):
         raise UserError(f"{file}: the number of heads differs from layer to layer, which is not supported.")
+    if heads < 1:
+        raise UserError(f"{file} is damaged: it has {heads} heads.")
     head_dim = field("attention.key_length", width // heads)
     if field("rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{file} rotates a part of each head only, which is not supported.")
@@ -126,7 +148,7 @@ def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": {**rope, "rope_theta": theta},
         "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
@@ -135,27 +157,32 @@ def _config(file: Path, architecture: str, fields: dict[str, Any], tensors: dict
 
 
 def _rope_scaling(
-    file: Path, fields: dict[str, Any], architecture: str, head_dim: int, tensors: dict[str, ReaderTensor]
+    file: Path, fields: dict[str, Any], architecture: str, head_dim: int, tensors: dict[str, GGUFTensor]
 ) -> dict[str, Any]:
     """Rotary scaling. Llama 3's is not a field: the file holds its result, one divisor per frequency."""
     kind = fields.get(f"{architecture}.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(fields[f"{architecture}.rope.scaling.factor"])}
+        if (key := f"{architecture}.rope.scaling.factor") not in fields:
+            raise UserError(f"{file} lacks the field {key} of its linear rotary scaling; it is damaged.")
+        return {"rope_type": "linear", "factor": fields[key]}
     if kind != "none":
         raise UserError(f"{file}: rotary scaling of type {kind!r} is not supported (known: linear, Llama 3's).")
     if _ROPE_FACTORS not in tensors:
         return {}
 
-    stored = np.asarray(tensors[_ROPE_FACTORS].data, dtype=np.float64)
+    stored = dequantize(tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].kind).astype(np.float64)
     theta = float(fields.get(f"{architecture}.rope.freq_base", 10000.0))
+    unknown = UserError(f"{file}: its rope_freqs.weight is not Llama 3's rotary scaling, which is the one supported.")
+    if 2 * stored.size != head_dim or stored.ndim != 1:
+        raise unknown
     # Every Llama 3.1 to 3.3 has these three; the factor is 8 or 32, the divisor of the slowest frequencies.
     low, high, original = 1.0, 4.0, 8192
     factor = float(stored.max())
     turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
-        raise UserError(f"{file}: its rope_freqs.weight is not Llama 3's rotary scaling, which is the one supported.")
+    if not np.allclose(stored, expected, rtol=1e-3):
+        raise unknown
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -165,23 +192,23 @@ def _rope_scaling(
     }
 
 
-def _lazy_tensors(config: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, LazyTensor]:
+def _lazy_tensors(config: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[str, LazyTensor]:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     lazy = {}
     for name, tensor in tensors.items():
         if name == _ROPE_FACTORS:  # already in the configuration
             continue
-        *block, part, kind = name.split(".")
+        stem, _, kind = name.rpartition(".")
+        prefix, _, part = stem.rpartition(".")  # blk.N
         hf_part = _NAMES.get(part, part)
-        hf_name = f"model.layers.{block[1]}.{hf_part}.{kind}" if len(block) == 2 else f"{hf_part}.{kind}"
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        dtype = _TORCH_DTYPES.get(tensor.tensor_type.name, torch.float32)
+        hf_name = f"model.layers.{prefix.removeprefix('blk.')}.{hf_part}.{kind}" if prefix else f"{hf_part}.{kind}"
+        dtype = _TORCH_DTYPES.get(tensor.kind.name, torch.float32)
         interleaved = heads.get(part, 0) if config["model_type"] == "llama" else 0
-        lazy[hf_name] = LazyTensor(shape, dtype, functools.partial(_read_into, tensor, interleaved))
+        lazy[hf_name] = LazyTensor(tensor.shape, dtype, functools.partial(_read_into, tensor, interleaved))
     return lazy
 
 
-def _read_into(tensor: ReaderTensor, interleaved_heads: int, out: torch.Tensor) -> None:
+def _read_into(tensor: GGUFTensor, interleaved_heads: int, out: torch.Tensor) -> None:
     """Dequantize a tensor into `out`, a few rows at a time; undo llama.cpp's permutation of the rows if asked."""
     rows = out.view(out.shape[0], -1) if out.dim() > 1 else out.view(1, -1)
     if interleaved_heads:  # row (head, i, half) of the file is row (head, half, i) of the matrix
@@ -190,7 +217,7 @@ def _read_into(tensor: ReaderTensor, interleaved_heads: int, out: torch.Tensor) 
     data = tensor.data.reshape(len(rows), -1)  # each row of a quantized matrix is whole blocks of bytes
     step = max(1, _CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):
-        chunk = dequantize(np.array(data[start : start + step]), tensor.tensor_type)
+        chunk = dequantize(np.array(data[start : start + step]), tensor.kind)
         values = torch.from_numpy(chunk.astype(np.float32, copy=False)).view(-1, rows.shape[1])
         if interleaved_heads:
             rows[order[start : start + step]] = values.to(rows.dtype)

@@ -147,8 +147,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: i
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Clones: safetensors refuses tensors that share a storage, as views of one mapped file do.
-        save_file({name: tensors[name].clone() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: _alone(tensors[name]) for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files for their owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -156,3 +155,8 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: i
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own; safetensors refuses views that share one, as those of a mapped file."""
+    return torch.from_numpy(tensor.contiguous().view(torch.uint8).numpy()).view(tensor.dtype)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from workflows.checkpoint import is_state_dict
 from workflows.conversion import LazyTensor, Source
-from workflows.errors import UserError
-from workflows.files import read_json
+from workflows.errors import UserError, first_line
+from workflows.files import read_json, read_text
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_LONGEST_NAME = 255
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 
 
@@ -27,14 +29,12 @@ def read_hf_dir(directory: Path) -> Source:
             f"`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
         )
     config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{directory / 'config.json'} is not a model configuration.")
     tokenizer_config = _tokenizer_config(directory)
     return Source(
         place=str(directory),
         config=config,
         tensors=_lazy_tensors(directory),
-        tokenizer_json=tokenizer_json.read_text(encoding="utf-8"),
+        tokenizer_json=read_text(tokenizer_json),
         tokenizer_config=tokenizer_config,
         generation_config=_generation_config(directory, config),
         chat_template=_chat_template(directory, tokenizer_config),
@@ -45,27 +45,41 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
     file, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
     config = read_json(file) if file.is_file() else {}
     specials = read_json(older) if older.is_file() else {}  # older checkpoints name BOS and EOS only there
-    return {**{key: specials[key] for key in ("bos_token", "eos_token") if key in specials}, **config}
+    config = {**{key: specials[key] for key in ("bos_token", "eos_token") if key in specials}, **config}
+    kinds: dict[str, type | tuple[type, ...]] = {"tokenizer_class": str, "add_bos_token": bool}
+    for key, kind in {**kinds, "bos_token": (str, dict), "eos_token": (str, dict)}.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise UserError(f"{file}: {key} is {config[key]!r:.40}, which it cannot be. Download it again.")
+    return config
 
 
 def _generation_config(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     file = directory / "generation_config.json"
+    generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     if file.is_file():
         try:
-            return read_json(file)
+            generation = read_json(file)
         except UserError as e:  # some were published with a trailing comma; config.json knows the essential part
             print(f"{e} Using config.json's token ids instead.")
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = generation.get(key)
+        every = ids if isinstance(ids, list) else [ids]
+        if not all(token_id is None or isinstance(token_id, int) for token_id in every):
+            raise UserError(f"{directory}: {key} is {ids!r:.40}, no token's number. Download it again.")
+    return generation
 
 
 def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
     if (file := directory / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = tokenizer_config.get("chat_template")
     if template is None and (file := directory / "chat_template.json").is_file():
         template = read_json(file).get("chat_template")
     if isinstance(template, list):  # several by name, as [{"name": …, "template": …}]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{directory}: its chat template is {template!r:.40}, not a text. Download it again.")
     return template
 
 
@@ -80,9 +94,12 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in (_SAFETENSORS, _BIN):
         index = directory / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+            if not all(isinstance(shard, str) and len(shard) < _LONGEST_NAME for shard in shards):
+                raise UserError(f"{index} does not say which file a tensor is in; it is damaged. Download it again.")
             # A shard's name comes from a downloaded file; it must not lead out of the folder.
-            files = [directory / Path(shard).name for shard in shards]
+            files = [directory / Path(shard).name for shard in sorted(set(shards))]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise UserError(f"{directory} lacks {', '.join(missing)}, named in {index.name}. Download it again.")
             if not files:
@@ -117,9 +134,9 @@ def _pickled(file: Path) -> dict[str, LazyTensor]:
     except Exception as e:  # RuntimeError, UnpicklingError, EOFError, ...: torch has no class for "not a checkpoint"
         raise UserError(
             f"{file} cannot be read as a file of tensors: it is cut short, written by torch older than 1.6, or a "
-            f"pickle that would run code, which is refused. Use the model's safetensors. ({_first_line(e)})"
+            f"pickle that would run code, which is refused. Use the model's safetensors. ({first_line(e)})"
         ) from None
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    if not is_state_dict(state_dict):
         raise UserError(f"{file} is not a dictionary of tensors. Use the model's safetensors.")
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_copy, tensor))
@@ -133,7 +150,3 @@ def _copy_mapped(opened: Any, name: str, out: torch.Tensor) -> None:
 
 def _copy(tensor: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(tensor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

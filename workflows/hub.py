@@ -69,5 +69,5 @@ def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
         raise UserError(f"{hub_id!r} is not a Hub id: {e}") from None
     except LocalEntryNotFoundError:
         raise UserError(f"The Hugging Face Hub cannot be reached and its cache lacks {hub_id}. {_OFFLINE}") from None
-    except httpx.HTTPError as e:
+    except (httpx.HTTPError, ConnectionError, RuntimeError) as e:  # the last two: hf_xet, which wraps nothing
         raise UserError(f"The download of {hub_id} broke off ({e}). {_OFFLINE}") from None

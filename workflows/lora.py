@@ -5,10 +5,11 @@ The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,13 +37,23 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
+from workflows.lifetime import end_with_parent
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import FitResult, TrainArgs, fit, make_fabric, step_indices
+from workflows.training.loop import FitResult, TrainArgs, fit, step_indices
 from workflows.training.model import DTYPES, GPT, LoRAArgs, Precision, load_model
-from workflows.training.resume import Resume
+from workflows.training.processes import (
+    Accelerator,
+    StrategyName,
+    choose_accelerator,
+    device_problems,
+    launched,
+    make_fabric,
+)
+from workflows.training.resume import Resume, ResumeMode, discard
 
+MOST_RANK = 1 << 16
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"]
 
 
@@ -91,9 +102,10 @@ def setup(
     max_val_rows: int = 200,
     precision: Precision | None = None,
     quantize: Quantize | None = None,
+    accelerator: Accelerator = "auto",
     devices: int | str = 1,
     num_nodes: int = 1,
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    strategy: StrategyName = "auto",
     lora_r: int = 16,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
@@ -120,6 +132,7 @@ def setup(
         precision: "bf16-true" (weights in bfloat16, adapters in float32), "32-true", "16-true"; null takes bfloat16
             where the device computes in it, else float32.
         quantize: Keep the frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes.
+        accelerator: "cuda", "cpu" or "mps"; "auto" takes CUDA where there is a GPU, else the CPU.
         devices: Devices per machine, or "auto" for all.
         num_nodes: Machines.
         strategy: "ddp" (whole model on each device), "fsdp" (sharded), or "auto".
@@ -144,46 +157,59 @@ def setup(
     settings = dict(locals())
     checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
     context = load_config(checkpoint_dir).block_size
-    problems = train.problems()
-    if lora_r < 0:
-        problems.append(f"--lora_r must be 0 (full weights) or more, not {lora_r}.")
+    problems = train.problems() + device_problems(accelerator, devices, num_nodes, strategy, train.global_batch_size)
+    on_gpu = choose_accelerator(accelerator) == "cuda"
+    if not 0 <= lora_r <= MOST_RANK:
+        problems.append(f"--lora_r must be from 0 (full weights) to {MOST_RANK:,}, not {lora_r}.")
+    if lora_alpha < 1:
+        problems.append(f"--lora_alpha must be at least 1, not {lora_alpha}.")
+    if not 0 <= lora_dropout < 1:
+        problems.append(f"--lora_dropout must be from 0 to below 1, not {lora_dropout}.")
+    if max_val_rows < 1:
+        problems.append(f"--max_val_rows must be at least 1, not {max_val_rows}.")
+    if not 0 <= seed < 1 << 32:
+        problems.append(f"--seed must be from 0 to {(1 << 32) - 1}, not {seed}.")
     if lora_r > 0 and not any((lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head)):
         problems.append("No layer is adapted: switch on at least one of --lora_query … --lora_head, or use --lora_r 0.")
     if train.max_seq_length > context:
         problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
-    if quantize is not None and not torch.cuda.is_available():
+    if quantize is not None and not on_gpu:
         problems.append("--quantize needs a CUDA GPU and bitsandbytes; on a CPU leave it out.")
     if quantize is not None and lora_r == 0:
         problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
+    if quantize is not None and strategy == "fsdp":
+        problems.append("--quantize: 4-bit weights cannot be sharded; use --strategy ddp.")
+    if trainer == "litgpt" and lora_r == 0:
+        problems.append("--trainer litgpt runs `finetune_lora`; it needs --lora_r of at least 1.")
     report_all(problems)
 
-    settings["precision"] = precision = precision or default_precision()
+    settings["precision"] = precision = precision or default_precision(on_gpu)
     final = out_dir / "final"
     recover_dir(final)
     if resume is not False and is_finished(final, settings):
+        if (checkpoints := out_dir / "checkpoints").is_dir():
+            discard(checkpoints, run_identity(settings))
         print(f"{final} is already there, made with these settings; --resume false makes it anew")
         (final / PROVENANCE).touch()  # tells make that it is up to date
         return
     if trainer == "litgpt":
         run_litgpt(settings, final)
         return
-    if resume == "auto" and final.is_dir():
-        resume = False  # the finished run had other settings: its checkpoints are no start for this one
 
-    fabric = make_fabric(devices, num_nodes, strategy, _quantization(quantize, precision) if quantize else None)
-    fabric.launch()
-    chat_data = _chat_data(settings)
-    chat_data.connect(max_seq_length=train.max_seq_length)
-    rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
-    fabric.print("\n".join(map(str, chat_data.reports.values())))
-    lora = LoRAArgs(
-        lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head
-    )
-    main(fabric, SFT(rows, validation, train, seed), lora, settings, final, resume)
+    plugin = _quantization(quantize, precision) if quantize else None
+    fabric = make_fabric(devices, num_nodes, strategy, accelerator, plugin)
+    with launched(fabric):
+        chat_data = _chat_data(settings)
+        chat_data.connect(max_seq_length=train.max_seq_length)
+        rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
+        fabric.print("\n".join(map(str, chat_data.reports.values())))
+        lora = LoRAArgs.from_settings(settings)
+        mode: ResumeMode = "matching" if resume == "auto" and final.is_dir() else resume
+        main(fabric, SFT(rows, validation, train, seed), lora, settings, final, mode)
 
 
 def main(
-    fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, Any], final: Path, resume: Resume
+    fabric: L.Fabric, objective: SFT, lora: LoRAArgs, settings: dict[str, Any], final: Path, resume: ResumeMode
 ) -> None:
     """Load the model, train it, and write the final checkpoint directory."""
     train, seed, base = settings["train"], settings["seed"], Path(settings["checkpoint_dir"])
@@ -191,7 +217,6 @@ def main(
     torch.manual_seed(seed)
     with PeakMemory() as peak:
         model = load_model(base, lora, settings["precision"], train.max_seq_length)
-        identity = {**run_identity(settings), "base_files": describe_source(base).get("files")}
         result = fit(
             fabric,
             model,
@@ -199,7 +224,7 @@ def main(
             train,
             final.parent,
             seed=seed,
-            identity=identity,
+            identity=run_identity(settings),
             resume=resume,
             loggers=settings["loggers"] or (),
         )
@@ -260,12 +285,22 @@ def write_final(
         write_provenance(temporary, "lora", _sources(settings), settings)
 
 
+_NEUTRAL = ("resume", "loggers", "out_dir", "accelerator", "devices", "num_nodes", "strategy", "checkpoint_dir", "data")
+_NEUTRAL_TRAIN = ("log_interval", "eval_interval", "save_interval")
+
+
 def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's result, and the data's hash: a checkpoint of another identity is not resumed."""
-    neutral = ("resume", "loggers", "out_dir", "devices", "num_nodes", "strategy", "checkpoint_dir", "data", "train")
-    train = replace(settings["train"], log_interval=1, eval_interval=1, save_interval=1)
-    files = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
-    return {**{k: v for k, v in settings.items() if k not in neutral}, "data": files, "train": vars(train)}
+    """What decides a run's result, as plain values: settings, data and base, not where the latter two are."""
+    data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
+    base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
+    return {**_deciding(settings), "data": data, "base_files": base_files}
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's result."""
+    settings = plain(settings)
+    train = {name: value for name, value in settings["train"].items() if name not in _NEUTRAL_TRAIN}
+    return {**{name: value for name, value in settings.items() if name not in _NEUTRAL}, "train": train}
 
 
 def _chat_data(settings: dict[str, Any]) -> ChatData:
@@ -282,10 +317,7 @@ def is_finished(final: Path, settings: dict[str, Any]) -> bool:
     if not (final / PROVENANCE).is_file() or not (final / WEIGHTS).is_file():
         return False
     made = read_json(final / PROVENANCE)
-    return made["sources"] == _sources(settings) and {**made["settings"], "resume": None} == {
-        **plain(settings),
-        "resume": None,
-    }
+    return made["sources"] == _sources(settings) and _deciding(made["settings"]) == _deciding(settings)
 
 
 def _sources(settings: dict[str, Any]) -> dict[str, Any]:
@@ -295,16 +327,16 @@ def _sources(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def default_precision() -> Precision:
-    """bfloat16 where the device multiplies in it, else float32 (a CPU without it only emulates, slowly)."""
-    if torch.cuda.is_available():
-        return "bf16-true" if torch.cuda.is_bf16_supported() else "32-true"
+def default_precision(on_gpu: bool) -> Precision:
+    """bfloat16 where the device multiplies in it, else float32 (emulation is slow, on CPUs and older GPUs alike)."""
+    if on_gpu:
+        return "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-true" if fast else "32-true"
 
 
 def _quantization(quantize: Quantize, precision: Precision) -> Any:
-    """Fabric's bitsandbytes plugin.
+    """Fabric's bitsandbytes plugin. The head keeps its precision, as LitGPT and QLoRA's authors keep it.
 
     Raises:
         UserError: If bitsandbytes is not installed.
@@ -312,7 +344,8 @@ def _quantization(quantize: Quantize, precision: Precision) -> Any:
     from lightning.fabric.plugins import BitsandbytesPrecision
 
     try:
-        return BitsandbytesPrecision(quantize.removeprefix("bnb."), DTYPES[precision])  # type: ignore[arg-type]
+        mode: Any = quantize.removeprefix("bnb.")
+        return BitsandbytesPrecision(mode, DTYPES[precision], ignore_modules={"lm_head"})
     except ModuleNotFoundError:
         raise UserError("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.") from None
 
@@ -321,7 +354,7 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     """Run LitGPT's own `finetune_lora` on the same data module and settings, then complete its output directory.
 
     LitGPT has no packing, clipping or resume, and its batch is padded; one sample is a micro-batch. Its warm-up must be
-    at least one step.
+    at least one step, its schedule is a cosine to zero, its loggers are its own.
 
     Raises:
         UserError: If LitGPT ends with an error (its own output stands above the message).
@@ -331,6 +364,10 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     base = Path(settings["checkpoint_dir"])
     unfinished = final.parent / "litgpt"
     rows = len(_chat_data(settings).rows("train"))
+    unused = {"max_norm": train.max_norm, "min_lr": train.min_lr or None, "loggers": settings["loggers"]}
+    unused["lr_schedule"] = train.lr_schedule if train.lr_schedule != "cosine" else None
+    if told := [f"{name} {value}" for name, value in unused.items() if value is not None]:
+        print(f"LitGPT's finetune_lora has no use for: {', '.join(told)}")
     adamw = {
         "lr": train.learning_rate,
         "weight_decay": train.weight_decay,
@@ -359,9 +396,13 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     }
     command = [sys.executable, "-m", "litgpt", "finetune_lora", str(base)]
     command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    if settings["quantize"]:
+        command += ["--quantize", settings["quantize"]]
     if settings["kinds"]:
         command += ["--data.kinds", yaml.safe_dump(settings["kinds"], default_flow_style=True).strip()]
-    if subprocess.run(command).returncode != 0:
+    # Killed here, it must not go on writing beside the run that is started again.
+    end = end_with_parent(signal.SIGKILL) if os.name == "posix" else None
+    if subprocess.run(command, preexec_fn=end).returncode != 0:
         raise UserError("`litgpt finetune_lora` failed; its message stands above.")
     with atomic_dir(final) as temporary:
         for path in (unfinished / "final").iterdir():

@@ -45,33 +45,30 @@ class PeakMemory:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        first_seen: dict[int, float] = {}
         while True:
-            self.bytes = max(self.bytes, tree_bytes(me, first_seen))
+            self.bytes = max(self.bytes, tree_bytes(me))
             if self._stop.wait(self.INTERVAL):
                 return
 
 
-def tree_bytes(process: psutil.Process, first_seen: dict[int, float] | None = None) -> int:
+def tree_bytes(process: psutil.Process) -> int:
     """Private and shared memory of a process and all its descendants, in bytes.
+
+    Descendants younger than `YOUNGEST_CHILD` seconds do not count: between fork and exec they show their parent's
+    memory as theirs.
 
     Args:
         process: The root of the tree.
-        first_seen: When each child was first met, kept from call to call. If given, children met less than
-            `YOUNGEST_CHILD` seconds ago do not count: between fork and exec they show their parent's memory as theirs.
     """
-    now = time.monotonic()
     total = 0
     try:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
     for member in family:
-        age = YOUNGEST_CHILD if first_seen is None else now - first_seen.setdefault(member.pid, now)
-        if member != process and age < YOUNGEST_CHILD:
-            continue
         try:
-            total += _resident_bytes(member)
+            if member == process or time.time() - member.create_time() >= YOUNGEST_CHILD:
+                total += _resident_bytes(member)
         except (psutil.Error, OSError):  # it ended between the listing and the reading
             continue
     return total

@@ -14,14 +14,17 @@ from workflows.checkpoint import (
     copy_companions,
     describe_source,
     is_tied,
-    load_config,
     load_weights,
+    write_hyperparameters,
+    write_metrics,
     write_provenance,
 )
 from workflows.errors import UserError
-from workflows.files import atomic_dir, read_json, write_json
+from workflows.files import atomic_dir, read_json, read_text, write_json
 from workflows.litgpt_api import incremental_save
-from workflows.training.model import GPT, LoRAArgs
+from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.training.model import LoRAArgs, empty_model
+from workflows.untrusted import parse_yaml
 
 
 def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | None = None) -> None:
@@ -40,11 +43,15 @@ def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | No
     base = check_checkpoint_dir(base_dir or settings["checkpoint_dir"])
     target = out_dir or directory.with_name(directory.name + "-merged")
     lora = LoRAArgs.from_settings(settings)
-    with atomic_dir(target) as temporary:
+    began = step_began()
+    with atomic_dir(target) as temporary, PeakMemory() as peak:
         copy_companions(directory, temporary)
         write_merged(base, load_weights(directory, LORA_WEIGHTS), lora, temporary)
         sources = {"base": describe_source(base), "adapters": describe_source(directory)}
-        write_provenance(temporary, "merge", sources, {"checkpoint_dir": directory, "base_dir": base})
+        arguments = {"checkpoint_dir": directory, "base_dir": base}
+        write_hyperparameters(temporary, arguments)
+        write_metrics(temporary / "metrics.json", [], seconds=seconds_of_step(began), peak_bytes=peak.bytes)
+        write_provenance(temporary, "merge", sources, arguments)
     print(f"merged checkpoint: {target}")
 
 
@@ -55,13 +62,14 @@ def read_hyperparameters(directory: Path) -> dict[str, Any]:
         UserError: If `hyperparameters.yaml` is missing or malformed.
     """
     file = directory / "hyperparameters.yaml"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: it says which base model and rank the adapters have.")
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: it says which base model and rank the adapters have.") from None
+        settings = parse_yaml(read_text(file))
     except yaml.YAMLError as e:
         raise UserError(f"{file} is not valid YAML: {e}") from None
-    if not isinstance(settings, dict) or "lora_r" not in settings or "checkpoint_dir" not in settings:
+    named = isinstance(settings, dict) and "lora_r" in settings and isinstance(settings.get("checkpoint_dir"), str)
+    if not named:
         raise UserError(f"{file} names no lora_r and checkpoint_dir; it is not of a LoRA step.")
     return settings
 
@@ -80,8 +88,7 @@ def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAAr
     Raises:
         UserError: If adapters and base do not fit each other.
     """
-    with torch.device("meta"):
-        model = GPT(load_config(base_dir, **lora.config_fields()))
+    model = empty_model(base_dir, lora)
     expected = {name for name, _ in model.named_parameters() if "lora_" in name}
     if set(adapters) != expected:
         odd = sorted(set(adapters) ^ expected)

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from workflows.checkpoint import PROVENANCE
+from workflows.checkpoint import PROVENANCE, WEIGHTS
 from workflows.files import read_json
 
 _WARNING = """> **Not medical advice.** This is a small language model fine-tuned for study. It makes up facts, and
@@ -94,10 +94,14 @@ def _data_lines(steps: list[dict[str, Any]]) -> list[str]:
 def _metric_lines(checkpoint_dir: Path) -> list[str]:
     # out/RUN/STEP/final was scored, if at all, in out/RUN/evaluate/STEP
     evaluation = checkpoint_dir.parent.parent / "evaluate" / checkpoint_dir.parent.name / "metrics.json"
+    provenance = read_json(file) if (file := checkpoint_dir / PROVENANCE).is_file() else {}
+    weights_sha256 = provenance.get("files", {}).get(WEIGHTS)
     rows = []
     for file in (checkpoint_dir / "metrics.json", evaluation):
-        if file.is_file():
-            rows += read_json(file).get("metrics", [])
+        measured = read_json(file) if file.is_file() else {}
+        if file == evaluation and measured.get("model", {}).get(WEIGHTS) != weights_sha256:
+            continue  # the step has run again since
+        rows += measured.get("metrics", [])
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

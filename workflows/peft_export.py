@@ -4,6 +4,7 @@ LitGPT adapts query, key and value as one fused layer: its A holds the adapted o
 other, its B their (out, r) matrices likewise. PEFT adapts three layers.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,63 @@ from workflows.errors import UserError
 from workflows.files import atomic_dir, write_json, write_text
 from workflows.hf_export import hf_module_names, qkv_sizes
 from workflows.merge import read_hyperparameters
+from workflows.model_card import lineage
 
 
-def write_adapter(checkpoint_dir: Path, out_dir: Path, base_model: str, card: str) -> None:
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter belongs to, as `transformers` finds it.
+
+    Attributes:
+        name: A Hub id, or a folder.
+        revision: The commit on the Hub.
+        made_by: For a folder, the command that makes it.
+    """
+
+    name: str
+    revision: str | None = None
+    made_by: str | None = None
+
+    @property
+    def usage(self) -> str:
+        """Markdown: how to load base and adapter."""
+        revision = f', revision="{self.revision}"' if self.revision else ""
+        code = (
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{self.name}"{revision})\n'
+            'model = PeftModel.from_pretrained(base, "FOLDER_OF_THIS_FILE")\n```'
+        )
+        if self.made_by is None:
+            return code
+        return (
+            "The base model is not on the Hugging Face Hub. Make it in Hugging Face's form first, in the project's "
+            f"folder:\n\n```\n{self.made_by}\n```\n\n{code}"
+        )
+
+
+def find_base(checkpoint_dir: Path, folder: Path) -> Base:
+    """What a LoRA step's adapter belongs to.
+
+    Args:
+        checkpoint_dir: The result of the step.
+        folder: Where to suggest to export a base that did not come from the Hub as it is.
+    """
+    base_dir = read_hyperparameters(checkpoint_dir)["checkpoint_dir"]
+    steps = lineage(Path(base_dir))
+    source = (steps[0].get("sources") or {}).get("model", {}) if steps else {}
+    if source.get("kind") == "hub":
+        return Base(source["place"], source.get("commit"))
+    command = f"python -m workflows export --checkpoint_dir {base_dir} --create false --out_dir {folder}"
+    return Base(str(folder / "hf"), made_by=command)
+
+
+def write_adapter(checkpoint_dir: Path, out_dir: Path, base: Base, card: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, whole or not at all.
 
     Args:
         checkpoint_dir: The result of a LoRA step, with `lit_model.pth.lora`.
         out_dir: The folder to write; replaced if it exists.
-        base_model: What the adapter belongs to: a Hub id or a folder.
+        base: What the adapter belongs to.
         card: The model card, for README.md.
 
     Raises:
@@ -44,7 +93,8 @@ def write_adapter(checkpoint_dir: Path, out_dir: Path, base_model: str, card: st
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": base_model,
+                "base_model_name_or_path": base.name,
+                "revision": base.revision,
                 "r": rank,
                 "lora_alpha": settings.get("lora_alpha", 1),
                 "lora_dropout": settings.get("lora_dropout", 0.0),

@@ -8,14 +8,20 @@ installed.
 """
 
 import json
+import sys
 import zlib
 from pathlib import Path
 
+import litgpt.prompts
+import yaml
 from litgpt.prompts import PromptStyle, prompt_styles, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
+from workflows.files import read_text
+from workflows.template_sandbox import LONGEST
+from workflows.untrusted import parse_yaml
 
 _PREFIX = "Template_"
 _PROBES = ("Name the finding.", "  two lines,\n\nspaces \t and a number 1234 ", "Ünïcödé 漢字 🙂 <b>&amp;</b>")
@@ -25,10 +31,11 @@ def __getattr__(name: str) -> type[PromptStyle]:
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        before, after, trims = json.loads(zlib.decompress(bytes.fromhex(name.removeprefix(_PREFIX))))
-    except (ValueError, zlib.error) as e:
+        packed = bytes.fromhex(name.removeprefix(_PREFIX))
+        before, after, trims = json.loads(zlib.decompressobj().decompress(packed, LONGEST))
+        return _style_class(str(before), str(after), bool(trims))
+    except (ValueError, TypeError, zlib.error) as e:
         raise AttributeError(f"{name} is not a prompt style of ours: {e}") from None
-    return _style_class(before, after, trims)
 
 
 def _style_class(before: str, after: str, trims: bool) -> type[PromptStyle]:
@@ -39,13 +46,36 @@ def _style_class(before: str, after: str, trims: bool) -> type[PromptStyle]:
     return type(_PREFIX + packed.hex().upper(), (PromptStyle,), {"apply": apply, "__module__": __name__})
 
 
+def read_prompt_style(checkpoint_dir: Path) -> PromptStyle:
+    """The style that `prompt_style.yaml` names. LitGPT's own reader imports and calls whatever stands there.
+
+    Raises:
+        UserError: If it is neither one of LitGPT's nor one of ours.
+    """
+    file = checkpoint_dir / "prompt_style.yaml"
+    try:
+        module, _, name = parse_yaml(read_text(file))["class_path"].rpartition(".")
+        known = {"litgpt.prompts": litgpt.prompts, __name__: sys.modules[__name__]}
+        style = getattr(known[module], name)
+        if not issubclass(style, PromptStyle):
+            raise TypeError(name)
+        return style()
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError):
+        raise UserError(
+            f"{file} names no prompt style of LitGPT's or of this project. Delete it; the chat template says the same."
+        ) from None
+
+
 def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptStyle:
     """The style with which LitGPT's CLI makes the same prompt ids as the checkpoint's chat template.
 
     Raises:
         UserError: If not even our own class gives the same ids through LitGPT's tokenizer (a BOS token too many).
     """
-    tokenizer = Tokenizer(checkpoint_dir)
+    try:
+        tokenizer = Tokenizer(checkpoint_dir)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:  # a BOS or EOS token that tokenizer.json lacks, …
+        raise UserError(f"{checkpoint_dir}: tokenizer_config.json does not fit tokenizer.json ({e}).") from None
     wanted = [template.prompt_ids([{"role": "user", "content": probe}]) for probe in _PROBES]
 
     def agrees(style: PromptStyle) -> bool:

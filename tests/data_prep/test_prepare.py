@@ -1,5 +1,6 @@
 """The command line of `python -m workflows data`."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,23 @@ def test_it_says_what_it_wrote(tmp_path: Path, file: Path, capsys: pytest.Captur
     assert main(["data", "--data", "jsonl", "--file", str(file), "--out_dir", str(tmp_path / "data")]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path}/data/jsonl/train.jsonl: 32 rows (" in out and "validation.jsonl: 4 rows" in out
+
+
+def test_a_step_that_is_killed_leaves_no_folder_without_its_numbers(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    args = ["data", "--data", "jsonl", "--file", str(file), "--out_dir", str(tmp_path / "data")]
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.dataset.write_metrics", killed)
+        assert main(args) == 130
+    assert list((tmp_path / "data").iterdir()) == []
+    assert main(args) == 0
+    metrics = json.loads((tmp_path / "data/jsonl/metrics.json").read_text())
+    counts = {row["split"]: row["value"] for row in metrics["metrics"]}
+    assert counts == {"train": 32, "validation": 4, "test": 4} and metrics["seconds"] > 0
 
 
 def test_kinds_choose_rows_and_unknown_ones_are_named(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]):

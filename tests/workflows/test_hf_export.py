@@ -15,7 +15,7 @@ from tests.workflows.conftest import file_size_limit
 from workflows.checkpoint import write_hyperparameters
 from workflows.errors import UserError
 from workflows.hf_export import hf_module_names, write_hf
-from workflows.peft_export import write_adapter
+from workflows.peft_export import Base, write_adapter
 from workflows.training.model import LoRAArgs, load_model
 
 IDS = torch.tensor([[5, 70, 12, 200, 33, 9, 141, 7]])
@@ -137,7 +137,7 @@ def test_peft_gives_the_adapted_models_logits(family: str, adapted: str, tmp_pat
     adapters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     torch.save({"model": adapters}, final / "lit_model.pth.lora")
     write_hyperparameters(final, {"checkpoint_dir": str(base), **lora.config_fields()})
-    write_adapter(final, tmp_path / "adapter", str(base), "# card")
+    write_adapter(final, tmp_path / "adapter", Base(str(base)), "# card")
 
     hf = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"tiny_{family}_hf"))
     with torch.no_grad():
@@ -149,4 +149,4 @@ def test_peft_gives_the_adapted_models_logits(family: str, adapted: str, tmp_pat
 
 def test_an_adapter_needs_a_lora_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lacks lit_model.pth.lora"):
-        write_adapter(tiny_llama, tmp_path / "adapter", "base", "")
+        write_adapter(tiny_llama, tmp_path / "adapter", Base("base"), "")

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import lm_eval.evaluator
 import pytest
 import torch
 import yaml
+from litgpt.eval.evaluate import convert_and_evaluate
 
 from workflows import lora as lora_step
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
+from workflows.evaluate import setup as evaluate
+from workflows.evaluation.tasks import load_tasks
 from workflows.merge import setup as merge
 from workflows.training.batch import Tree, pack_row
 from workflows.training.loop import TrainArgs
@@ -30,13 +34,14 @@ TRAIN = TrainArgs(
     save_interval=2,
 )
 
+WORDS = ["fever", "cough", "pain", "rash", "chill", "ache", "sweat", "spasm"]
+
 
 def write_rows(path, count, offset=0):
-    words = ["fever", "cough", "pain", "rash", "chill", "ache", "sweat", "spasm"]
     lines = []
     for i in range(offset, offset + count):
-        question = f"What is {words[i % 8]} number {i}?"
-        answer = f"It is {words[(i * 3) % 8]} {i % 5}."
+        question = f"What is {WORDS[i % 8]} number {i}?"
+        answer = f"It is {WORDS[(i * 3) % 8]} {i % 5}."
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages, "kind": "even" if i % 2 == 0 else "odd"}))
     path.write_text("\n".join(lines) + "\n")
@@ -160,6 +165,48 @@ def test_finished_run_is_not_repeated_unless_something_changed(tiny_llama, data,
     assert json.loads((final / "metrics.json").read_text())["steps"] == 4
 
 
+def test_checkpoints_of_a_finished_run_go_and_those_of_another_stay(tiny_llama, data, tmp_path, monkeypatch, capsys):
+    checkpoints, kept = tmp_path / "checkpoints", tmp_path / "kept"
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:  # as if killed when the final folder was there and the checkpoints still too
+        patch.setattr(shutil, "rmtree", lambda path, **more: path == checkpoints or rmtree(path, **more))
+        train(tiny_llama, data, tmp_path)
+    shutil.copytree(checkpoints, kept)
+    train(tiny_llama, data, tmp_path)
+    assert "already there" in capsys.readouterr().out and not checkpoints.exists()
+
+    other = {"train": replace(TRAIN, max_steps=4)}
+    train(tiny_llama, data, tmp_path, **other)
+    kept.rename(checkpoints)
+    train(tiny_llama, data, tmp_path, **other)
+    assert "already there" in capsys.readouterr().out and len(list(checkpoints.iterdir())) == 2
+
+
+def test_devices_and_intervals_do_not_make_another_run(tiny_llama, data, tmp_path, capsys):
+    train(tiny_llama, data, tmp_path)
+    train(tiny_llama, data, tmp_path, devices="auto", strategy="ddp", train=replace(TRAIN, log_interval=2))
+    assert "already there" in capsys.readouterr().out
+
+
+def test_a_second_run_that_was_stopped_goes_on_too(tiny_llama, data, tmp_path, monkeypatch, capfd):
+    train(tiny_llama, data, tmp_path)
+    other = {"train": replace(TRAIN, learning_rate=2e-2)}
+    original = lora_step.SFT.batches
+
+    def stopping(self, step, rank, world_size):
+        if step == 3:
+            raise StopHere
+        return original(self, step, rank, world_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_step.SFT, "batches", stopping)
+        with pytest.raises(StopHere):
+            train(tiny_llama, data, tmp_path, **other)
+    final = train(tiny_llama, data, tmp_path, **other)
+    assert "resuming from" in capfd.readouterr().out
+    assert json.loads((final / "provenance.json").read_text())["settings"]["train"]["learning_rate"] == 2e-2
+
+
 @pytest.mark.parametrize("checkpoint", ["tiny_llama", "tiny_qwen2"])
 def test_full_fine_tuning_keeps_tied_weights_tied(checkpoint, request, data, tmp_path):
     base = request.getfixturevalue(checkpoint)
@@ -238,19 +285,33 @@ def test_trainer_litgpt_makes_a_complete_checkpoint_too(tiny_llama, data, tmp_pa
     assert not torch.equal(logprobs(load_model(final)), logprobs(load_model(tiny_llama)))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_follow_the_trajectory_of_one(trained, tiny_llama, data, tmp_path, strategy):
-    settings = {**vars(TRAIN), "max_norm": TRAIN.max_norm}
-    command = [sys.executable, "-m", "workflows", "lora", "--checkpoint_dir", str(tiny_llama), "--data", str(data)]
-    command += ["--out_dir", str(tmp_path), "--precision", "32-true", "--lora_r", "4", "--devices", "2"]
-    command += ["--strategy", strategy, "--train", json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    for name, tensor in adapters(trained).items():
-        torch.testing.assert_close(adapters(tmp_path / "final")[name], tensor, atol=1e-4, rtol=1e-4)
+def test_output_runs_in_litgpt_chat(trained, tmp_path):
+    command = [sys.executable, "-m", "litgpt", "chat", str(trained), "--max_new_tokens", "4", "--precision", "32-true"]
+    result = subprocess.run(command, input="Hello\n\n", capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and ">> Reply:" in result.stdout, result.stderr
 
 
-def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path):
+def test_output_scores_the_same_in_litgpt_evaluate(trained, tmp_path, monkeypatch):
+    (tmp_path / "toy_mcq").mkdir()
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Finding {i}?"}], "choices": WORDS, "answer": i % 8} for i in range(24)
+    ]
+    (tmp_path / "toy_mcq" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = load_tasks(["toy_mcq"], tmp_path, ChatTemplate.from_checkpoint(trained))
+    original = lm_eval.evaluator.simple_evaluate
+    monkeypatch.setattr(  # LitGPT's command looks tasks up by name; a task of ours is an object
+        lm_eval.evaluator, "simple_evaluate", lambda **settings: original(**{**settings, "tasks": tasks})
+    )
+    convert_and_evaluate(str(trained), tasks="toy_mcq", out_dir=tmp_path / "out", batch_size=4, dtype="float32")
+    theirs = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["toy_mcq"]
+    evaluate(trained, ["toy_mcq"], data_dir=tmp_path, out_dir=tmp_path / "ours", precision="32-true")
+    ours = json.loads((tmp_path / "ours" / "results.json").read_text())["results"]["toy_mcq"]
+    for metric in ("acc,none", "acc_norm,none"):
+        assert ours[metric] == pytest.approx(theirs[metric])
+
+
+def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as e:
         train(
             tiny_llama,
@@ -263,39 +324,23 @@ def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path):
     assert all(part in str(e.value) for part in ("4 problems", "max_steps", "lora_r", "9999", "bitsandbytes"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": "abc"}, "--devices must be a number or auto, not 'abc'"),
+        ({"devices": 0}, "--devices must be from 1"),
+        ({"devices": 5}, "4 is fewer samples than the 5 processes"),
+        ({"num_nodes": 0}, "--num_nodes must be at least 1"),
+        ({"accelerator": "cuda"}, "torch sees no CUDA GPU"),
+        ({"trainer": "litgpt", "lora_r": 0}, "--trainer litgpt"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused(changes, message, tiny_llama, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        train(tiny_llama, data, tmp_path, **changes)
+
+
 def test_missing_data_is_explained(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="make data"):
         train(tiny_llama, tmp_path / "nowhere", tmp_path / "out")
-
-
-def test_disk_full_while_saving_keeps_what_was_there(trained, tiny_llama, data, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained.parent, out)
-    script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        "from workflows.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        "lora",
-        "--checkpoint_dir",
-        str(tiny_llama),
-        "--data",
-        str(data),
-        "--out_dir",
-        str(out),
-        "--precision",
-        "32-true",
-        "--lora_r",
-        "8",
-        "--train.max_steps",
-        "2",
-        "--train.lr_warmup_steps",
-        "0",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "Free some space" in result.stderr and "Traceback" not in result.stderr
-    assert torch.equal(logprobs(load_model(out / "final")), logprobs(load_model(trained)))

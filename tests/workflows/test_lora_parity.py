@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from workflows.chat_template import ChatTemplate
 from workflows.lora import SFT
-from workflows.training.loop import TrainArgs, fit, make_fabric, step_indices
+from workflows.training.loop import TrainArgs, fit, step_indices
 from workflows.training.model import LoRAArgs, load_model
+from workflows.training.processes import make_fabric
 
 STEPS, BATCH, SEED, RATE = 5, 4, 11, 1e-2
 TRAIN = TrainArgs(
@@ -72,7 +73,7 @@ def our_losses(tiny_llama, rows, adapters, tmp_path_factory):
     model.load_state_dict(adapters, strict=False)
     objective = SFT(rows, rows[:2], TRAIN, SEED)
     out = tmp_path_factory.mktemp("ours")
-    return fit(make_fabric(1, 1, "auto"), model, objective, TRAIN, out, seed=SEED, identity={}).losses
+    return fit(make_fabric(), model, objective, TRAIN, out, seed=SEED, identity={}).losses
 
 
 class InOrder(DataModule):

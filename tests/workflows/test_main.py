@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from workflows.__main__ import STEPS, main, parse_all
+from workflows.__main__ import STEPS, explain, main, parse_all
 
 
 @dataclass
@@ -53,6 +54,23 @@ def test_every_wrong_argument_is_reported_at_once(capsys):
     assert all(part in said for part in ("train.lr", "much", "train.max_steps", "few", "--wrong", "checkpoint_dir"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data", "--data", "mine"], '"data": must be one of hpo, pubmedqa'),
+        (
+            ["lora", "--checkpoint_dir", "c", "--precision", "8"],
+            '"precision": must be one of 32-true, bf16-true, 16-true, null',
+        ),
+        (["lora", "--checkpoint_dir", "c", "--train.lr_schedule", "step"], "must be one of cosine, linear, constant"),
+    ],
+)
+def test_a_value_that_is_no_choice_gets_the_choices(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["train:\n  lr: abc\ncheckpoint_dir: c", "train: [", "nonsense: 1"])
 def test_bad_config_file_is_refused(tmp_path, capsys, text):
     config = tmp_path / "recipe.yaml"
@@ -89,3 +107,31 @@ def test_users_mistake_is_one_message_without_traceback(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("error: There is no checkpoint at") and "Traceback" not in result.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path, capsys, tiny_llama):
+    (tmp_path / "file").write_text("")
+    assert main(["merge", "--checkpoint_dir", str(tmp_path / "file" / "below")]) == 1
+    assert main(["download", "--model", str(tiny_llama.parent), "--checkpoints_dir", str(tmp_path / "file")]) == 1
+    assert main(["evaluate", "--checkpoint_dir", str(tiny_llama), "--out_dir", str(tmp_path / "file" / "x")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 3 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(20, "Not a directory", "out/x"), "Not a directory: out/x"),
+        (MemoryError(), "Lower --train.row_tokens"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "Lower --train.row_tokens",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--quantize bnb.nf4"),
+        (OSError("a fault of the program's"), None),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)
+def test_what_the_machine_lacks_is_explained_and_faults_are_not_hidden(error, message):
+    explained = explain(error)
+    assert explained is None if message is None else message in explained

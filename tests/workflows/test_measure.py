@@ -3,11 +3,13 @@
 import platform
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
-from workflows.measure import PeakMemory, hardware
+from workflows.measure import YOUNGEST_CHILD, PeakMemory, hardware, tree_bytes
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or torch.cuda.is_available(), reason="reads /proc; on a GPU torch's own count is used"
@@ -33,6 +35,20 @@ def test_peak_counts_children():
     with PeakMemory() as peak:
         subprocess.run([sys.executable, "-c", script], check=True)
     assert peak.bytes - before.bytes > 145 * MIB
+
+
+def test_a_child_that_was_there_before_counts_from_the_first_sample():
+    script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); print(1, flush=True); input()"
+    alone = tree_bytes(psutil.Process())
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        child.stdout.readline()
+        time.sleep(max(0.0, psutil.Process(child.pid).create_time() + YOUNGEST_CHILD + 0.1 - time.time()))
+        with PeakMemory() as at_once:
+            pass
+        child.communicate("\n")
+    assert at_once.bytes - alone > 145 * MIB
 
 
 def test_a_child_about_to_start_is_not_its_parent_twice(monkeypatch):

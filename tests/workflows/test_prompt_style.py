@@ -13,7 +13,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.conversion import write_checkpoint
 from workflows.errors import UserError
 from workflows.hf_reader import read_hf_dir
-from workflows.prompt_style import choose_prompt_style
+from workflows.prompt_style import choose_prompt_style, read_prompt_style
 
 PROMPTS = [
     "Which clinical finding does this describe? Abnormally fast breathing.",
@@ -93,6 +93,7 @@ def test_a_style_that_is_not_litgpts_is_rebuilt_from_its_name(tmp_path):
 
     applied = load_prompt_style(directory).apply("  Name it. ")
     assert applied.endswith("<|end_header_id|>\n\nName it.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert read_prompt_style(directory).apply("  Name it. ") == applied
 
     import workflows.prompt_style
 
@@ -117,3 +118,23 @@ def test_a_wrong_bos_setting_is_refused(tmp_path):
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
     with pytest.raises(UserError, match="add_bos_token"):
         choose_prompt_style(directory, ChatTemplate.from_checkpoint(directory))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class_path: antigravity.fly",
+        "class_path: os.abort",
+        "class_path: litgpt.prompts.importlib.import_module",
+        "class_path: litgpt.prompts.Path",
+        "class_path: workflows.prompt_style.Template_00FF",
+        "class_path: 1",
+        "- class_path",
+        "class_path: [",
+    ],
+)
+def test_a_strangers_prompt_style_runs_no_code(text, tmp_path):
+    """LitGPT's own reader would import the module and call what is named there."""
+    (tmp_path / "prompt_style.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"prompt_style.yaml names no prompt style"):
+        read_prompt_style(tmp_path)

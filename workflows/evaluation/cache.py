@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflows.files import no_room_explained
+
 
 def request_key(kind: str, *parts: Any) -> str:
     """A name for a request: SHA-256 of everything that decides its result, besides the model."""
@@ -19,6 +21,8 @@ def request_key(kind: str, *parts: Any) -> str:
 
 class ResultCache:
     """Results by `request_key`, kept in memory and, if a path is given, appended to a file.
+
+    What is finished is a unit, not a request: beside other requests a request's result may differ in its last bits.
 
     A half-written last line, as a kill leaves behind, is cut off. A file of another model or of other settings is
     replaced.
@@ -39,6 +43,7 @@ class ResultCache:
         self.seconds = 0.0
         self.tokens = 0
         self._results: dict[str, Any] = {}
+        self._units: dict[tuple[str, ...], dict[str, Any]] = {}
         if path is None:
             return
         header = json.dumps({"identity": identity}, sort_keys=True).encode() + b"\n"
@@ -53,7 +58,8 @@ class ResultCache:
                 f.truncate(kept)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(header)
+            with no_room_explained(path):
+                path.write_bytes(header)
 
     def _read(self, line: bytes) -> bool:
         """Take in one line; false if it is not whole."""
@@ -64,10 +70,14 @@ class ResultCache:
             return False
         if not line.endswith(b"\n"):
             return False
+        self._keep(results, seconds, tokens)
+        return True
+
+    def _keep(self, results: dict[str, Any], seconds: float, tokens: int) -> None:
+        self._units[tuple(results)] = results
         self._results |= results
         self.seconds += seconds
         self.tokens += tokens
-        return True
 
     def __len__(self) -> int:
         return len(self._results)
@@ -76,17 +86,17 @@ class ResultCache:
         return self._results[key]
 
     def has(self, keys: Sequence[str]) -> bool:
-        """Whether all of a unit's results are there."""
-        return all(key in self._results for key in keys)
+        """Whether this very unit is finished; if so, its results are those that `[]` gives from now on."""
+        unit = self._units.get(tuple(keys))
+        self._results |= unit or {}
+        return unit is not None
 
     def add(self, results: Mapping[str, Any], seconds: float, tokens: int) -> None:
         """Keep a unit's results, and append them to the file as one line."""
-        self._results |= results
-        self.seconds += seconds
-        self.tokens += tokens
+        self._keep(dict(results), seconds, tokens)
         if self.path is not None:
             line = json.dumps({"results": results, "seconds": seconds, "tokens": tokens})
-            with open(self.path, "ab") as f:
+            with no_room_explained(self.path), open(self.path, "ab") as f:
                 f.write(line.encode() + b"\n")
 
     def delete(self) -> None:

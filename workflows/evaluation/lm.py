@@ -25,7 +25,7 @@ from workflows.errors import UserError
 from workflows.evaluation.cache import ResultCache, request_key
 from workflows.files import read_json, sha256
 from workflows.merge import read_hyperparameters
-from workflows.training.batch import Tree, assign_rows, pack_row
+from workflows.training.batch import ROW_MULTIPLE, Tree, assign_rows, pack_row
 from workflows.training.model import GPT, LoRAArgs, Precision, load_model
 from workflows.training.rollouts import generate
 
@@ -162,7 +162,7 @@ class LitGPTLM(TemplateLM):
         if self.cache.has(keys):
             return
         began = time.perf_counter()
-        batch = pack_row(trees)
+        batch = pack_row(trees, ROW_MULTIPLE)
         logprobs, greedy = self.model.score(batch.to(self._device))
         sums = torch.zeros(len(keys), dtype=torch.float64).index_add(0, batch.owners, logprobs.cpu().double())
         misses = torch.bincount(batch.owners[~greedy.cpu()], minlength=len(keys))  # tokens that are not the argmax

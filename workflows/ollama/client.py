@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import ollama
 
-from workflows.errors import UserError
+from workflows.errors import UserError, first_line
 from workflows.ollama.modelfile import Modelfile
 from workflows.ollama.server import OllamaServer
 
+_CUT = (b'msg="truncating input messages', b'msg="truncating input prompt')
+"""What a server logs when a conversation does not fit: whole messages left out, tokens left out."""
 OURS = "own_language_model.checkpoint_sha256"
 """A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
 never overwritten or deleted by us."""
@@ -24,19 +26,35 @@ def connect(server: OllamaServer) -> ollama.Client:
     return ollama.Client(host=server.url, timeout=_ANSWER_SECONDS, trust_env=False)
 
 
+class UnknownModel(UserError):
+    """Ollama has no model of that name."""
+
+
+class ContextFull(UserError):
+    """A conversation is longer than the context: Ollama would silently answer a part of it."""
+
+    def __init__(self, context: int | None) -> None:
+        size = "model's context" if context is None else f"context of {context:,} tokens"
+        super().__init__(
+            f"The conversation does not fit into the {size}: Ollama would answer without its beginning. Forget it with "
+            "/reset, ask something shorter, or give the model more room with --num_ctx."
+        )
+
+
 @contextmanager
 def explained(server: OllamaServer, model: str) -> Iterator[None]:
     """Turn what goes wrong between us and a server into one `UserError`.
 
     Raises:
-        UserError: If the server is gone, does not know the model, or reports an error.
+        UnknownModel: If the server does not know the model.
+        UserError: If it is gone or reports an error.
     """
     try:
         yield
     except ollama.ResponseError as e:
         reason = e.error.strip() or f"HTTP {e.status_code}"
         if e.status_code == 404 or "not found" in reason:
-            raise UserError(
+            raise UnknownModel(
                 f"Ollama at {server.url} does not know the model {model!r}. {_known_models(server)}"
                 "Make it with `make export`."
             ) from None
@@ -48,24 +66,50 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
     except httpx.TimeoutException:
         raise UserError(f"Ollama at {server.url} gave no answer within {_ANSWER_SECONDS:.0f} seconds.") from None
     except (ConnectionError, httpx.HTTPError) as e:
-        raise UserError(_died(server, str(e).splitlines()[0] if str(e) else type(e).__name__)) from None
+        raise UserError(_died(server, first_line(e))) from None
 
 
 def stream_chat(
-    server: OllamaServer, model: str, messages: list[dict[str, str]], options: dict[str, Any]
+    server: OllamaServer,
+    model: str,
+    messages: list[dict[str, str]],
+    options: dict[str, Any],
+    context: int | None = None,
 ) -> Iterator[ollama.ChatResponse]:
     """Parts of an answer as they come; the last has `done` set.
 
+    Args:
+        server: The server.
+        model: The model's name.
+        messages: The conversation.
+        options: Ollama's parameters for this answer.
+        context: The model's context in tokens, if known.
+
     Raises:
+        ContextFull: If Ollama left out a part of the conversation: a server of ours says so in its log, before the
+            answer begins; on another, a prompt that fills the whole context is what it makes of a longer one.
         UserError: As `explained`; also if the stream ends before the answer does.
     """
-    done = False
+    mark = server.log.stat().st_size if server.log else 0
+    begun = done = False
     with explained(server, model):
         for part in connect(server).chat(model, messages, stream=True, options=options):
             done = bool(part.done)
+            is_cut = done and context is not None and (part.prompt_eval_count or 0) >= context
+            if server.log and (done or not begun):  # at the end again: the runner's lines may come a moment late
+                is_cut = is_cut or _logged_cut(server.log, mark)
+            if is_cut:
+                raise ContextFull(context)
+            begun = True
             yield part
     if not done:
         raise UserError(_died(server, "the answer stops in the middle"))
+
+
+def _logged_cut(log: Path, mark: int) -> bool:
+    with open(log, "rb") as f:
+        f.seek(mark)
+        return any(words in line for line in f for words in _CUT)
 
 
 def _died(server: OllamaServer, reason: str) -> str:
@@ -103,10 +147,8 @@ def owner_sha256(server: OllamaServer, name: str) -> str | None:
     try:
         with explained(server, name):
             info = connect(server).show(name).modelinfo or {}
-    except UserError as e:
-        if "does not know the model" in str(e):
-            return None
-        raise
+    except UnknownModel:
+        return None
     if not isinstance(info.get(OURS), str):
         raise UserError(
             f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "

@@ -17,7 +17,6 @@ from gguf import (
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
-    GGUFReader,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
@@ -29,6 +28,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import COMPANIONS, WEIGHTS, load_config
 from workflows.errors import UserError
 from workflows.files import atomic_file, read_json, sha256
+from workflows.gguf_header import read_header
 from workflows.hf_export import hf_tensors
 from workflows.ollama.client import OURS
 from workflows.ollama.tokenizer_fields import read_tokenizer
@@ -46,6 +46,10 @@ _TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
 }
 _ARCHITECTURES = {"LlamaForCausalLM": MODEL_ARCH.LLAMA, "Qwen2ForCausalLM": MODEL_ARCH.QWEN2}
 _ROPE_FREQS = "rope_freqs.weight"
+
+
+_BLOCK_WEIGHTS = 2**24
+"""Weights that are converted at a time: 64 MB of float32."""
 
 
 def write_gguf(
@@ -101,7 +105,7 @@ def write_gguf(
             if factors is not None:
                 writer.write_tensor_data(factors)
             for _, hf_name, tensor_type in plan:
-                tensor = tensors[hf_name].float()
+                tensor = tensors[hf_name]
                 if arch == MODEL_ARCH.LLAMA:
                     tensor = _interleave(tensor, hf_name, config)
                 writer.write_tensor_data(_convert(tensor, tensor_type, hf_name))
@@ -121,11 +125,10 @@ def is_gguf_of(file: Path, checkpoint_sha256: str, kind: GGUFType) -> bool:
     if not file.is_file():
         return False
     try:
-        reader = GGUFReader(file)
-        fields = {key: reader.fields[key].contents() for key in (OURS, "general.file_type")}
-    except (KeyError, ValueError, IndexError, OSError):  # another program's file, or none at all
+        fields, _ = read_header(file)
+    except UserError:  # another program's file, or half of one
         return False
-    return fields == {OURS: checkpoint_sha256, "general.file_type": _TYPES[kind][1]}
+    return (fields.get(OURS), fields.get("general.file_type")) == (checkpoint_sha256, _TYPES[kind][1])
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
@@ -163,11 +166,20 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], tensor_type
 
 
 def _convert(tensor: torch.Tensor, tensor_type: GGMLQuantizationType, name: str) -> np.ndarray:
-    array = tensor.contiguous().numpy()
-    largest = float(np.abs(array).max(initial=0.0))
-    if tensor_type == GGMLQuantizationType.F16 and largest > float(np.finfo(np.float16).max):
-        raise UserError(f"{name} holds values beyond float16's range (65504). Use --quantize bf16 or q8_0.")
-    return quantize(array, tensor_type)
+    """A tensor in its type for the file, made in blocks of rows: in float32 an embedding alone can be a gigabyte."""
+    rows = max(1, _BLOCK_WEIGHTS // max(1, math.prod(tensor.shape[1:])))
+    converted: np.ndarray | None = None
+    for begin in range(0, len(tensor), rows):
+        block = tensor[begin : begin + rows].float().contiguous().numpy()
+        largest = float(np.abs(block).max(initial=0.0))
+        if tensor_type == GGMLQuantizationType.F16 and largest > float(np.finfo(np.float16).max):
+            raise UserError(f"{name} holds values beyond float16's range (65504). Use --quantize bf16 or q8_0.")
+        made = quantize(block, tensor_type)
+        if converted is None:
+            converted = np.empty((len(tensor), *made.shape[1:]), made.dtype)
+        converted[begin : begin + len(block)] = made
+    assert converted is not None, f"{name} is empty"
+    return converted
 
 
 def _interleave(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:

@@ -190,7 +190,8 @@ def make_modelfile(
 
     Args:
         template: The checkpoint's chat template.
-        generation: The contents of `generation_config.json`; its temperature, top_p and top_k are taken over.
+        generation: The contents of `generation_config.json`; its temperature, top_p and top_k are taken over (null, as
+            in some, means none).
         num_ctx: Context length in tokens, prompt and answer together.
         num_thread: CPU threads.
         temperature: Overrides the checkpoint's; 0 is greedy.
@@ -200,10 +201,8 @@ def make_modelfile(
     Raises:
         UserError: If the chat template cannot be derived.
     """
-    if temperature is None:
-        temperature = generation.get("temperature", 0.2)
-    if top_p is None:
-        top_p = generation.get("top_p", 0.9)
+    own = {"temperature": 0.2, "top_p": 0.9, "top_k": 0}
+    own |= {name: generation[name] for name in own if generation.get(name) is not None}
     stops = [template.tokenizer.id_to_token(stop_id) for stop_id in template.stop_ids]
     return Modelfile(
         derive(template).source,
@@ -213,9 +212,9 @@ def make_modelfile(
             "num_ctx": num_ctx,
             "num_predict": num_ctx,
             "num_thread": num_thread,
-            "temperature": float(temperature),
-            "top_p": float(top_p),
-            "top_k": int(generation.get("top_k", 0)),
+            "temperature": float(own["temperature"] if temperature is None else temperature),
+            "top_p": float(own["top_p"] if top_p is None else top_p),
+            "top_k": int(own["top_k"]),
             "min_p": 0.0,
             "repeat_penalty": float(repeat_penalty),
         },

@@ -5,7 +5,6 @@ copy of `workflows.ollama.install`. A server of ours listens on 127.0.0.1, keeps
 project, and is stopped by its process id, with the runners it started. A server that we did not start is never stopped.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from workflows.errors import UserError
+from workflows.lifetime import end_with_parent
 from workflows.ollama.install import environment, install
 from workflows.ollama.store import STATE, StoreLock
 
@@ -139,10 +139,6 @@ class OllamaServer:
     def pid(self) -> int | None:
         """Process id of a server of ours."""
         return self._process.pid if self._process else None
-
-    def has_died(self) -> bool:
-        """Whether a server of ours has ended by itself."""
-        return self._process is not None and self._process.poll() is not None
 
     @classmethod
     def start(cls, binary: Path, state: Path = STATE, port: int | None = None) -> "OllamaServer":
@@ -303,37 +299,33 @@ def _spawn(command: list[str], variables: dict[str, str], log: Path) -> subproce
             stderr=subprocess.STDOUT,
             env=variables,
             start_new_session=True,  # Ctrl-C in the terminal is for us, not for the server
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(signal.SIGTERM) if os.name == "posix" else None,
         )
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """Linux: have the kernel stop the server even if this process is killed outright."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork nothing may take a lock
-    PR_SET_PDEATHSIG = 1
-
-    def apply() -> None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-    return apply
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Terminate a server and wait; then end what it left behind."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    if process.poll() is None:
+    family = _runners(process.pid)  # before `poll`: until then no other process can have the id of one that has died
+    if was_alive := process.poll() is None:
         process.terminate()  # Ollama stops its runners itself on SIGTERM
         try:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    _, alive = psutil.wait_procs(family, timeout=2.0)
+    _, alive = psutil.wait_procs(family, timeout=2.0 if was_alive else 0.0)
     for child in alive:  # psutil compares start times: a reused process id is not touched
         child.kill()
     psutil.wait_procs(alive, timeout=5.0)
+
+
+def _runners(pid: int) -> list[psutil.Process]:
+    """The processes that a server started. Where it was killed, they go on without a parent, but in its session."""
+    if os.name != "posix":
+        return psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError):  # it ended meanwhile, or is another user's
+            if process.pid != pid and os.getsid(process.pid) == pid:
+                found.append(process)
+    return found

@@ -10,15 +10,10 @@ from gguf import TokenType
 
 from workflows.errors import UserError
 from workflows.files import read_json
+from workflows.gguf_tokenizer import CONTRACTIONS, LLAMA3_SPLIT, QWEN2_SPLIT
 
-# Two spellings of the same: Hugging Face's and llama.cpp's.
-_CONTRACTIONS = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
-)
-_SPLIT = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = tuple(contractions + _SPLIT % r"\p{N}{1,3}" for contractions in _CONTRACTIONS)
-_QWEN2 = tuple(contractions + _SPLIT % r"\p{N}" for contractions in _CONTRACTIONS)
+_HF_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+"""Hugging Face's spelling of llama.cpp's `CONTRACTIONS`."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +110,14 @@ def _is_byte_level(step: dict[str, Any], use_regex: bool) -> bool:
     )
 
 
-def _split_by(*patterns: str) -> Callable[[list[dict[str, Any]]], bool]:
+def _split_by(pattern: str) -> Callable[[list[dict[str, Any]]], bool]:
+    spellings = (pattern, pattern.replace(CONTRACTIONS, _HF_CONTRACTIONS))
+
     def matches(steps: list[dict[str, Any]]) -> bool:
         return (
             len(steps) == 2
             and steps[0].get("type") == "Split"
-            and steps[0]["pattern"].get("Regex") in patterns
+            and steps[0]["pattern"].get("Regex") in spellings
             and steps[0].get("behavior") == "Isolated"
             and not steps[0].get("invert")
             and _is_byte_level(steps[1], use_regex=False)
@@ -142,7 +139,7 @@ def _is_smollm(steps: list[dict[str, Any]]) -> bool:
 # Llama 3's. The boolean: whether a word that is a token as a whole is taken without merging.
 _KNOWN: dict[str, tuple[bool, Callable[[list[dict[str, Any]]], bool]]] = {
     "smollm": (False, _is_smollm),
-    "llama-bpe": (True, _split_by(*_LLAMA3)),
-    "qwen2": (False, _split_by(*_QWEN2)),
+    "llama-bpe": (True, _split_by(LLAMA3_SPLIT)),
+    "qwen2": (False, _split_by(QWEN2_SPLIT)),
     "gpt-2": (False, _is_gpt2),
 }

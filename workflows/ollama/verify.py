@@ -1,7 +1,9 @@
 """Does Ollama really ask and answer as we do? Checked on what the server did, not on what it should have done.
 
-* Prompt ids: `/api/generate` returns in `context` the ids of the prompt and of the answer; the prompt's must equal
-  ours, id by id, and their number must be what was evaluated (a BOS that the server adds by itself shows there only).
+* Prompt ids: `/api/generate` returns in `context` the ids of prompt and answer, which it makes after answering, by its
+  own tokenizer, from both texts together. The prompt's must equal ours, id by id, and their number must be what was
+  evaluated (a BOS that the server adds by itself shows there only). An answer that begins with a line break may share
+  its first token with the end of the prompt; then all ids must be what our tokenizer makes of prompt and answer.
 * Conversations: `/api/chat` returns no ids. A server that we started logs the prompt's text; text and
   `prompt_eval_count` must equal ours.
 * Greedy agreement: the share of prompts whose first 32 tokens, or all up to the stop, are LitGPT's greedy ones. Where
@@ -74,7 +76,11 @@ class Verification:
 
 
 def reference_answers(
-    checkpoint_dir: Path, template: ChatTemplate, prompts: Sequence[list[Message]], precision: Precision = "32-true"
+    checkpoint_dir: Path,
+    template: ChatTemplate,
+    prompts: Sequence[list[Message]],
+    precision: Precision = "32-true",
+    device: str = "cpu",
 ) -> Reference:
     """LitGPT's greedy answers.
 
@@ -83,10 +89,11 @@ def reference_answers(
         template: Its chat template.
         prompts: Conversations that end with the user's turn.
         precision: Of weights and arithmetic.
+        device: Where LitGPT computes.
     """
     ids = [template.prompt_ids(messages) for messages in prompts]
     longest = max(map(len, ids)) + ANSWER_TOKENS
-    model = load_model(checkpoint_dir, precision=precision, max_seq_length=longest)
+    model = load_model(checkpoint_dir, precision=precision, max_seq_length=longest, device=device)
     rollouts = generate(model, ids, max_new_tokens=ANSWER_TOKENS, stop_ids=template.stop_ids)
     return Reference(ids, [rollout.ids for rollout in rollouts], model)
 
@@ -151,28 +158,33 @@ def _ask(
         response = connect(server).generate(
             model, messages[-1]["content"], system=system or "", options={**_GREEDY, "num_predict": num_predict}
         )
-    expected = template.prompt_ids(messages)
+    prompt, text, evaluated = template.render(messages, True), response.response or "", response.prompt_eval_count
+    expected = template.encode(prompt)
+    number = len(expected)
     context = None if response.context is None else list(response.context)
-    if context is not None:
-        _require_equal(template, expected, context[: len(expected)], messages[-1]["content"])
-    if response.prompt_eval_count is not None and response.prompt_eval_count != len(expected):
+    if context is None:
+        answer = None
+    elif context[:number] == expected:
+        answer = context[number:]
+    elif evaluated == number and context == template.encode(prompt + text):  # they share a token
+        answer = template.encode(text)
+    else:
+        raise _difference_of_prompts(template, expected, context[:number], messages[-1]["content"])
+    if evaluated is not None and evaluated != number:
         raise UserError(
-            f"Ollama evaluated {response.prompt_eval_count} prompt tokens where the model wants {len(expected)} "
-            f"(a BOS too many or too few?), for the question {messages[-1]['content'][:80]!r}."
+            f"Ollama evaluated {evaluated} prompt tokens where the model wants {number} (a BOS too many or too few?), "
+            f"for the question {messages[-1]['content'][:80]!r}."
         )
-    answer = None if context is None else context[len(expected) :]
-    return answer, response.response or "", response.done_reason == "stop"
+    return answer, text, response.done_reason == "stop"
 
 
-def _require_equal(template: ChatTemplate, ours: list[int], theirs: list[int], question: str) -> None:
-    if ours == theirs:
-        return
+def _difference_of_prompts(template: ChatTemplate, ours: list[int], theirs: list[int], question: str) -> UserError:
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
     def around(ids: list[int]) -> str:
         return ", ".join(f"{i} {template.tokenizer.id_to_token(i)!r}" for i in ids[at : at + 4]) or "nothing"
 
-    raise UserError(
+    return UserError(
         f"Ollama's prompt ids differ from the model's at position {at} of {len(ours)}, for the question "
         f"{question[:80]!r}.\n  ours:   {around(ours)}\n  Ollama: {around(theirs)}"
     )
@@ -184,7 +196,8 @@ def _difference(
 ) -> dict[str, Any]:
     """Where two answers part, and how far apart the two tokens' logits are there."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    logits = model(torch.tensor([prompt + ours[:at]]))[0, -1].float()  # (padded_vocab_size,)
+    ids = torch.tensor([prompt + ours[:at]], device=model.transformer.wte.weight.device)  # (1, T)
+    logits = model(ids)[0, -1].float().cpu()  # (padded_vocab_size,)
     our_id = ours[at] if at < len(ours) else int(logits.argmax())
     # Ollama does not show the stop it saw: where its answer ends first, its choice was the likeliest of the stops.
     stops = torch.tensor(template.stop_ids)

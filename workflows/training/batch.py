@@ -14,13 +14,14 @@ packing; the shared prompt is what TRL and LitGPT compute once per completion).
 A completion's last token is predicted but predicts nothing, so it is no input at all.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from workflows.errors import UserError
+ROW_MULTIPLE = 32
+"""Rows are filled up to a multiple of this: on a CPU each new length makes oneDNN compile and keep kernels of its own,
+20 MB for the 135M model; on a GPU matrix products want multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -52,50 +53,6 @@ class Tree:
     def real_tokens(self) -> int:
         """Tokens of its samples, each with its own prompt, as any other trainer would count them."""
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
-
-
-@dataclass(frozen=True)
-class TreeAttention:
-    """A row's attention, tree by tree: S shared tokens above, n trees of at most L tokens of their own.
-
-    Attributes:
-        shared: S.
-        tokens: Index in the row of each tree's tokens, padded, shape (n, L).
-        places: Where in the flattened (n, L) the row's tokens after the shared ones are, shape (T - S,).
-        mask: True where a token may look, among the shared tokens and its tree's, shape (1, n, L, S + L).
-    """
-
-    shared: int
-    tokens: torch.Tensor
-    places: torch.Tensor
-    mask: torch.Tensor
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Scaled dot-product attention; q, k, v and the result have shape (1, heads, T, head_size)."""
-        heads, (n, length) = q.size(1), self.tokens.shape
-
-        def of_trees(x: torch.Tensor, with_shared: bool) -> torch.Tensor:
-            own = x[0].index_select(1, self.tokens.flatten()).view(heads, n, length, -1)
-            above = x[0, :, None, : self.shared].expand(heads, n, self.shared, -1)
-            return torch.cat([above, own], dim=2) if with_shared else own  # (heads, n, L or S + L, head_size)
-
-        y = _attend(of_trees(q, False), of_trees(k, True), of_trees(v, True), self.mask, scale)  # (heads, n, L, size)
-        y = y.reshape(heads, n * length, -1).index_select(1, self.places)[None]  # (1, heads, T - S, head_size)
-        if not self.shared:
-            return y
-        top_q, top_k, top_v = (x[:, :, : self.shared] for x in (q, k, v))
-        causal = torch.ones(self.shared, self.shared, dtype=torch.bool, device=q.device).tril()
-        return torch.cat([_attend(top_q, top_k, top_v, causal, scale), y], dim=2)
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Plain masked attention: on short pieces torch's fused kernel is slower, its backward pass on a CPU far more so.
-
-    q: (..., L, head_size); k, v: (..., M, head_size); mask: (..., L, M). Returns (..., L, head_size).
-    """
-    scores = (q * scale) @ k.mT  # (..., L, M)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32)
-    return weights.to(v.dtype) @ v
 
 
 @dataclass
@@ -134,22 +91,6 @@ class PackedBatch:
         mask = self.visible[0][row][:, row]  # (T, T)
         return mask.tril()[None, None]  # (1, 1, T, T)
 
-    def tree_attention(self) -> "TreeAttention | None":
-        """The same mask tree by tree; None unless that leaves at most a third of the row's pairs of tokens."""
-        shared = int(self.spans[0, 0])
-        lengths = self.spans[:, 1] - self.spans[:, 0]  # (trees,)
-        longest = int(lengths.max())
-        mask = self.attention_mask()
-        if mask is None or 3 * len(lengths) * longest * (shared + longest) > mask.numel():
-            return None
-        slots = torch.arange(longest, device=mask.device)  # (L,)
-        tokens = (self.spans[:, :1] + slots).clamp(max=mask.size(-1) - 1)  # (trees, L)
-        real = slots < lengths[:, None]  # (trees, L)
-        own = mask[0, 0][tokens[:, :, None], tokens[:, None, :]] & real[:, None, :]  # (trees, L, L)
-        own |= torch.eye(longest, dtype=torch.bool, device=mask.device)  # so that no row of padding sees nothing
-        above = own.new_ones(len(lengths), longest, shared)
-        return TreeAttention(shared, tokens, real.flatten().nonzero()[:, 0], torch.cat([above, own], dim=2)[None])
-
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -182,11 +123,12 @@ class _Row:
         return visible[None]
 
 
-def pack_row(trees: Sequence[Tree]) -> PackedBatch:
+def pack_row(trees: Sequence[Tree], multiple: int = 1) -> PackedBatch:
     """Pack trees into one row.
 
     Args:
         trees: At least one.
+        multiple: The row's length is filled up to a multiple of this.
 
     Returns:
         A batch whose completions are numbered in the order of `trees` and of each tree's completions.
@@ -215,6 +157,12 @@ def pack_row(trees: Sequence[Tree]) -> PackedBatch:
                     owners.append(completions)
             completions += 1
         spans.append((tree_begin, len(row.ids)))
+    if fill := -len(row.ids) % multiple:
+        # Further tokens of the last completion: nothing is learned from them, and nothing that is learned sees them.
+        row.ids += [trees[-1].completions[-1][-1]] * fill
+        row.positions += row.positions[-1:] * fill
+        row.nodes += row.nodes[-1:] * fill
+        spans[-1] = (spans[-1][0], len(row.ids))
 
     return PackedBatch(
         input_ids=torch.tensor([row.ids]),
@@ -273,15 +221,4 @@ def pack(trees: Sequence[Tree], row_tokens: int) -> list[tuple[list[int], Packed
         For each row the indices of its trees in `trees`, and the batch.
     """
     rows = assign_rows([tree.tokens for tree in trees], row_tokens)
-    return [(row, pack_row([trees[i] for i in row])) for row in rows]
-
-
-def check_lengths(trees: Iterable[Tree], context: int) -> None:
-    """Refuse samples that the model's positions cannot reach.
-
-    Raises:
-        UserError: If a sample is longer than the model's context.
-    """
-    longest = max((len(tree.prompt) + max(map(len, tree.completions)) for tree in trees), default=0)
-    if longest > context:
-        raise UserError(f"A sample has {longest} tokens, the model's context is {context}. Set --train.max_seq_length.")
+    return [(row, pack_row([trees[i] for i in row], ROW_MULTIPLE)) for row in rows]

@@ -3,12 +3,13 @@
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lightning as L
 
 from workflows.errors import UserError
-from workflows.files import write_text
+from workflows.files import no_room_explained, write_text
 
 
 class MetricsLog:
@@ -40,13 +41,23 @@ class MetricsLog:
             return
         row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
         if set(row) <= set(self.columns):
-            with open(self.path, "a", encoding="utf-8") as f:
+            with no_room_explained(self.path), open(self.path, "a", encoding="utf-8") as f:
                 f.write(self._line(row))
         else:
             with open(self.path, encoding="utf-8") as f:
                 self._rewrite([*csv.DictReader(f), row])
         for logger in self.others:
             logger.log_metrics(metrics, step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let the loggers write what they still hold."""
+        for logger in self.others:
+            logger.finalize("success" if kind is None else "failed")
 
     def _line(self, row: dict[str, str]) -> str:
         return ",".join(row.get(name) or "" for name in self.columns) + "\n"

@@ -1,8 +1,8 @@
 """The one training loop (Lightning Fabric): what SFT, DPO, GRPO and reward modelling share.
 
 In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
-gradient clipping, the learning-rate schedule, devices and strategies, progress bar; beside it `resume.py` (checkpoints)
-and `logs.py`. A step file supplies an `Objective`: its batches, its loss, its validation.
+gradient clipping, the learning-rate schedule, progress bar; beside it `processes.py` (devices and strategies),
+`resume.py` (checkpoints) and `logs.py`. A step file supplies an `Objective`: its batches, its loss, its validation.
 """
 
 import math
@@ -14,14 +14,15 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import lightning as L
 import torch
-from lightning.fabric.strategies import ModelParallelStrategy, Strategy
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from workflows.checkpoint import plain
 from workflows.errors import UserError
 from workflows.training.logs import MetricsLog
-from workflows.training.resume import Checkpoints, Resume
+from workflows.training.resume import Checkpoints, ResumeMode
+
+MOST_SAMPLES = 1 << 20
+"""The most samples of a step: their numbers are kept in memory."""
 
 
 @dataclass
@@ -61,22 +62,25 @@ class TrainArgs:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, as messages."""
-        positive = ("max_steps", "global_batch_size", "row_tokens", "max_seq_length", "log_interval")
+        positive = ("max_steps", "global_batch_size", "row_tokens", "max_seq_length")
+        intervals = ("log_interval", "eval_interval", "save_interval")
         found = [
             f"--train.{name} must be at least 1, not {getattr(self, name)}."
-            for name in positive
+            for name in positive + intervals
             if getattr(self, name) < 1
         ]
-        found += [
-            f"--train.{name} must be at least 1, not {getattr(self, name)}."
-            for name in ("eval_interval", "save_interval")
-            if getattr(self, name) < 1
-        ]
-        if self.learning_rate <= 0:
+        if self.global_batch_size > MOST_SAMPLES:
+            found.append(f"--train.global_batch_size {self.global_batch_size} exceeds {MOST_SAMPLES:,} samples a step.")
+        if not 0 < self.learning_rate < math.inf:
             found.append(f"--train.learning_rate must be positive, not {self.learning_rate}.")
+        for name, most in (("min_lr", math.inf), ("weight_decay", math.inf), ("beta1", 1), ("beta2", 1)):
+            if not 0 <= (value := getattr(self, name)) < most:
+                found.append(
+                    f"--train.{name} must be 0 or more" + (f", and below {most}" * (most == 1)) + f", not {value}."
+                )
         if not 0 <= self.lr_warmup_steps <= self.max_steps:
             found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
-        if self.max_norm is not None and self.max_norm <= 0:
+        if self.max_norm is not None and not self.max_norm > 0:
             found.append("--train.max_norm must be positive, or null for no clipping.")
         return found
 
@@ -170,44 +174,6 @@ def step_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
     return indices
 
 
-def make_fabric(devices: int | str, num_nodes: int, strategy: str, plugins: Any = None) -> L.Fabric:
-    """Fabric for this machine: one process per device, data-parallel (`ddp`) or sharded (`fsdp`).
-
-    Weights are put into their precision by `load_model`, so Fabric itself casts nothing.
-
-    Args:
-        devices: Devices per node, or "auto".
-        num_nodes: Machines.
-        strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
-        plugins: A precision plugin, for quantized weights.
-    """
-    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    count = (torch.cuda.device_count() if accelerator == "cuda" else 1) if devices == "auto" else int(devices)
-    chosen: Strategy | str = "auto"
-    if strategy == "fsdp":
-        chosen = ModelParallelStrategy(
-            parallelize_fn=_shard,
-            data_parallel_size=count
-            * num_nodes,  # by default Fabric would take a node's devices for tensor parallelism
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend="nccl" if accelerator == "cuda" else "gloo",
-        )
-    elif strategy == "ddp" or count * num_nodes > 1:
-        chosen = "ddp"
-    return L.Fabric(accelerator=accelerator, devices=count, num_nodes=num_nodes, strategy=chosen, plugins=plugins)
-
-
-def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-    """FSDP2: every block is a unit of its own, gathered when it runs and freed after."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.transformer.h:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
-    return model
-
-
 def fit(
     fabric: L.Fabric,
     model: Any,
@@ -217,7 +183,7 @@ def fit(
     *,
     seed: int,
     identity: dict[str, Any],
-    resume: Resume = "auto",
+    resume: ResumeMode = "auto",
     loggers: Iterable[str] = (),
 ) -> FitResult:
     """Train a model.
@@ -231,14 +197,15 @@ def fit(
         seed: Seeds dropout, by step and rank.
         identity: What the run's result depends on (model and data hashes, settings). A checkpoint with another identity
             is not resumed.
-        resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew.
+        resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew; "matching"
+            goes on from one of this very identity and deletes others.
         loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
 
     Returns:
         Steps, seconds, tokens and the last validation metrics.
 
     Raises:
-        UserError: If the loss stops being a number, a checkpoint cannot be written, or `resume` finds none that fits.
+        UserError: If loss or gradient stop being numbers, a file cannot be written, or `resume` finds none that fits.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -249,6 +216,7 @@ def fit(
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,
+            fused=True,  # one kernel for each parameter's update, where the plain form has a dozen
         )
     )
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
@@ -259,7 +227,14 @@ def fit(
         f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
     )
 
-    with tqdm(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step") as bar:
+    def require_finite(name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"The {name} is {value} at step {step}. Lower --train.learning_rate, or use --precision 32-true; "
+                f"the last good checkpoint is in {saver.directory}"
+            )
+
+    with log, tqdm(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step") as bar:
         for step in range(result.steps, train.max_steps):
             began = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
@@ -267,14 +242,13 @@ def fit(
                 group["lr"] = learning_rate(step, train)
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
             logged = _accumulate(fabric, wrapped, objective, batches)
-            if not math.isfinite(logged["loss"]):
-                raise UserError(
-                    f"The loss is {logged['loss']} at step {step}. Lower --train.learning_rate, or use "
-                    "--precision 32-true; the last good checkpoint is in " + str(saver.directory)
-                )
-            if train.max_norm is not None:
-                norm = fabric.clip_gradients(wrapped, optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
-                logged["grad_norm"] = float(norm if norm is not None else math.nan)
+            require_finite("loss", logged["loss"], step)
+            # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
+            norm: Any = fabric.clip_gradients(
+                wrapped, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
+            )
+            logged["grad_norm"] = float(norm)
+            require_finite("gradient's norm", logged["grad_norm"], step)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -287,6 +261,8 @@ def fit(
             last = result.steps == train.max_steps
             if last or result.steps % train.eval_interval == 0:
                 result.metrics = objective.validate(wrapped)
+                for name, value in result.metrics.items():
+                    require_finite(name, value, step)
                 logged |= result.metrics
             if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
                 log.write(

@@ -1,8 +1,8 @@
 """LitGPT's LoRA GPT, able to read a tree-packed batch and to give one log-probability per completion token.
 
 What is in: explicit masks and rotary positions, a language-model head that runs only where a token is predicted, in
-chunks that are recomputed in the backward pass (the logits of a whole batch never exist at once), tied embeddings that
-stay tied, 32-bit adapters over 16-bit weights, and LoRA layers that add their update in one product.
+chunks (the logits of a whole batch never exist at once), tied embeddings that stay tied, 32-bit adapters over 16-bit
+weights, and faster forms of LitGPT's layers where the plain Llama shape allows them (`fused.py`, `attention.py`).
 What is not: models with sliding windows, multi-head latent attention or learned positions (LitGPT's own forward runs
 them; a packed one would need more than a mask).
 """
@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import litgpt.lora
+import litgpt.model
 import torch
 import torch.nn.functional as F
 from litgpt.model import do_softcapping
 from torch.utils.checkpoint import checkpoint
 
 from workflows.checkpoint import check_checkpoint_dir, is_tied, load_config, load_weights
-from workflows.errors import UserError
-from workflows.training.batch import PackedBatch, TreeAttention
+from workflows.errors import UserError, first_line
+from workflows.training.attention import RowAttention
+from workflows.training.batch import PackedBatch
+from workflows.training.fused import HEAD_CHUNK, head_logprobs, lora_linear, rms_norm, swiglu
 
 Precision = Literal["32-true", "bf16-true", "16-true"]
 DTYPES: dict[str, torch.dtype] = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-HEAD_CHUNK = 256
-"""Predicted tokens per chunk of the head: 256 rows of 49,152 logits in float32 are 50 MB."""
 
 
 @dataclass
@@ -46,8 +47,17 @@ class LoRAArgs:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "LoRAArgs":
-        """The `lora_*` entries of a step's `hyperparameters.yaml`."""
-        return cls(**{k.removeprefix("lora_"): value for k, value in settings.items() if k.startswith("lora_")})
+        """The `lora_*` entries of a step's `hyperparameters.yaml`.
+
+        Raises:
+            UserError: If one of them is unknown or of another type.
+        """
+        found = {str(k).removeprefix("lora_"): value for k, value in settings.items() if str(k).startswith("lora_")}
+        for name, value in found.items():
+            kind = type(getattr(cls, name, None))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"hyperparameters.yaml: lora_{name} is {value!r:.40}, which it cannot be.")
+        return cls(**found)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of `litgpt.lora.Config`."""
@@ -59,12 +69,9 @@ class LoRALinear(litgpt.lora.LoRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, in_features). Returns (B, T, out_features)."""
-        pretrained = self.linear(x)  # (B, T, out_features)
         if self.r == 0 or self.merged:
-            return pretrained
-        down = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (B, T, r)
-        up = self.lora_B.to(x.dtype)  # (out_features, r)
-        return _add_product(pretrained, down, up)
+            return self.linear(x)
+        return _adapted(self, x, self.lora_B)
 
 
 class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
@@ -72,11 +79,9 @@ class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, C). Returns (B, T, (n_head + 2 * n_query_groups) * head_size)."""
-        pretrained = self.linear(x)
         if self.r == 0 or not any(self.enable_lora) or self.merged:
-            return pretrained
-        down = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (B, T, r * enabled)
-        return _add_product(pretrained, down, self.block_diagonal_B().to(x.dtype))
+            return self.linear(x)
+        return _adapted(self, x, self.block_diagonal_B())
 
     def get_lora_AB(self) -> torch.Tensor:
         """The weights' update, (out_features, in_features); LitGPT's own cannot have its weights on the meta device."""
@@ -93,29 +98,51 @@ class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
         return torch.block_diag(*blocks)
 
 
-def _add_product(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """base (B, T, out) + down (B, T, r) @ up.T, in one call that needs no second (B, T, out) tensor."""
-    flat = torch.addmm(base.view(-1, base.size(-1)), down.reshape(-1, down.size(-1)), up.T)  # (B * T, out)
-    return flat.view_as(base)
+def _adapted(layer: litgpt.lora.LoRALinear, x: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+    """The layer's output with its update; x: (B, T, in_features)."""
+    dropped = layer.training and isinstance(layer.lora_dropout, torch.nn.Dropout) and layer.lora_dropout.p > 0
+    if type(layer.linear) is torch.nn.Linear and not dropped:
+        return lora_linear(x, layer.linear.weight, layer.linear.bias, layer.lora_A, lora_B, layer.scaling)
+    # quantized weights multiply by themselves, and with dropout the two products have different inputs
+    down = F.linear(layer.lora_dropout(x), layer.lora_A.to(x.dtype)) * layer.scaling  # (B, T, r)
+    return layer.linear(x) + F.linear(down, lora_B.to(x.dtype))
 
 
 class CausalSelfAttention(litgpt.lora.CausalSelfAttention):
-    """LitGPT's attention, which also takes a packed row's `TreeAttention` in the place of a mask."""
+    """LitGPT's attention, which also takes a packed row's `RowAttention` in the place of a mask."""
 
-    def scaled_dot_product_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """q, k, v: (B, n_head, T, head_size). Returns (B, T, n_head, head_size)."""
-        if not isinstance(mask, TreeAttention):
-            return super().scaled_dot_product_attention(q, k, v, mask)
+        """x: (B, T, n_embd). Returns the same shape."""
+        if not isinstance(mask, RowAttention):
+            return super().forward(x, cos, sin, mask, *args, **kwargs)
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
-        return mask(q, k, v, scale).transpose(1, 2)
+        return self.proj(mask(self.qkv(x), cos, sin, self.config.n_head, self.config.n_query_groups, scale))
+
+
+class RMSNorm(litgpt.model.RMSNorm):
+    """LitGPT's norm in fewer passes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., C). Returns the same shape."""
+        return rms_norm(x, self.weight + 1 if self.add_unit_offset else self.weight, self.eps)
+
+
+class LLaMAMLP(litgpt.lora.LLaMAMLP):
+    """LitGPT's gated MLP, keeping less for its backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, n_embd). Returns the same shape."""
+        return self.proj(swiglu(self.fc_1(x), self.fc_2(x)))
 
 
 _OURS: dict[type, type] = {
     litgpt.lora.LoRALinear: LoRALinear,
     litgpt.lora.LoRAQKVLinear: LoRAQKVLinear,
     litgpt.lora.CausalSelfAttention: CausalSelfAttention,
+    litgpt.lora.LLaMAMLP: LLaMAMLP,
+    litgpt.model.RMSNorm: RMSNorm,
 }
 
 
@@ -139,9 +166,9 @@ class GPT(litgpt.lora.GPT):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of a packed row, shape (1, T, n_embd), norm applied."""
-        capped = self.config.attention_logit_softcapping is not None
-        trees = None if capped else batch.tree_attention()
-        mask: Any = batch.attention_mask() if trees is None else trees  # (1, 1, T, T), by tree, or None for causal
+        # by pieces on a CPU; else LitGPT's own attention with a mask of (1, 1, T, T), or None where it is causal
+        by_pieces = self.has_plain_attention and batch.input_ids.device.type == "cpu"
+        mask: Any = RowAttention(batch) if by_pieces else batch.attention_mask()
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # (1, T, rope_n_elem)
         x = self.transformer.wte(batch.input_ids)  # (1, T, n_embd)
         if self.config.scale_embeddings:
@@ -158,10 +185,26 @@ class GPT(litgpt.lora.GPT):
             float32, shape (N,), in the order of `batch.targets`; of the untruncated distribution at temperature 1.
         """
         states = self.hidden(batch)[0].index_select(0, batch.predictors)  # (N, n_embd)
+        head = self.lm_head
+        if self.has_plain_head and not head.linear.weight.requires_grad:
+            return head_logprobs(states, head.linear.weight, batch.targets)
         chunks = zip(states.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False)[0] for chunk in chunks])
-        return torch.cat([self._chunk(*chunk)[0] for chunk in chunks])
+        # what a chunk's backward pass needs is computed again there
+        return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False)[0] for chunk in chunks])
+
+    @property
+    def has_plain_attention(self) -> bool:
+        """Whether attention is Llama's: full rotary embeddings in halves, no norms or caps inside."""
+        config = self.config
+        odd = config.norm_qk or config.rope_interleave or config.attention_logit_softcapping is not None
+        return not odd and config.rope_n_elem == config.head_size
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head is a matrix alone: no bias, no adapter, no cap."""
+        head = self.lm_head
+        adapted = head.r > 0 and not head.merged
+        return head.linear.bias is None and not adapted and self.config.final_logit_softcapping is None
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +225,20 @@ class GPT(litgpt.lora.GPT):
             logits = do_softcapping(logits, self.config.final_logit_softcapping)
         chosen = logits.gather(1, targets[:, None])[:, 0]  # (n,)
         return chosen - logits.logsumexp(dim=-1), chosen == logits.amax(dim=-1)
+
+
+def empty_model(checkpoint_dir: Path, lora: LoRAArgs) -> GPT:
+    """A model without weights (all on the meta device), as `model_config.yaml` and the adapters' settings describe it.
+
+    Raises:
+        UserError: If they describe none.
+    """
+    config = load_config(checkpoint_dir, **lora.config_fields())
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except Exception as e:  # LitGPT checks little: whatever Python and torch say to a setting that cannot be
+        raise UserError(f"{checkpoint_dir / 'model_config.yaml'} describes no model ({first_line(e)}).") from None
 
 
 def load_model(
@@ -208,13 +265,12 @@ def load_model(
     """
     directory = check_checkpoint_dir(checkpoint_dir)
     lora = lora or LoRAArgs(r=0)
-    config = load_config(directory, **lora.config_fields())
+    model = empty_model(directory, lora)
+    config = model.config
     if max_seq_length is not None and max_seq_length > config.block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the model's context of {config.block_size}.")
 
     dtype = DTYPES[precision]
-    with torch.device("meta"):
-        model = GPT(config)
     weights = {name: tensor.to(dtype) for name, tensor in load_weights(directory).items()}
     try:
         loaded = model.load_state_dict(weights, strict=False, assign=True)

@@ -1,5 +1,6 @@
 """Local tasks over prepared data, and the definitions of the Hub's medical tasks (read over small local stand-ins)."""
 
+import dataclasses
 import json
 
 import datasets
@@ -44,6 +45,19 @@ def test_a_local_task_asks_for_each_choice_after_the_chat_prompt(tmp_path, templ
     scores = task.process_results({**ROWS[1]}, [(-5.0, False), (-5.5, False), (-4.0, False)])
     assert scores == {"acc": 0.0, "acc_norm": 1.0}
     assert split_of(task.dump_config()) == "test"
+
+
+def test_choices_are_scored_after_thoughts_that_the_template_opens(tmp_path, template):
+    """A model trained to answer as `answer_text` has it never writes a choice right after `<think>`."""
+    write(tmp_path, "hpo_mcq", ROWS)
+    thinking = dataclasses.replace(template, source=template.source.replace("assistant\n'", "assistant\n<think>\n'"))
+    (task,) = load_tasks(["hpo_mcq"], tmp_path, thinking)
+    task.build_all_requests()
+    chat = thinking.encode_chat([*ROWS[0]["prompt"], {"role": "assistant", "content": "Tachypnea"}])
+    context, choice = task.instances[0].args
+    assert choice == "Tachypnea" and "<think>\n" in context  # per character means the choice's own
+    learned = thinking.decode(chat.prompt + chat.completion, skip_special_tokens=False)
+    assert learned == context + choice + thinking.turn_end
 
 
 def test_names_of_local_tasks(tmp_path, template):

@@ -119,6 +119,16 @@ def test_modelfile_leaves_nothing_to_defaults(chatml: ChatTemplate) -> None:
     assert (override["temperature"], override["top_p"]) == (0.0, 1.0)
 
 
+def test_null_in_generation_config_is_as_if_it_were_not_there(chatml: ChatTemplate) -> None:
+    names = ("temperature", "top_p", "top_k")
+    parameters = [
+        make_modelfile(chatml, generation, num_ctx=64, num_thread=1).parameters
+        for generation in ({}, dict.fromkeys(names), dict.fromkeys(names, 0))
+    ]
+    given = [tuple(each[name] for name in names) for each in parameters]
+    assert given == [(0.2, 0.9, 0), (0.2, 0.9, 0), (0.0, 0.0, 0)]
+
+
 def test_literal_braces_and_quotes_stay_text(chatml: ChatTemplate) -> None:
     source = derive(of(chatml, QUOTES)).source
     assert '"""' not in source  # it would end the Modelfile's value

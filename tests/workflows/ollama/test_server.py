@@ -17,6 +17,8 @@ import pytest
 
 from workflows.errors import UserError
 from workflows.ollama import install as install_module
+from workflows.ollama.client import connect
+from workflows.ollama.gguf_writer import write_gguf
 from workflows.ollama.install import environment, install
 from workflows.ollama.server import OllamaServer, find_server, open_server, parse_host, probe
 from workflows.ollama.store import StoreLock
@@ -155,20 +157,67 @@ def test_a_server_of_ours_starts_listens_locally_and_leaves_nothing_behind(tmp_p
     server.stop()  # a second time does nothing
 
 
+OWNER = """
+import sys, time
+from pathlib import Path
+import psutil
+from workflows.ollama.client import connect, create_model
+from workflows.ollama.install import install
+from workflows.ollama.modelfile import Modelfile
+from workflows.ollama.server import OllamaServer
+
+with OllamaServer.start(install(), Path(sys.argv[1])) as server:
+    create_model(server, "m", Path(sys.argv[2]), Modelfile("{{ .Prompt }}", "", {"num_ctx": 64, "num_thread": 1}))
+    connect(server).generate("m", "hello", options={"num_predict": 1})
+    print(server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True)), flush=True)
+    if sys.argv[3] == "error":
+        raise ValueError("a fault of ours")
+    if sys.argv[3] == "signal":
+        time.sleep(60)
+"""
+
+
 @pytest.mark.ollama
 @needs_private_copy
-def test_a_server_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\n"
-        "from workflows.ollama.install import install\nfrom workflows.ollama.server import OllamaServer\n"
-        "server = OllamaServer.start(install(), Path(sys.argv[1]))\nprint(server.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    served = psutil.Process(int(owner.stdout.readline()))
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    assert served.wait(timeout=10) is None or not served.is_running()
+@pytest.mark.parametrize("end", ["normal", "error", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_server_and_no_runner_outlives_its_owner(
+    end: str | signal.Signals, speaking_llama: Path, tmp_path: Path
+) -> None:
+    write_gguf(speaking_llama, tmp_path / "m.gguf", "f32", "m", "0" * 64)
+    how = "signal" if isinstance(end, signal.Signals) else end
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "state"), str(tmp_path / "m.gguf"), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        family = [psutil.Process(int(pid)) for pid in owner.stdout.readline().split()]
+        if isinstance(end, signal.Signals):
+            owner.send_signal(end)
+        owner.wait(30)
+    assert len(family) == 2  # the server and the runner of its model
+    assert (owner.returncode == 0) == (end == "normal")
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+@pytest.mark.ollama
+@needs_private_copy
+def test_a_server_of_ours_leaves_the_users_models_alone(tmp_path: Path, monkeypatch) -> None:
+    """A starting Ollama deletes what no model names in the folder that it uses."""
+    home, models = tmp_path / "home", tmp_path / "home" / ".ollama" / "models"
+    for folder in (models, tmp_path / "elsewhere"):
+        (folder / "blobs").mkdir(parents=True)
+        (folder / "blobs" / ("sha256-" + "b" * 64)).write_text("the user's download, half done")
+        (folder / "manifests" / "empty").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
+
+    def everything() -> dict[Path, int]:
+        roots = (home, tmp_path / "elsewhere")
+        return {path: path.stat().st_mtime_ns for root in roots for path in [root, *root.rglob("*")]}
+
+    before = everything()
+    with OllamaServer.start(install(), tmp_path / "state") as server:
+        assert not connect(server).list().models
+    assert everything() == before
 
 
 def test_only_a_server_that_is_alone_may_delete_unnamed_files(tmp_path: Path) -> None:

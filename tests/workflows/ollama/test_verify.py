@@ -1,12 +1,18 @@
 """The verification: what it lets pass, what it catches, and what a real Ollama does with real and tiny models."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import TEXT, convert, make_llama, make_qwen2
 from tests.workflows.conftest import speak_ascii
@@ -17,6 +23,7 @@ from workflows.errors import UserError
 from workflows.ollama import verify
 from workflows.ollama.client import connect, create_model
 from workflows.ollama.gguf_writer import write_gguf
+from workflows.ollama.install import install, is_supported
 from workflows.ollama.modelfile import derive, make_modelfile
 from workflows.ollama.server import OllamaServer, probe
 from workflows.ollama.verify import (
@@ -27,6 +34,10 @@ from workflows.ollama.verify import (
     verify_model,
 )
 
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 SHA = "0" * 64
 QUESTIONS = [[{"role": "user", "content": f"What is finding {i}?"}] for i in range(3)]
 
@@ -148,10 +159,6 @@ def test_prompts_are_read_from_the_servers_log(tmp_path: Path) -> None:
 
 # ---- a real Ollama ----
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n\n' + "
     "message['content'] | trim + '<|im_end|>' }}{%- endfor %}"
@@ -177,7 +184,7 @@ def retrain(folder: Path, split: str, ignore_merges: bool, nfc: bool, template: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT + " 1234 567"] * 4, trainer)
+    tokenizer.train_from_iterator([TEXT + " 1234 567\n\n\n"] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -186,21 +193,102 @@ def retrain(folder: Path, split: str, ignore_merges: bool, nfc: bool, template: 
     return folder
 
 
+def begin_with_line_breaks(folder: Path) -> Path:
+    """Let a tiny model with an untied head begin its answers to QUESTIONS with a line break."""
+    model, template = AutoModelForCausalLM.from_pretrained(folder), ChatTemplate.from_checkpoint(folder)
+    with torch.no_grad():
+        ids = [torch.tensor([template.prompt_ids(question)]) for question in QUESTIONS]
+        state = torch.stack([model.model(each).last_hidden_state[0, -1] for each in ids]).mean(0)  # (hidden_size,)
+        model.lm_head.weight[template.encode("\n")[0]] = 50 * state / state.norm() ** 2
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny checkpoints: ChatML without BOS, Llama 3's form with BOS, Qwen2 with biases and an untied head."""
+    """Tiny checkpoints: ChatML without BOS, Llama 3's form with BOS, one that thinks, Qwen2 with an untied head."""
     folder = tmp_path_factory.mktemp("families")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 384}
     plain = make_llama(folder / "plain", **sizes)
     with_bos = retrain(make_llama(folder / "with-bos", **sizes), LLAMA3_SPLIT, True, False, LLAMA3_TEMPLATE)
     qwen2 = retrain(make_qwen2(folder / "qwen2", **sizes), LLAMA3_SPLIT.replace("{1,3}", ""), False, True, None)
-    for model in (plain, with_bos, qwen2):
-        speak_ascii(model)
-    return {path.name: convert(path, folder / "checkpoints") for path in (plain, with_bos, qwen2)}
+    thoughts = LLAMA3_TEMPLATE.replace("assistant\n\n' }}", "assistant\n\n<think>\n' }}")
+    thinking = retrain(make_llama(folder / "thinking", tied=False, **sizes), LLAMA3_SPLIT, True, False, thoughts)
+    models = [speak_ascii(model) for model in (plain, with_bos, qwen2, thinking)]
+    begin_with_line_breaks(thinking)
+    return {path.name: convert(path, folder / "checkpoints") for path in models}
+
+
+def test_an_answer_that_shares_a_token_with_the_prompt(families) -> None:
+    """Ollama tokenizes prompt and answer again, as one text: only then the prompt's ids need not stand alone."""
+    template = ChatTemplate.from_checkpoint(families["thinking"])
+    reference = reference_answers(families["thinking"], template, QUESTIONS)
+
+    class Joins(Honest):
+        def change(self, reply: dict) -> dict:
+            text = template.decode(reply["context"], skip_special_tokens=False)
+            return {**reply, "context": template.encode(text)}
+
+    class Miscounts(Joins):
+        def change(self, reply: dict) -> dict:
+            return {**super().change(reply), "prompt_eval_count": reply["prompt_eval_count"] + bool(reply["response"])}
+
+    class Mistakes(Joins):
+        def change(self, reply: dict) -> dict:
+            reply = super().change(reply)
+            reply["context"][-1] += bool(reply["response"])
+            return reply
+
+    result = judge(Joins, template, reference)
+    assert (result.prompt_ids_equal, result.greedy_agreement) == (True, 1.0)
+    for wrong in (Miscounts, Mistakes):
+        with pytest.raises(UserError, match="Ollama's prompt ids differ"):
+            judge(wrong, template, reference)
 
 
 @pytest.mark.ollama
-@pytest.mark.parametrize("family", ["plain", "with-bos", "qwen2"])
+def test_a_server_killed_amid_the_prompts_and_one_started_again(families, tmp_path: Path, monkeypatch) -> None:
+    """One that is dead at the next question ends it with one message; one that is back by then is as good as before."""
+    if not is_supported():
+        pytest.skip("the private Ollama is for Linux on x86-64")
+    checkpoint, state, binary = families["plain"], tmp_path / "state", install()
+    template = ChatTemplate.from_checkpoint(checkpoint)
+    write_gguf(checkpoint, tmp_path / "m.gguf", "f32", "m", SHA)
+    reference = reference_answers(checkpoint, template, QUESTIONS)
+    real_ask = verify._ask
+
+    def verify_with_a_crash(server: OllamaServer, then: Callable[[], object]) -> Verification:
+        def ask(*args: Any, **more: Any) -> Any:
+            if args[3] is QUESTIONS[1]:
+                assert server.pid is not None
+                os.kill(server.pid, signal.SIGKILL)
+                then()
+            return real_ask(*args, **more)
+
+        monkeypatch.setattr(verify, "_ask", ask)
+        endpoint = probe(server.url)  # a server that is not ours, and so not ours to start again
+        assert endpoint is not None
+        return verify_model(OllamaServer(endpoint), "m", template, QUESTIONS, reference)
+
+    with ExitStack() as stack:
+        first = stack.enter_context(OllamaServer.start(binary, state))
+        create_model(first, "m", tmp_path / "m.gguf", make_modelfile(template, {}, num_ctx=512, num_thread=1))
+        with pytest.raises(UserError, match="ended or broke off in the middle"):
+            verify_with_a_crash(first, first.stop)
+
+        port = int(first.url.rpartition(":")[2])
+        second = stack.enter_context(OllamaServer.start(binary, state, port))
+
+        def start_again() -> None:
+            second.stop()
+            stack.enter_context(OllamaServer.start(binary, state, port))
+
+        result = verify_with_a_crash(second, start_again)
+    assert result.prompt_ids_equal is True and all(difference["near_tie"] for difference in result.differences)
+
+
+@pytest.mark.ollama
+@pytest.mark.parametrize("family", ["plain", "with-bos", "qwen2", "thinking"])
 def test_ollamas_prompts_and_answers_are_ours(family, families, ollama_server, tmp_path: Path) -> None:
     checkpoint = families[family]
     template = ChatTemplate.from_checkpoint(checkpoint)
@@ -212,7 +300,12 @@ def test_ollamas_prompts_and_answers_are_ours(family, families, ollama_server, t
     assert result.prompt_ids_equal is True and result.chat_prompts_equal is True
     assert all(difference["near_tie"] for difference in result.differences), result
     bos = template.tokenizer.token_to_id("<|endoftext|>")
-    assert [ids.count(bos) for ids in reference.prompts] == [int(family == "with-bos")] * 3
+    assert [ids.count(bos) for ids in reference.prompts] == [int(family in ("with-bos", "thinking"))] * 3
+    if family == "thinking":  # what this family is for: prompt and answer share a token where both are one text
+        texts = [template.decode(ids, False) for ids in reference.answers]
+        assert all(text.startswith("\n") for text in texts)
+        prompt = template.render(QUESTIONS[0], add_generation_prompt=True)
+        assert template.encode(prompt + texts[0])[: len(reference.prompts[0])] != reference.prompts[0]
 
 
 @pytest.mark.ollama

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflows.errors import UserError
-from workflows.training.batch import Tree, assign_rows, check_lengths, pack, pack_row, shared_prefix_length
+from workflows.training.batch import Tree, assign_rows, pack, pack_row, shared_prefix_length
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 TREES = st.lists(st.builds(lambda p, c: Tree(p, c), IDS, st.lists(IDS, min_size=1, max_size=3)), min_size=1, max_size=5)
@@ -62,31 +61,6 @@ def test_one_sample_needs_no_mask():
     assert pack_row([Tree([1, 2], [[3, 4], [5, 6]])]).attention_mask() is not None
 
 
-@pytest.mark.parametrize("system", [0, 9])
-def test_attention_by_trees_equals_attention_of_the_row(system):
-    g = torch.Generator().manual_seed(0)
-    lengths = [(5, (3, 4)), (2, (6,)), (7, (1, 2, 1)), (4, (5,)), (3, (2, 2)), (6, (3,))] * 3
-    trees = [Tree([1] * system + [i + 2] * p, [[9] * c for c in cs]) for i, (p, cs) in enumerate(lengths)]
-    batch = pack_row(trees)
-    by_trees, mask = batch.tree_attention(), batch.attention_mask()
-    assert by_trees is not None
-    q, k, v = (torch.randn(1, 2, mask.size(-1), 8, generator=g, requires_grad=True) for _ in range(3))
-    weights = torch.randn(1, 2, mask.size(-1), 8, generator=g)
-    got = by_trees(q, k, v, scale=0.3)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(
-        torch.autograd.grad((got * weights).sum(), (q, k, v)),
-        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_long_trees_keep_the_fused_attention():
-    assert pack_row([Tree([1] * 60, [[2] * 60]), Tree([3] * 60, [[4] * 60])]).tree_attention() is None
-
-
 def test_loss_mask_keeps_context_in_a_completion_unlearned():
     batch = pack_row([Tree([1], [[2, 3, 4]], [[True, False, True]])])
     assert batch.targets.tolist() == [2, 4]
@@ -99,6 +73,20 @@ def test_identical_prompts_keep_a_token_each():
     assert shared_prefix_length([[1, 2, 3]]) == 0
     assert shared_prefix_length([[1], [1, 2]]) == 0
     assert shared_prefix_length([[5, 1], [2, 1]]) == 0
+
+
+def test_a_row_is_filled_up_by_tokens_that_nothing_learned_sees():
+    trees = [Tree([1, 2, 3], [[4, 5], [6, 7, 8]]), Tree([1, 2, 9], [[4, 5]])]
+    bare, filled = pack_row(trees), pack_row(trees, 5)
+    tokens = bare.input_ids.size(1)
+    assert tokens == 8 and filled.input_ids.size(1) == 10
+    assert filled.spans[-1].tolist() == [int(bare.spans[-1, 0]), 10]
+    for name in ("predictors", "targets", "owners"):
+        assert torch.equal(getattr(filled, name), getattr(bare, name))
+    assert filled.real_tokens == bare.real_tokens
+    mask = filled.attention_mask()[0, 0]
+    assert torch.equal(mask[:tokens, :tokens], bare.attention_mask()[0, 0]) and not mask[:tokens, tokens:].any()
+    assert mask[tokens:].any(dim=1).all()  # a token that sees nothing would be no number
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
@@ -122,8 +110,3 @@ def test_empty_parts_are_refused():
         Tree([1], [[2], []])
     with pytest.raises(ValueError, match="completion"):
         Tree([1], [])
-
-
-def test_sample_beyond_the_context_is_refused_with_the_cure():
-    with pytest.raises(UserError, match=r"12 tokens.*context is 10.*max_seq_length"):
-        check_lengths([Tree([1] * 9, [[2] * 3])], 10)

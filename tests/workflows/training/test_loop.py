@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from tests.workflows.conftest import file_size_limit
 from workflows.errors import UserError
-from workflows.training.loop import TrainArgs, fit, learning_rate, make_fabric, step_indices
+from workflows.training.logs import MetricsLog
+from workflows.training.loop import TrainArgs, fit, learning_rate, step_indices
+from workflows.training.processes import make_fabric
 
 TRAIN = TrainArgs(max_steps=6, lr_warmup_steps=2, learning_rate=0.1, eval_interval=2, save_interval=2, max_norm=None)
 
@@ -67,7 +70,7 @@ class StopHere(Exception):
 def run(out_dir, objective=None, train=TRAIN, resume="auto", identity=None):
     model = Net()
     result = fit(
-        make_fabric(1, 1, "auto"),
+        make_fabric(),
         model,
         objective or Toy(),
         train,
@@ -107,7 +110,7 @@ def test_rows_of_unequal_size_weigh_by_their_units(tmp_path):
     for name, objective in (("whole", whole), ("split", split)):
         model = Net()
         model.dropout = torch.nn.Identity()
-        fit(make_fabric(1, 1, "auto"), model, objective, no_dropout, tmp_path / name, seed=3, identity={})
+        fit(make_fabric(), model, objective, no_dropout, tmp_path / name, seed=3, identity={})
         models.append(weights(model))
     for a, b in zip(*models, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
@@ -164,6 +167,87 @@ def test_metrics_csv_has_loss_extras_and_validation(tmp_path):
     assert float(rows[0]["lr"]) == pytest.approx(0.05)
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_applied(tmp_path):
+    class Exploding(Toy):
+        def loss(self, model, batch):
+            value, extras = super().loss(model, batch)
+            nothing = model(batch.x).sum() * 0
+            return value + nothing.sqrt(), extras  # the square root of 0 has a value, and no slope
+
+    for max_norm in (1.0, None):
+        with pytest.raises(UserError, match=r"gradient's norm is (nan|inf) at step 0"):
+            run(tmp_path, Exploding(), replace(TRAIN, max_norm=max_norm))
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_validation_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+    class Blind(Toy):
+        def validate(self, model):
+            return {"val_loss": math.inf}
+
+    with pytest.raises(UserError, match="val_loss is inf at step 1"):
+        run(tmp_path, Blind())
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_no_limit_on_the_norm_changes_no_gradient(tmp_path):
+    plain, _ = run(tmp_path / "none")
+    huge, _ = run(tmp_path / "huge", train=replace(TRAIN, max_norm=1e9))
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(huge), strict=True))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(tmp_path, capfd):
+    class Stopping(Toy):
+        def batches(self, step, rank, world_size):
+            if step == 5:
+                raise StopHere
+            return super().batches(step, rank, world_size)
+
+    expected, _ = run(tmp_path / "whole")
+    with pytest.raises(StopHere):
+        run(tmp_path / "hurt", Stopping())
+    older, newest = sorted((tmp_path / "hurt" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-200])
+    model, _ = run(tmp_path / "hurt")
+    told = capfd.readouterr()
+    assert f"{newest} is damaged" in told.out + told.err and f"resuming from {older}" in told.out + told.err
+    assert all(torch.equal(a, b) for a, b in zip(weights(expected), weights(model), strict=True))
+    for path in (tmp_path / "hurt" / "checkpoints").iterdir():
+        path.write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"No checkpoint in .* can be read.*--resume false"):
+        run(tmp_path / "hurt")
+    model, _ = run(tmp_path / "hurt", resume=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(expected), weights(model), strict=True))
+
+
+def test_matching_goes_on_with_its_own_run_and_drops_others(tmp_path):
+    class Stopping(Toy):
+        def batches(self, step, rank, world_size):
+            if step == 3:
+                raise StopHere
+            return super().batches(step, rank, world_size)
+
+    with pytest.raises(StopHere):
+        run(tmp_path, Stopping())
+    _, result = run(tmp_path, resume="matching")
+    assert len(result.losses) == 4  # from step 2 on
+    _, result = run(tmp_path, resume="matching", identity={"name": "other"})
+    assert len(result.losses) == 6
+
+
+def test_loggers_hold_every_step_when_the_run_ends(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(make_fabric(), Net(), Toy(), TRAIN, tmp_path, seed=3, identity={}, loggers=["tensorboard"])
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in logged] == [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in logged] == pytest.approx([float(row["loss"]) for row in rows], rel=1e-4)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     class Diverging(Toy):
         def loss(self, model, batch):
@@ -187,3 +271,12 @@ def test_all_problems_of_the_settings_are_found():
     problems = TrainArgs(max_steps=0, learning_rate=-1, max_norm=0, lr_warmup_steps=5).problems()
     assert len(problems) == 4
     assert TrainArgs().problems() == []
+
+
+def test_a_full_disk_while_logging_is_one_message(tmp_path):
+    log = MetricsLog(make_fabric(), tmp_path, 0, ())
+    with file_size_limit(200), pytest.raises(UserError, match=r"Could not write .*metrics\.csv.*Free some space"):
+        for step in range(100):
+            log.write(step, {"loss": 1.0})
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert rows[:2] == ["step,loss", "0,1"]

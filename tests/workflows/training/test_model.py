@@ -10,6 +10,7 @@ import yaml
 from litgpt.lora import merge_lora_weights
 
 from workflows.errors import UserError
+from workflows.training.attention import RowAttention
 from workflows.training.batch import Tree, pack_row
 from workflows.training.model import LoRAArgs, load_model
 
@@ -51,7 +52,7 @@ def plain_logprobs(model, trees):
 @pytest.mark.parametrize("checkpoint", ["tiny_llama", "tiny_qwen2"])
 def test_packed_equals_plain_in_logprobs_and_gradients(checkpoint, request, trees):
     model = with_random_adapters(load_model(request.getfixturevalue(checkpoint), LoRAArgs(r=4)))
-    packed, plain = model(pack_row(trees)), plain_logprobs(model, trees)
+    packed, plain = model(pack_row(trees, 32)), plain_logprobs(model, trees)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(2))
@@ -65,7 +66,7 @@ def test_packed_equals_plain_on_many_short_samples(tiny_llama):
     g = torch.Generator().manual_seed(4)
     system = random_ids(g, 9)
     short = [Tree([*system, *random_ids(g, 4 + i % 3)], [random_ids(g, 2 + i % 4)]) for i in range(8)]
-    assert pack_row(short).tree_attention() is not None
+    assert [piece.mask.size(0) for piece in RowAttention(pack_row(short)).pieces] == [1, 8]  # the shared, the rest
     model = with_random_adapters(load_model(tiny_llama, LoRAArgs(r=4)))
     packed, plain = model(pack_row(short)), plain_logprobs(model, short)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,142 @@
+"""Data from anywhere: lines that are no JSON, rows of other shapes, values of other types."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from data_prep.chat_data import encode_rows
+from data_prep.prepare import setup
+from data_prep.rows import SHAPES, read_rows
+from tests.children import Child
+from tests.conftest import CHATML, write_tokenizer
+from tests.fuzz.fuzzing import amounts, fuzz, json_values, mutations, words
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.evaluation.tasks import LocalTask
+from workflows.export import held_out_prompts
+
+pytestmark = pytest.mark.rough
+
+
+def prepare(name: str, contents: bytes, kinds: list[str] | None) -> None:
+    """What `make data DATA=jsonl` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(contents)
+        setup("jsonl", file=Path(folder) / name, out_dir=Path(folder) / "data", kinds=kinds)
+
+
+def use(checkpoint: Path, contents: bytes) -> None:
+    """What training, evaluation and export do with a file; a refusal by one of them is enough."""
+    template = ChatTemplate.from_checkpoint(checkpoint)
+    folder = Path(tempfile.mkdtemp())
+    file = folder / "test.jsonl"
+    file.write_bytes(contents)
+    try:
+        for shape in SHAPES:
+            graceful(lambda shape=shape: read_rows(file, shape))
+        graceful(lambda: encode_rows(read_rows(file), template, 64))
+        graceful(lambda: LocalTask("a_mcq", file, template).doc_to_text(read_rows(file, "scoring")[0]))
+        graceful(lambda: held_out_prompts(folder, 3, template, 4096))
+    finally:
+        shutil.rmtree(folder)
+
+
+def graceful(function: Callable[[], Any]) -> None:
+    try:
+        function()
+    except UserError:
+        return
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path, template=CHATML)
+    return path
+
+
+text = words | st.text(min_size=1, max_size=20) | json_values
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]) | json_values, "content": text}
+)
+messages = st.lists(message | json_values, max_size=3) | json_values
+fields: dict[str, st.SearchStrategy[Any]] = {
+    "messages": messages,
+    "prompt": messages | text,
+    "completion": messages | text,
+    "chosen": messages,
+    "rejected": messages,
+    "label": json_values,
+    "choices": st.lists(text, max_size=4) | json_values,
+    "answers": st.lists(text, max_size=4) | json_values,
+    "answer": st.integers(-1, 4) | json_values,
+    "question": text,
+    "instruction": text,
+    "input": text,
+    "output": text,
+    "kind": st.sampled_from(["a", "b", 1, True]) | json_values,
+    "id": json_values,
+}
+GOOD = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "completion": "b", "kind": "a"},
+    {"instruction": "a", "input": "c", "output": "b", "kind": 1},
+    {"prompt": [{"role": "user", "content": "a"}], "choices": ["b", "c"], "answer": 0},
+    {"prompt": [{"role": "user", "content": "a"}], "answers": ["b", "c"]},
+]
+rows = st.one_of(
+    st.fixed_dictionaries({}, optional=fields),
+    st.tuples(st.sampled_from(GOOD), st.fixed_dictionaries({}, optional=fields)).map(
+        lambda pair: {**pair[0], **pair[1]}
+    ),
+    st.sampled_from(GOOD),
+    json_values,
+)
+ODD_LINES = [
+    b"",
+    b"   ",
+    b"{",
+    b"\xff\xfe",
+    b"[" * 50_000,
+    b'{"a":' * 50_000,
+    b"9" * 5000,
+    b"NaN",
+    b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+    b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}',
+    b'{"prompt": "a", "completion": "b", "completion": 1}',
+    b'{"prompt": "a\\u0000", "completion": "b"}',
+]
+lines = rows.map(lambda row: json.dumps(row).encode()) | st.sampled_from(ODD_LINES) | st.binary(max_size=9)
+good_line = st.integers(0, 99).map(
+    lambda i: json.dumps({"prompt": f"{i}?", "completion": f"{i}", "kind": "ab"[i % 2]}).encode()
+)
+files = st.lists(lines, max_size=4).map(b"\n".join) | st.tuples(
+    st.lists(good_line, min_size=3, max_size=8, unique=True), st.lists(rows, max_size=2)
+).map(lambda p: b"\n".join([*p[0], *(json.dumps(row).encode() for row in p[1])]))
+files |= mutations(b"\n".join(json.dumps(row).encode() for row in GOOD))
+names = st.sampled_from(["a.jsonl", "a.jsonl", "a.json", "a.parquet", "a.txt"])
+kinds = st.none() | st.sampled_from([["a"], ["b", "a"], ["1"], []])
+
+
+@amounts
+def test_a_file_of_ones_own(amount: str, child: Child) -> None:
+    def check(given: tuple[str, bytes, list[str] | None]) -> None:
+        outcome = child.run(prepare, *given)
+        assert outcome.is_graceful, outcome
+
+    fuzz(amount, 90, st.tuples(names, files, kinds), check)
+
+
+@amounts
+def test_a_prepared_file(amount: str, child: Child, checkpoint: Path) -> None:
+    def check(contents: bytes) -> None:
+        outcome = child.run(use, checkpoint, contents)
+        assert outcome.is_graceful, outcome
+
+    fuzz(amount, 70, files, check)

@@ -1,0 +1,121 @@
+"""The steps that are killed, on a model and data that are small enough to do it a hundred times."""
+
+import json
+from pathlib import Path
+
+from tests.conftest import convert, make_llama
+from tests.kills.engine import Step
+
+WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding")
+SIZES = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}  # files take long enough to be cut
+STEPS = ("lora", "evaluate", "export", "download", "data")
+
+
+def make_steps(work: Path) -> dict[str, Step]:
+    """Make models and data, and the steps that use them.
+
+    Args:
+        work: An empty folder; each step writes to a folder of its own in it.
+    """
+    hf = make_llama(work / "hf" / "one", seed=0, **SIZES)
+    one = convert(hf, work / "checkpoints")
+    two = convert(make_llama(work / "hf" / "two", seed=1, **SIZES), work / "checkpoints")
+    chats, questions, exam = _write_chats(work / "chats"), _write_questions(work), _write_exam(work / "exam")
+
+    lora = ["lora", "--checkpoint_dir", str(one), "--data", str(chats), "--out_dir", str(work / "lora")]
+    lora += ["--precision", "32-true", "--lora_dropout", "0.1", "--train.max_steps", "6", "--train.save_interval", "2"]
+    lora += ["--train.eval_interval", "3", "--train.global_batch_size", "4", "--train.row_tokens", "256"]
+    lora += ["--train.max_seq_length", "256", "--train.lr_warmup_steps", "2", "--train.learning_rate"]
+    evaluate = ["evaluate", "--tasks", "[toy_mcq]", "--data_dir", str(questions), "--out_dir", str(work / "evaluate")]
+    evaluate += ["--precision", "32-true", "--row_tokens", "128", "--checkpoint_dir"]
+    export = ["export", "--name", "tiny", "--create", "false", "--shard_size", "1", "--out_dir", str(work / "export")]
+    export += ["--checkpoint_dir"]
+    download = ["download", "--model", str(hf), "--checkpoints_dir", str(work / "download")]
+    data = ["data", "--data", "medqa", "--raw_dir", str(exam), "--out_dir", str(work / "data"), "--validation_size"]
+    steps = (
+        Step(
+            "lora",
+            work / "lora",
+            [*lora, "1e-2"],
+            [*lora, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth"),
+        ),
+        Step(
+            "evaluate",
+            work / "evaluate",
+            [*evaluate, str(one)],
+            [*evaluate, str(two)],
+            marker="metrics.json",
+            working=("unfinished.jsonl",),
+        ),
+        Step(
+            "export",
+            work / "export",
+            [*export, str(one)],
+            [*export, str(two)],
+            whole=("hf",),
+            marker="metrics.json",
+        ),
+        Step(
+            "download",
+            work / "download",
+            [*download, "--path_file", str(work / "download" / "path")],
+            whole=("local/one",),
+        ),
+        Step("data", work / "data", [*data, "12"], [*data, "15"], whole=("medqa", "medqa_mcq")),
+    )
+    return {step.name: step for step in steps}
+
+
+def _write_chats(folder: Path) -> Path:
+    """Conversations to train on."""
+    folder.mkdir()
+    for split, numbers in {"train": range(30), "validation": range(100, 106)}.items():
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {WORDS[i % 8]} number {i}?"},
+                    {"role": "assistant", "content": f"It is {WORDS[i * 3 % 8]} {i % 5}."},
+                ]
+            }
+            for i in numbers
+        ]
+        _write_rows(folder / f"{split}.jsonl", rows)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def _write_questions(folder: Path) -> Path:
+    """Questions to score a model on, as the task toy_mcq."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}: {WORDS[i % 8]} of {WORDS[i * 3 % 7]}?"}],
+            "choices": list(WORDS[i % 4 : i % 4 + 4]),
+            "answer": i % 4,
+        }
+        for i in range(60)
+    ]
+    (folder / "toy_mcq").mkdir()
+    _write_rows(folder / "toy_mcq" / "test.jsonl", rows)
+    return folder
+
+
+def _write_exam(folder: Path) -> Path:
+    """Raw files in MedQA's columns; preparing them makes two folders."""
+    folder.mkdir()
+    for split, numbers in {"train": range(60), "test": range(100, 120)}.items():
+        rows = [
+            {
+                "question": f"Patient {i} has a fever. What helps?",
+                "options": {letter: f"drug {letter}{i}" for letter in "ABCD"},
+                "answer_idx": "ABCD"[i % 4],
+            }
+            for i in numbers
+        ]
+        _write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def _write_rows(file: Path, rows: list[dict[str, object]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,91 @@
+"""Steps killed at random moments end like undisturbed ones, and what they leave meanwhile is whole."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.kills.engine import Bench, Step, differences, files_of
+from tests.kills.server import Server
+from tests.kills.steps import STEPS, make_steps
+
+pytestmark = [
+    pytest.mark.rough,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the steps are forked, which Windows cannot do"),
+]
+SEED = 1
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kills")
+
+
+@pytest.fixture(scope="module")
+def steps(work: Path) -> dict[str, Step]:
+    return make_steps(work)
+
+
+@pytest.fixture(scope="module")
+def server(work: Path) -> Iterator[Server]:
+    with Server(work / "log.txt") as server:
+        yield server
+
+
+def kill(server: Server, step: Step, work: Path, kills: int, seed: int) -> None:
+    tally = Bench(server, step, work).kill(kills, seed)
+    assert not tally.problems, "\n".join(tally.problems)
+    assert (tally.kills, tally.identical) == (kills, tally.ended)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_killed_step_ends_like_an_undisturbed_one(server, steps, tmp_path, name):
+    kill(server, steps[name], tmp_path, 2, SEED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_twenty_kills(server, steps, tmp_path, name):
+    kill(server, steps[name], tmp_path, 20, SEED + 1)
+
+
+def test_what_is_not_whole_is_found(server, steps, tmp_path):
+    bench = Bench(server, steps["data"], tmp_path)
+    folder = bench.step.folder
+    bench._reset(over=True)
+    assert bench._problems_after_kill(bench.old) == []
+
+    rows = folder / "medqa" / "train.jsonl"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-1])
+    assert len(bench._problems_after_kill(bench.old)) == 2  # the file, and so the folder
+    rows.write_bytes(whole)
+    (folder / "medqa" / "manifest.json").rename(folder / "medqa" / ".manifest.1.part.json")
+    assert bench._problems_after_kill(bench.old) == ["medqa is neither absent nor all old nor all new"]
+    assert "medqa/.manifest.1.part.json is too much" in differences(bench.new, files_of(folder))
+
+
+def test_litgpts_trainer_does_not_outlive_the_step(server, steps, tmp_path):
+    step = steps["lora"]
+    command = [*step.command, "--trainer", "litgpt", "--out_dir", str(tmp_path)]
+    found: list[psutil.Process] = []
+
+    def kill_when_it_is_there() -> None:
+        until = time.monotonic() + 60
+        while not found and time.monotonic() < until:
+            time.sleep(0.05)
+            for process in psutil.Process().children(recursive=True):
+                if "finetune_lora" in process.cmdline() and str(tmp_path / "litgpt") in process.cmdline():
+                    found.append(process)
+                    process.parent().kill()
+
+    thread = threading.Thread(target=kill_when_it_is_there)
+    thread.start()
+    run = server.run(command, tmp_path)
+    thread.join()
+    assert run.killed
+    assert psutil.wait_procs(found, timeout=10)[1] == []

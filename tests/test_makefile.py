@@ -1,0 +1,271 @@
+"""What make decides: which step gets ARGS, which step is stale, which recipe and which tasks belong to MODEL and DATA.
+
+The real Makefile runs in a folder of its own; a script stands in for Python, notes how it was called, and writes the
+file that make waits for.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+STAND_IN = """
+import json, sys
+from pathlib import Path
+
+assert sys.argv[1:3] == ["-m", "workflows"], sys.argv
+step, *args = sys.argv[3:]
+with open("calls.jsonl", "a") as f:
+    f.write(json.dumps([step, *args]) + "\\n")
+if "--fail" in args:
+    sys.exit(1)
+made = {
+    "download": ("--path_file", ""),
+    "lora": ("--out_dir", "final/provenance.json"),
+    "evaluate": ("--out_dir", "metrics.json"),
+    "export": ("--out_dir", "verification.json"),
+}
+if step == "data":
+    file = Path("data", args[args.index("--data") + 1], "manifest.json")
+elif step == "demo" and "--show" not in args:
+    file = Path(args[args.index("--run_dir") + 1], "summary.json")
+elif step in made:
+    option, name = made[step]
+    file = Path(args[args.index(option) + 1], name)
+else:
+    sys.exit(0)
+file.parent.mkdir(parents=True, exist_ok=True)
+file.write_text("checkpoints/made/up")
+"""
+
+
+@dataclass
+class Project:
+    """A folder with the Makefile and what it reads."""
+
+    root: Path
+
+    def make(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run make; `make test` hands its own flags and variables down in the environment, which is left out here."""
+        python = f"PY={sys.executable} stand_in.py"
+        return subprocess.run(
+            ["make", python, "INSTALLED=installed", *args],
+            cwd=self.root,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self, *args: str) -> list[list[str]]:
+        """The steps that `make ARGS` runs, each with its arguments."""
+        log = self.root / "calls.jsonl"
+        log.unlink(missing_ok=True)
+        result = self.make(*args)
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def steps(self, *args: str) -> list[str]:
+        """The names of the steps that `make ARGS` runs."""
+        return [step for step, *_ in self.calls(*args)]
+
+    def refusal(self, *args: str) -> str:
+        """What make says when it refuses, before any step has run."""
+        (self.root / "calls.jsonl").unlink(missing_ok=True)
+        result = self.make(*args)
+        assert result.returncode != 0 and not (self.root / "calls.jsonl").exists(), result.stdout
+        return result.stderr
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "workflows" / "recipes", tmp_path / "workflows" / "recipes")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(ROOT / "checkpoints" / "registry.yaml", tmp_path / "checkpoints")
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    for name in ("pyproject.toml", "constraints.txt", "installed"):
+        (tmp_path / name).touch()
+    return Project(tmp_path)
+
+
+def option(call: list[str], name: str) -> str:
+    return call[call.index(name) + 1]
+
+
+DEMO = ["data", "download", "evaluate", "lora", "evaluate", "export", "demo", "demo"]
+
+
+def test_the_demo_runs_each_step_once_and_then_only_shows_its_summary(project: Project):
+    assert sorted(project.steps("demo")) == sorted(DEMO)
+    assert project.calls("demo") == [["demo", "--run_dir", "out/demo", "--show", "true"]]
+
+
+@pytest.mark.parametrize("step", ["lora", "evaluate", "export"])
+def test_args_reach_only_the_step_that_is_named(project: Project, step: str):
+    calls = project.calls(step, "ARGS=--limit=100 --note 'a \"b\"'")
+    given = [call for call in calls if "--limit=100" in call]
+    assert {call[0] for call in given} == {step} and {call[0] for call in calls} > {step}
+    assert all(call[-3:] == ["--limit=100", "--note", 'a "b"'] for call in given)
+    assert len(given) == (2 if step == "evaluate" else 1)  # base and tuned model are scored alike
+
+
+def test_a_dry_run_shows_the_same(project: Project):
+    commands = project.make("-n", "evaluate", "ARGS=--limit=100").stdout.replace("\\\n", " ").splitlines()
+    steps = [line for line in commands if "-m workflows" in line]
+    assert ["--limit=100" in line for line in steps] == [" evaluate " in line for line in steps]
+    assert sum("-m workflows lora" in line for line in steps) == 1
+    project.calls("evaluate")
+    assert "-m workflows" not in project.make("-n", "evaluate").stdout
+
+
+@pytest.mark.parametrize(
+    ("goals", "message"),
+    [
+        (["demo"], r"`make demo` takes no ARGS.*MODEL, DATA, KINDS, TASKS.*make lora ARGS="),
+        (["lora", "demo"], r"`make demo` takes no ARGS"),
+        (["lora", "evaluate"], r"exactly one of: download data lora merge evaluate"),
+        (["clean"], r"exactly one of: download data lora"),
+    ],
+)
+def test_args_for_several_steps_or_none_are_refused(project: Project, goals: list[str], message: str):
+    assert re.search(message, project.refusal(*goals, "ARGS=--train.max_steps 50"))
+
+
+def test_several_goals_share_variables(project: Project):
+    (project.root / "data" / "mine").mkdir(parents=True)
+    (project.root / "data" / "mine" / "manifest.json").touch()
+    calls = project.calls("lora", "export", "chat", "DATA=mine", "RUN=mine")
+    assert [call[0] for call in calls] == ["download", "lora", "export", "chat"]
+    assert option(calls[1], "--data") == "data/mine" and option(calls[2], "--out_dir") == "out/mine/ollama"
+    assert "--kinds" not in calls[1] and calls[3] == ["chat", "--model", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "variable", "expected"),
+    [
+        ("lora", "TRAINER=litgpt", ["lora"]),
+        ("lora", "KINDS=", ["lora"]),
+        ("lora", "DATA=medquad", ["lora"]),
+        ("lora", "MODEL=llama-3.2-1b-instruct", ["lora"]),
+        ("lora", "DEVICES=2", []),
+        ("lora", "KINDS=name", []),
+        ("evaluate", "TASKS=medical", ["evaluate", "evaluate"]),
+        ("evaluate", "MODEL=llama-3.2-1b-instruct", ["lora", "evaluate", "evaluate"]),
+        ("export", "NAME=other", ["export"]),
+        ("demo", "DATA=medquad", ["lora", "export", "demo", "demo"]),
+    ],
+)
+def test_a_changed_variable_runs_what_it_changes(project: Project, goal: str, variable: str, expected: list[str]):
+    # Prepared and downloaded before anything is trained: their files are older than all that follows.
+    project.calls("data", "DATA=medquad")
+    project.calls("lora", "RUN=earlier", "MODEL=llama-3.2-1b-instruct")
+    project.calls("demo")
+    assert sorted(project.steps(goal, variable)) == sorted(expected)
+    again = project.steps(goal, variable)
+    assert again == (["demo"] if goal == "demo" else [])
+
+
+def test_args_of_a_step_hold_until_it_is_asked_for_without_them(project: Project):
+    fewer = "ARGS=--train.max_steps 50"
+    assert project.steps("lora", fewer)[-1] == "lora"
+    assert project.steps("lora", fewer) == ["lora"]  # ARGS ask for it again
+    assert project.steps("export") == ["export"]
+    (project.root / "data" / "hpo" / "manifest.json").touch()
+    calls = project.calls("export")
+    assert [call[0] for call in calls] == ["lora", "export"] and calls[0][-2:] == ["--train.max_steps", "50"]
+    calls = project.calls("demo")
+    assert [call[0] for call in calls].count("lora") == 1
+    assert not any("--train.max_steps" in call for call in calls)
+    assert project.steps("demo") == ["demo"]
+    project.calls("lora", fewer)
+    assert project.steps("lora") == ["lora"]
+
+
+def test_a_step_that_failed_leaves_what_was_there(project: Project):
+    project.calls("export")
+    assert project.make("lora", "ARGS=--fail").returncode != 0
+    assert project.steps("export") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("smollm2-135m", "smollm2-135m"),
+        ("SmolLM2-135M", "smollm2-135m"),
+        ("embedded", "smollm2-135m"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
+        ("llama-3.3-8b", "llama-3.1-8b-instruct"),  # the same weights
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "deepseek-r1-distill-llama-8b"),
+        ("llama-3.2-3b-instruct", "default"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "default"),
+        ("models/it's mine.gguf", "default"),
+    ],
+)
+def test_the_recipe_follows_the_model_however_it_is_named(project: Project, model: str, recipe: str):
+    shown = project.make("-n", "lora", f"MODEL={model}").stdout
+    assert re.findall(r"lora --config workflows/recipes/(\S+)/lora.yaml", shown) == [recipe]
+
+
+def test_recipes_are_named_after_models_of_the_registry():
+    registry = yaml.safe_load((ROOT / "checkpoints" / "registry.yaml").read_text())
+    first: dict[str, str] = {}
+    for name, entry in registry.items():
+        first.setdefault(entry["hub_id"], name)
+    names = {path.name for path in (ROOT / "workflows" / "recipes").iterdir()}
+    assert names - {"default"} <= set(first.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [("hpo", "hpo_mcq"), ("pubmedqa", "pubmedqa_local"), ("medqa", "medqa_local"), ("medmcqa", "medmcqa_local")],
+)
+def test_data_with_scoring_questions_is_scored_on_them(project: Project, data: str, task: str):
+    from workflows.evaluation.tasks import local_file
+
+    evaluated = [call for call in project.calls("evaluate", f"DATA={data}") if call[0] == "evaluate"]
+    assert [option(call, "--tasks") for call in evaluated] == [f"[{task}]"] * 2
+    assert local_file(task, Path("data")) == Path(f"data/{data}_mcq/test.jsonl")
+
+
+def test_own_data_with_scoring_questions_is_scored_on_them(project: Project):
+    for name in ("mine/manifest.json", "mine_mcq/test.jsonl"):
+        (project.root / "data" / name).parent.mkdir(parents=True)
+        (project.root / "data" / name).touch()
+    calls = project.calls("evaluate", "DATA=mine")
+    assert {option(call, "--tasks") for call in calls if call[0] == "evaluate"} == {"[mine_mcq]"}
+
+
+def test_the_demo_works_on_data_without_scoring_questions(project: Project):
+    calls = project.calls("demo", "DATA=medquad")
+    assert [call[0] for call in calls] == ["data", "download", "lora", "export", "demo", "demo"]
+    assert option(calls[-2], "--scored") == "false"
+    assert "--scored" not in [arg for call in project.calls("demo", "RUN=x") for arg in call]
+
+
+def test_evaluate_says_beforehand_that_there_is_nothing_to_score_on(project: Project):
+    assert "medquad has no questions with options" in project.refusal("lora", "evaluate", "DATA=medquad")
+    assert "evaluate" in project.steps("evaluate", "DATA=medquad", "TASKS=medical")
+
+
+def test_data_that_is_not_there_is_asked_for_before_a_model_is_downloaded(project: Project):
+    message = project.refusal("lora", "DATA=mine")
+    assert 'there is no data/mine. Prepare it from a file of yours: make data DATA=jsonl ARGS="--file' in message
+
+
+def test_merge_has_the_run_trained_first(project: Project):
+    assert project.steps("merge", "RUN=new")[-2:] == ["lora", "merge"]
+
+
+def test_every_section_of_help_lists_targets(project: Project):
+    sections = project.make("help").stdout.strip().split("\n\n")[1:-1]
+    assert len(sections) >= 3 and all("\n  make " in section for section in sections)

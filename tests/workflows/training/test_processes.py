@@ -1,0 +1,108 @@
+"""Runs of two CPU processes: they follow one process, can be gone on with by one, and end when one of them dies."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.workflows.test_lora import write_rows
+from workflows import lora as lora_step
+from workflows.training.loop import TrainArgs
+from workflows.training.processes import device_problems
+
+STEPS = 40
+TRAIN = TrainArgs(
+    max_steps=STEPS,
+    global_batch_size=8,
+    row_tokens=1,  # one sample a row: eight accumulations in one process, four in each of two
+    max_seq_length=256,
+    lr_warmup_steps=2,
+    learning_rate=1e-3,
+    eval_interval=STEPS,
+    save_interval=5,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "toy"
+    directory.mkdir()
+    write_rows(directory / "train.jsonl", 30)
+    write_rows(directory / "validation.jsonl", 6, offset=100)
+    (directory / "manifest.json").write_text("{}")
+    return directory
+
+
+def losses(out_dir: Path) -> list[float]:
+    return [float(row["loss"]) for row in csv.DictReader((out_dir / "metrics.csv").read_text().splitlines())]
+
+
+def settings_of(checkpoint: Path, data: Path, out_dir: Path) -> dict:
+    return {"checkpoint_dir": checkpoint, "data": data, "out_dir": out_dir, "precision": "32-true", "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process."""
+    out_dir = tmp_path_factory.mktemp("alone")
+    lora_step.setup(**settings_of(tiny_llama, data, out_dir), train=TRAIN)
+    return losses(out_dir)
+
+
+def start(checkpoint: Path, data: Path, out_dir: Path, strategy: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "workflows", "lora", "--devices", "2", "--strategy", strategy]
+    for name, value in settings_of(checkpoint, data, out_dir).items():
+        command += [f"--{name}", str(value)]
+    command += ["--train", json.dumps(vars(TRAIN))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "second"), ("fsdp", "first")])
+def test_a_process_dies_and_one_process_goes_on(strategy, victim, alone, tiny_llama, data, tmp_path):
+    run = start(tiny_llama, data, tmp_path, strategy)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoints/step-*.pth")):
+        assert run.poll() is None and time.monotonic() < until, run.communicate()[1]
+        time.sleep(0.005)
+    first = psutil.Process(run.pid)
+    (second,) = [p for p in first.children(recursive=True) if "lora" in p.cmdline()]
+    killed_at = time.monotonic()
+    (second if victim == "second" else first).kill()
+    _, said = run.communicate(timeout=60)
+    assert psutil.wait_procs([first, second], timeout=60 - (time.monotonic() - killed_at))[1] == []
+    if victim == "second":  # if it is the first, the shell tells
+        assert run.returncode == 1
+        assert "Another process of this run (of 2) died" in said and "Run the same command again" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "final").exists()
+    done = len(losses(tmp_path))
+    assert 5 <= done < STEPS
+
+    lora_step.setup(**settings_of(tiny_llama, data, tmp_path), train=TRAIN)  # one process
+    assert losses(tmp_path)[: done // 5 * 5][:20] == pytest.approx(alone[: done // 5 * 5][:20], abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, tiny_llama, data, tmp_path):
+    run = start(tiny_llama, data, tmp_path, strategy)
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == 0, said
+    assert losses(tmp_path)[:20] == pytest.approx(alone[:20], abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
+    assert (tmp_path / "final" / "lit_model.pth").is_file()
+
+
+def test_device_problems_are_all_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_problems("auto", "auto", 1, "auto", 8) == []
+    assert "from 1 to 2, not 3" in device_problems("cuda", 3, 1, "ddp", 8)[0]
+    assert "4 processes" in device_problems("auto", 2, 2, "fsdp", 3)[0]
+    assert device_problems("cpu", 4, 1, "ddp", 8) == []
