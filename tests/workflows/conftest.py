@@ -14,6 +14,12 @@ from workflows.ollama.install import install, is_supported
 from workflows.ollama.server import OllamaServer
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs fails one test in two minutes, not in the half hour that a user's long answer may take."""
+    monkeypatch.setattr("workflows.ollama.client._ANSWER_SECONDS", 120.0)
+
+
 @pytest.fixture(scope="session")
 def ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
     """A running server of ours; skips where the private copy cannot run."""

@@ -114,6 +114,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys) -> None:
     out = capsys.readouterr().out
     assert "It begins\n[stopped]" in out and out.endswith("short\n")
     assert requests[-1][1]["messages"][1] == {"role": "assistant", "content": "It begins"}
+    # Only the answer that was left gave its slot back; Ollama would keep it and the next question would wait for ever.
+    asked = [path for path, _ in requests if path != "/api/show"]
+    assert asked == ["/api/chat", "/api/generate", "/api/chat"]
+    assert next(body for path, body in requests if path == "/api/generate")["keep_alive"] == 0
 
 
 # ---- thoughts ----

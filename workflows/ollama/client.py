@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ OURS = "own_language_model.checkpoint_sha256"
 """A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
 never overwritten or deleted by us."""
 _ANSWER_SECONDS = 1800.0
+_UNLOAD_SECONDS = 30.0
 
 
-def connect(server: OllamaServer) -> ollama.Client:
-    """The client of a server; no environment variable or proxy redirects it."""
-    return ollama.Client(host=server.url, timeout=_ANSWER_SECONDS, trust_env=False)
+def connect(server: OllamaServer, seconds: float | None = None) -> ollama.Client:
+    """The client of a server, which waits that long for an answer; no environment variable or proxy redirects it."""
+    return ollama.Client(host=server.url, timeout=seconds or _ANSWER_SECONDS, trust_env=False)
 
 
 class UnknownModel(UserError):
@@ -93,17 +94,32 @@ def stream_chat(
     mark = server.log.stat().st_size if server.log else 0
     begun = done = False
     with explained(server, model):
-        for part in connect(server).chat(model, messages, stream=True, options=options):
-            done = bool(part.done)
-            is_cut = done and context is not None and (part.prompt_eval_count or 0) >= context
-            if server.log and (done or not begun):  # at the end again: the runner's lines may come a moment late
-                is_cut = is_cut or _logged_cut(server.log, mark)
-            if is_cut:
-                raise ContextFull(context)
-            begun = True
-            yield part
+        try:
+            for part in connect(server).chat(model, messages, stream=True, options=options):
+                done = bool(part.done)
+                is_cut = done and context is not None and (part.prompt_eval_count or 0) >= context
+                if server.log and (done or not begun):  # at the end again: the runner's lines may come a moment late
+                    is_cut = is_cut or _logged_cut(server.log, mark)
+                if is_cut:
+                    raise ContextFull(context)
+                begun = True
+                yield part
+        except (GeneratorExit, KeyboardInterrupt, ContextFull):
+            if not done:
+                _free_slot(server, model)
+            raise
     if not done:
         raise UserError(_died(server, "the answer stops in the middle"))
+
+
+def _free_slot(server: OllamaServer, model: str) -> None:
+    """Unload a model whose answer was left in the middle; the next question loads it again.
+
+    A client that hangs up while the server has a piece in hand makes it wait for ever for somebody to take that piece,
+    and with it the model's slot (Ollama issue 17131): every later question would wait too. A new runner has a new slot.
+    """
+    with suppress(ollama.ResponseError, ConnectionError, httpx.HTTPError):  # a server that is gone has no slots
+        connect(server, _UNLOAD_SECONDS).generate(model, keep_alive=0)
 
 
 def _logged_cut(log: Path, mark: int) -> bool:

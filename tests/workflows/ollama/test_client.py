@@ -97,6 +97,16 @@ def test_no_message_is_left_out_before_the_chat_says_so(ollama_server, create: C
         assert not _logged_cut(ollama_server.log, mark)
 
 
+def test_answers_left_in_the_middle_do_not_block_the_next_question(ollama_server, create: Create) -> None:
+    """Ollama loses its slot to about one in twenty clients that hang up in the middle (its issue 17131)."""
+    create(ollama_server, num_ctx=512)
+    for _ in range(20):
+        stream = stream_chat(ollama_server, "talk", [{"role": "user", "content": "Go on"}], GREEDY | {"num_predict": 99})
+        next(stream)
+        stream.close()
+    assert talk(ollama_server).ask("One?").finished
+
+
 class Killer(io.StringIO):
     """Kills a server when the first piece of an answer is shown."""
 
