@@ -101,7 +101,9 @@ def test_answers_left_in_the_middle_do_not_block_the_next_question(ollama_server
     """Ollama loses its slot to about one in twenty clients that hang up in the middle (its issue 17131)."""
     create(ollama_server, num_ctx=512)
     for _ in range(20):
-        stream = stream_chat(ollama_server, "talk", [{"role": "user", "content": "Go on"}], GREEDY | {"num_predict": 99})
+        stream = stream_chat(
+            ollama_server, "talk", [{"role": "user", "content": "Go on"}], GREEDY | {"num_predict": 99}
+        )
         next(stream)
         stream.close()
     assert talk(ollama_server).ask("One?").finished
