@@ -15,12 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# For all contenders alike, before torch loads: threads that wait sleep soon (see workflows/__main__.py).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import psutil
 
+from workflows import environment
 from workflows.checkpoint import versions
 from workflows.errors import UserError
 from workflows.files import write_json
@@ -71,7 +68,10 @@ def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any
         UserError: If it fails; with the end of what it said.
     """
     command = [sys.executable, "-m", module, "--contender", name, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = dict(os.environ)
+    if name == "ours":  # as `python -m workflows` does
+        environment.prepare(variables)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
     peak, watched = 0, psutil.Process(process.pid)
     while True:
         try:
@@ -87,6 +87,10 @@ def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any
 
 def alternate(module: str, contenders: list[str], arguments: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Run all contenders in turn, `rounds` times."""
+    if rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {rounds}.")
+    environment.share_cores()  # the contenders inherit it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in contenders:

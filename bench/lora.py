@@ -33,6 +33,7 @@ def setup(
     max_seq_length: int = 512,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
+    row_tokens: int = 1024,
     litgpt_micro_batch: int = 1,
     trl_packing: bool = False,
     contender: Contender | None = None,
@@ -46,6 +47,7 @@ def setup(
         max_seq_length: Longest sample in tokens.
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
+        row_tokens: Capacity of our packed rows.
         litgpt_micro_batch: Samples that LitGPT pads together.
         trl_packing: Let TRL pack the samples (first fit) instead of padding those of about the same length.
         contender: Run only this one, once, in this process (used by the bench itself).
@@ -55,12 +57,12 @@ def setup(
     if contender is not None:
         chats = choose_rows(checkpoint_dir, data, rows, max_seq_length)
         with contextlib.redirect_stdout(sys.stderr):
-            peers: dict[str, dict[str, Any]] = {
+            options: dict[str, dict[str, Any]] = {
+                "ours": {"row_tokens": row_tokens},
                 "litgpt": {"micro_batch": litgpt_micro_batch},
                 "trl": {"packing": trl_packing},
             }
-            options = peers.get(contender, {})
-            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length, **options)
+            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length, **options[contender])
         tokens = sum(len(chat.prompt) + len(chat.completion) for chat in chats)
         print(json.dumps({"rate": tokens / seconds, "loss": loss}))
         return
@@ -68,14 +70,14 @@ def setup(
     hf_directory(checkpoint_dir)
     settings = {
         "rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": data.name,
-        "litgpt_micro_batch": litgpt_micro_batch, "trl_packing": trl_packing,
+        "row_tokens": row_tokens, "litgpt_micro_batch": litgpt_micro_batch, "trl_packing": trl_packing,
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for precision in precisions:
         arguments = [
             f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--rows={rows}",
             f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]",
-            f"--litgpt_micro_batch={litgpt_micro_batch}", f"--trl_packing={trl_packing}",
+            f"--row_tokens={row_tokens}", f"--litgpt_micro_batch={litgpt_micro_batch}", f"--trl_packing={trl_packing}",
         ]  # fmt: skip
         runs = alternate("bench.lora", list(CONTENDERS), arguments, rounds)
         losses = {name: rounds_[0]["loss"] for name, rounds_ in runs.items()}
@@ -98,7 +100,7 @@ def choose_rows(checkpoint_dir: Path, data: Path, rows: int, max_seq_length: int
 
 
 def run_ours(
-    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, row_tokens: int
 ) -> tuple[float, float]:
     """Our loop. Returns seconds of training and the mean loss of the steps."""
     from tempfile import TemporaryDirectory
@@ -116,8 +118,9 @@ def run_ours(
 
     steps = len(chats) // BATCH
     train = TrainArgs(
-        max_steps=steps, global_batch_size=BATCH, row_tokens=512, max_seq_length=max_seq_length, learning_rate=RATE,
-        lr_warmup_steps=0, lr_schedule="constant", max_norm=None, eval_interval=10**9, save_interval=10**9,
+        max_steps=steps, global_batch_size=BATCH, row_tokens=row_tokens, max_seq_length=max_seq_length,
+        learning_rate=RATE, lr_warmup_steps=0, lr_schedule="constant", max_norm=None,
+        eval_interval=10**9, save_interval=10**9,
     )  # fmt: skip
     torch.manual_seed(0)
     model = load_model(checkpoint_dir, LoRAArgs(), precision, max_seq_length)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from workflows import environment
 from workflows.errors import UserError
 
 STEPS = {
@@ -181,11 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"There is no step {step!r}.\n{usage()}", file=sys.stderr)
         return 2
 
-    # Idle OpenMP threads spin briefly and then sleep: where something else runs too, spinning threads keep each other
-    # from the cores. Measured on two cores with one busy: 4.8 s a training step by default, 1.6 s with this; with both
-    # free 1.5 and 1.6. libgomp reads it when torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.prepare()
     warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
     logging.getLogger("lightning").setLevel(logging.WARNING)
     try:

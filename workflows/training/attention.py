@@ -1,14 +1,17 @@
 """Attention over a packed row on a CPU: only the pairs of tokens that see each other, with a backward pass of its own.
 
-A row's queries are cut into pieces: the short trees together, padded to the longest of them, and stretches of the long
-ones, each with the keys up to its own end. What is left out is most of a row's pairs, where torch's kernel computes all
-of them (a mask does not save it work) or, with several samples in a row, cannot skip any.
+Each tree's queries are cut into stretches, which see the keys up to their own end; stretches of the row that are about
+as long and see about as many keys are computed side by side, as one piece. What is left out is most of a row's pairs,
+where torch's kernel computes all of them (a mask does not save it work) or, with several samples in a row, cannot skip
+any.
 
 The softmax's weights are kept for the backward pass while they are few and computed again where they are many. Query,
 key and value stay one tensor on the way in and on the way back, and the rotation of query and key is done here, so that
 nothing is cut apart and put together again in between.
 """
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +20,45 @@ import torch
 from workflows.training.batch import PackedBatch
 
 STRETCH = 128
-"""Queries of a piece: fewer leave more pairs out, more make larger matrix products."""
+"""Queries of a stretch: fewer leave more pairs out, more make larger matrix products."""
 KEPT_PAIRS = 2**19
 """Up to so many pairs in a row the weights are kept: 30 layers of 9 heads then hold 280 MB in bfloat16."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """n groups of L queries each; a group's keys are the row's first S tokens, which all share, and K of its own.
+    """n stretches of up to L queries; each sees the row's first S tokens, which all share, and up to K of its own.
 
     Attributes:
-        shared: S; 0 for the shared tokens' own pieces.
-        queries: The tokens that ask, n * L of them; a range, or indices with padding.
-        keys: The own tokens that are seen, n * K of them.
-        mask: True where a query sees a key, shape (n, L, S + K).
-        real: For indices with padding: which tokens they are without it, and their places among the n * L.
+        shared: S; 0 for stretches of the shared tokens themselves.
+        queries: The tokens that ask, shape (n, L).
+        asks: False where a shorter stretch has no query, shape (n, L); any token stands there.
+        keys: The tokens that are seen, the shared ones first, shape (n, S + K); any token where there is none.
+        hidden: True where a query does not see a key, shape (n, L, S + K).
     """
 
     shared: int
-    queries: slice | torch.Tensor
-    keys: slice | torch.Tensor
-    mask: torch.Tensor
-    real: tuple[torch.Tensor, torch.Tensor] | None = None
+    queries: torch.Tensor
+    asks: torch.Tensor
+    keys: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a piece's vectors stand among those of all heads and tokens, which are numbered head * T + token.
+
+    Attributes:
+        queries: For each of (G, n, R, L) the query's number.
+        keys: For each of (G, n, S + K) the key's number.
+        own: The same for the last K keys alone.
+        none: Which of (G, n, R, L) are no query.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    own: torch.Tensor
+    none: torch.Tensor
 
 
 class RowAttention:
@@ -55,21 +75,20 @@ class RowAttention:
         Args:
             batch: The row, on a CPU.
         """
-        tokens = batch.input_ids.size(1)
+        self.tokens = batch.input_ids.size(1)
         mask = batch.attention_mask()
-        sees = torch.ones(tokens, tokens, dtype=torch.bool).tril() if mask is None else mask[0, 0]  # (T, T)
-        spans = [(begin, end) for begin, end in batch.spans.tolist() if end > begin]
-        shared = spans[0][0]
-        short = [span for span in spans if span[1] - span[0] <= STRETCH]
-        if len(short) == 1:
-            short = []
-        self.pieces = _stretches(0, shared, 0, sees)
-        for begin, end in spans:
-            if (begin, end) not in short:
-                self.pieces += _stretches(begin, end, shared, sees)
-        if short:
-            self.pieces.append(_side_by_side(short, shared, sees))
-        self.kept = sum(piece.mask.numel() for piece in self.pieces) <= KEPT_PAIRS
+        sees = torch.ones(self.tokens, self.tokens, dtype=torch.bool).tril() if mask is None else mask[0, 0]  # (T, T)
+        trees = batch.spans.tolist()
+        shared = trees[0][0]
+        alike = defaultdict(list)  # stretches by their number in the tree, and by length: up to 32, 64, 128, …
+        for above, begin, end in [(0, 0, shared), *((shared, *tree) for tree in trees)]:
+            length = math.ceil((end - begin) / max(1, round((end - begin) / STRETCH)))
+            for number, first in enumerate(range(begin, end, max(1, length))):
+                last = min(end, first + length)
+                alike[above, number, max(5, (length - 1).bit_length())].append((begin, first, last))
+        self.pieces = [_piece(above, stretches, sees) for (above, *_), stretches in alike.items()]
+        self.kept = sum(piece.hidden.numel() for piece in self.pieces) <= KEPT_PAIRS
+        self._places: dict[tuple[int, int], tuple[list[Places], torch.Tensor]] = {}
 
     def __call__(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_head: int, n_query_groups: int, scale: float
@@ -91,27 +110,48 @@ class RowAttention:
         y = _Attend.apply(qkv[0].unflatten(1, (heads, -1)), cos[0], sin[0], self, n_query_groups, scale)
         return y.flatten(1)[None]
 
+    def places(self, groups: int, ratio: int) -> tuple[list[Places], torch.Tensor]:
+        """Numbers for every piece with so many key heads and query heads for each; the same for all layers.
 
-def _stretches(begin: int, end: int, shared: int, sees: torch.Tensor) -> list[Piece]:
-    """A tree's tokens, or the shared ones, in pieces of one group; sees: (T, T)."""
-    pieces = []
-    for first in range(begin, end, STRETCH):
-        last = min(end, first + STRETCH)
-        mask = torch.cat([sees[first:last, :shared], sees[first:last, begin:last]], dim=1)  # (L, S + K)
-        pieces.append(Piece(shared, slice(first, last), slice(begin, last), mask[None]))
-    return pieces
+        Returns:
+            The pieces' places, and for each of (G * R, T) where its answer stands among those of all pieces in turn.
+        """
+        if (groups, ratio) not in self._places:
+            heads = torch.arange(groups * ratio).view(groups, 1, ratio, 1) * self.tokens
+            places = []
+            answers = torch.empty(groups * ratio * self.tokens, dtype=torch.long)
+            before = 0
+            for piece in self.pieces:
+                queries = (heads + piece.queries[:, None]).flatten()  # (G * n * R * L,)
+                keys = torch.arange(groups).view(groups, 1, 1) * self.tokens + piece.keys  # (G, n, S + K)
+                asks = piece.asks[:, None].expand(groups, -1, ratio, -1).flatten()  # (G * n * R * L,)
+                places.append(
+                    Places(queries, keys.flatten(), keys[..., piece.shared :].flatten(), (~asks).nonzero()[:, 0])
+                )
+                answers[queries[asks]] = before + asks.nonzero()[:, 0]
+                before += len(queries)
+            self._places[groups, ratio] = places, answers
+        return self._places[groups, ratio]
 
 
-def _side_by_side(spans: list[tuple[int, int]], shared: int, sees: torch.Tensor) -> Piece:
-    """Short trees as the groups of one piece, padded to the longest; sees: (T, T)."""
-    begins, ends = torch.tensor(spans).T  # (n,)
-    slots = torch.arange(int((ends - begins).max()))
-    tokens = (begins[:, None] + slots).clamp(max=sees.size(0) - 1)  # (n, L)
-    real = slots < (ends - begins)[:, None]  # (n, L)
-    own = sees[tokens[:, :, None], tokens[:, None, :]] & real[:, None, :]  # (n, L, L)
-    own |= torch.eye(len(slots), dtype=torch.bool)  # a query of padding sees itself: a softmax needs something
-    mask = torch.cat([own.new_ones(len(spans), len(slots), shared), own], dim=2)
-    return Piece(shared, tokens.flatten(), tokens.flatten(), mask, (tokens[real], real.flatten().nonzero()[:, 0]))
+def _piece(shared: int, stretches: list[tuple[int, int, int]], sees: torch.Tensor) -> Piece:
+    """Stretches side by side, padded to the longest.
+
+    Args:
+        shared: S.
+        stretches: For each the first token of its tree, its own first token, and the token after its last one.
+        sees: Which token sees which, shape (T, T).
+    """
+    begins, firsts, lasts = torch.tensor(stretches).T[..., None]  # (n, 1)
+    queries = firsts + torch.arange(int((lasts - firsts).max()))  # (n, L)
+    own = begins + torch.arange(int((lasts - begins).max()))  # (n, K)
+    asks, real = queries < lasts, own < lasts
+    queries, own = queries.clamp(max=sees.size(0) - 1), own.clamp(max=sees.size(0) - 1)
+    keys = torch.cat([torch.arange(shared).expand(len(stretches), -1), own], dim=1)  # (n, S + K)
+    seen = sees[queries[:, :, None], keys[:, None, :]]  # (n, L, S + K)
+    seen[..., shared:] &= real[:, None, :]
+    seen[..., 0] |= ~asks  # a softmax needs something
+    return Piece(shared, queries, asks, keys, ~seen)
 
 
 class _Attend(torch.autograd.Function):
@@ -124,41 +164,43 @@ class _Attend(torch.autograd.Function):
         """qkv: (T, G * R + 2 * G, size). Returns (T, G * R, size)."""
         tokens, heads, size = qkv.shape
         turned = _rotate(qkv[:, : heads - groups].transpose(0, 1), cos, sin)  # (G * R + G, T, size)
-        q, k = turned[:-groups].unflatten(0, (groups, -1)), turned[-groups:]  # (G, R, T, size), (G, T, size)
-        v = qkv[:, heads - groups :].transpose(0, 1)  # (G, T, size)
-        y = qkv.new_empty(tokens, heads - 2 * groups, size)
-        weights = []
-        for piece in row.pieces:
-            queries, keys, values = _queries(q, piece), _keys(k, piece), _keys(v, piece)
+        q, k = turned[:-groups].flatten(0, 1), turned[-groups:].flatten(0, 1)  # (G * R * T, size), (G * T, size)
+        v = qkv[:, heads - groups :].transpose(0, 1).flatten(0, 1)  # (G * T, size)
+        places, answers = row.places(groups, heads // groups - 2)
+        found, weights = [], []
+        for piece, place in zip(row.pieces, places, strict=True):
+            queries, keys, values = _taken(q, k, v, piece, place)
             p = _weights(queries, keys, piece, scale)  # (G * n, R * L, S + K)
-            _put(y, torch.bmm(p, values), piece)
+            found.append(torch.bmm(p, values).view(-1, size))
             weights.append(p)
         ctx.save_for_backward(q, k, v, cos, sin, *(weights if row.kept else ()))
-        ctx.row, ctx.scale = row, scale
-        return y
+        ctx.row, ctx.groups, ctx.scale = row, groups, scale
+        return torch.cat(found).index_select(0, answers.view(-1, tokens).T.flatten()).view(tokens, -1, size)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """grads: that of y, (T, G * R, size)."""
         q, k, v, cos, sin, *weights = ctx.saved_tensors
-        row, scale = ctx.row, ctx.scale
-        groups, ratio, tokens, size = q.shape
-        dy = grads[0].view(tokens, groups, ratio, size).permute(1, 2, 0, 3)  # (G, R, T, size)
-        d_q = q.new_empty(tokens, groups * ratio, size)
-        d_k, d_v = k.new_zeros(k.shape), k.new_zeros(k.shape)  # (G, T, size)
-        for number, piece in enumerate(row.pieces):
-            queries, keys, values = _queries(q, piece), _keys(k, piece), _keys(v, piece)
+        row, groups, scale = ctx.row, ctx.groups, ctx.scale
+        tokens, n_head, size = grads[0].shape
+        places, answers = row.places(groups, n_head // groups)
+        dy = grads[0].transpose(0, 1).flatten(0, 1)  # (G * R * T, size)
+        d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)  # (G * T, size)
+        found = []
+        for number, (piece, place) in enumerate(zip(row.pieces, places, strict=True)):
+            queries, keys, values = _taken(q, k, v, piece, place)
             p = weights[number] if row.kept else _weights(queries, keys, piece, scale)  # (G * n, R * L, S + K)
-            dy_piece = _queries(dy, piece)  # (G * n, R * L, size)
-            _add_keys(d_v, torch.bmm(p.mT, dy_piece), piece)
+            # zeros where there is no query: nothing flows back from there
+            dy_piece = dy.index_select(0, place.queries).index_fill_(0, place.none, 0).view(queries.shape)
+            _add_keys(d_v, torch.bmm(p.mT, dy_piece), piece, place)
             d_p = torch.bmm(dy_piece, values.mT)
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)  # (G * n, R * L, S + K)
-            _put(d_q, _scaled_bmm(d_scores, keys, scale), piece)
-            _add_keys(d_k, _scaled_bmm(d_scores.mT, queries, scale), piece)
-        d_qkv = q.new_empty(tokens, groups * ratio + 2 * groups, size)
-        d_qkv[:, : groups * ratio] = _rotate(d_q.transpose(0, 1), cos, -sin).transpose(0, 1)
-        d_qkv[:, groups * ratio : -groups] = _rotate(d_k, cos, -sin).transpose(0, 1)
-        d_qkv[:, -groups:] = d_v.transpose(0, 1)
+            found.append(_scaled_bmm(d_scores, keys, scale).view(-1, size))
+            _add_keys(d_k, _scaled_bmm(d_scores.mT, queries, scale), piece, place)
+        d_turned = torch.cat([torch.cat(found).index_select(0, answers), d_k]).view(-1, tokens, size)
+        d_qkv = q.new_empty(tokens, n_head + 2 * groups, size)
+        d_qkv[:, :-groups] = _rotate(d_turned, cos, -sin).transpose(0, 1)
+        d_qkv[:, -groups:] = d_v.view(groups, tokens, size).transpose(0, 1)
         return d_qkv, None, None, None, None, None
 
 
@@ -177,55 +219,27 @@ def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def _taken(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, place: Places
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A piece's queries (G * n, R * L, size), keys and values (G * n, S + K, size)."""
+    seen, size = piece.hidden.size(-1), q.size(-1)
+    keys = k.index_select(0, place.keys).view(-1, seen, size)
+    values = v.index_select(0, place.keys).view(-1, seen, size)
+    return q.index_select(0, place.queries).view(len(keys), -1, size), keys, values
+
+
 def _weights(queries: torch.Tensor, keys: torch.Tensor, piece: Piece, scale: float) -> torch.Tensor:
-    """The softmax's weights, (G * n, R * L, S + K); zero for queries of padding, so that nothing flows back to them."""
-    n, length, seen = piece.mask.shape
+    """The softmax's weights, (G * n, R * L, S + K)."""
+    n, length, seen = piece.hidden.shape
     scores = _scaled_bmm(queries, keys.mT, scale)
-    by_group = scores.view(-1, n, queries.size(1) // length, length, seen)  # (G, n, R, L, S + K)
-    by_group.masked_fill_(~piece.mask[:, None], -torch.inf)
-    p = scores.softmax(dim=-1)
-    if piece.real is not None:
-        real = torch.zeros(n * length, dtype=p.dtype)
-        real[piece.real[1]] = 1
-        p.view(by_group.shape).mul_(real.view(n, 1, length, 1))
-    return p
+    scores.view(-1, n, queries.size(1) // length, length, seen).masked_fill_(piece.hidden[:, None], -torch.inf)
+    return scores.softmax(dim=-1)
 
 
-def _queries(x: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """x (G, R, T, size) -> (G * n, R * L, size)."""
-    n, length, _ = piece.mask.shape
-    groups, ratio, _, size = x.shape
-    taken = x[:, :, piece.queries].view(groups, ratio, n, length, size)
-    return taken.transpose(1, 2).reshape(groups * n, ratio * length, size)
-
-
-def _keys(x: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """x (G, T, size) -> (G * n, S + K, size)."""
-    n, _, seen = piece.mask.shape
-    own = x[:, piece.keys].reshape(-1, n, seen - piece.shared, x.size(-1))  # (G, n, K, size)
-    above = x[:, None, : piece.shared].expand(-1, n, -1, -1)  # (G, n, S, size)
-    return torch.cat([above, own], dim=2).flatten(0, 1)
-
-
-def _put(x: torch.Tensor, values: torch.Tensor, piece: Piece) -> None:
-    """Write values (G * n, R * L, size) to a piece's queries in x (T, G * R, size)."""
-    n, length, _ = piece.mask.shape
-    size = x.size(-1)
-    by_query = values.view(-1, n, values.size(1) // length, length, size).permute(1, 3, 0, 2, 4)  # (n, L, G, R, size)
-    flat = by_query.reshape(n * length, -1, size)
-    if piece.real is None:
-        x[piece.queries] = flat
-    else:
-        x[piece.real[0]] = flat[piece.real[1]]
-
-
-def _add_keys(x: torch.Tensor, values: torch.Tensor, piece: Piece) -> None:
-    """Add values (G * n, S + K, size) to a piece's keys in x (G, T, size)."""
-    n, _, seen = piece.mask.shape
-    by_group = values.view(-1, n, seen, x.size(-1))
-    x[:, : piece.shared] += by_group[:, :, : piece.shared].sum(dim=1)
-    own = by_group[:, :, piece.shared :].flatten(1, 2)  # (G, n * K, size)
-    if piece.real is None:
-        x[:, piece.keys] += own
-    else:
-        x[:, piece.real[0]] += own[:, piece.real[1]]  # each token is one group's: no index stands twice
+def _add_keys(x: torch.Tensor, values: torch.Tensor, piece: Piece, place: Places) -> None:
+    """Add values (G * n, S + K, size) to a piece's keys in x (G * T, size); they are zero where there is no key."""
+    n, _, seen = piece.hidden.shape
+    by_group = values.view(-1, n, seen, x.size(-1))  # (G, n, S + K, size)
+    x.view(len(by_group), -1, x.size(-1))[:, : piece.shared] += by_group[:, :, : piece.shared].sum(dim=1)
+    x.index_add_(0, place.own, by_group[:, :, piece.shared :].reshape(-1, x.size(-1)))

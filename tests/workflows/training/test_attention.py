@@ -108,14 +108,12 @@ def test_any_row_any_stretch(system, trees, stretch, multiple):
         patch.setattr(attention, "STRETCH", stretch)
         batch = row_of(system, trees, multiple)
         assert largest_difference(batch) < 1e-5
-        everything = torch.arange(batch.input_ids.size(1))
-        pieces = RowAttention(batch).pieces
-        asked = torch.cat([everything[p.queries] if p.real is None else p.real[0] for p in pieces])
-        assert torch.equal(asked.sort().values, everything)  # each token asks once
+        asked = torch.cat([piece.queries[piece.asks] for piece in RowAttention(batch).pieces])
+        assert torch.equal(asked.sort().values, torch.arange(batch.input_ids.size(1)))  # each token asks once
 
 
 def test_most_pairs_of_a_long_or_packed_row_are_left_out():
     for name, share in (("one long sample", 0.7), ("long and short", 0.4)):
         batch = row_of(*ROWS[name])
-        pairs = sum(piece.mask.numel() for piece in RowAttention(batch).pieces)
+        pairs = sum(piece.hidden.numel() for piece in RowAttention(batch).pieces)
         assert pairs < share * batch.input_ids.size(1) ** 2

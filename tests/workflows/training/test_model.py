@@ -66,7 +66,7 @@ def test_packed_equals_plain_on_many_short_samples(tiny_llama):
     g = torch.Generator().manual_seed(4)
     system = random_ids(g, 9)
     short = [Tree([*system, *random_ids(g, 4 + i % 3)], [random_ids(g, 2 + i % 4)]) for i in range(8)]
-    assert [piece.mask.size(0) for piece in RowAttention(pack_row(short)).pieces] == [1, 8]  # the shared, the rest
+    assert [piece.hidden.size(0) for piece in RowAttention(pack_row(short)).pieces] == [1, 8]  # the shared, the rest
     model = with_random_adapters(load_model(tiny_llama, LoRAArgs(r=4)))
     packed, plain = model(pack_row(short)), plain_logprobs(model, short)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,22 @@
+"""What a step sets before torch loads, and that a user's own settings stay."""
+
+import psutil
+import pytest
+
+from workflows import environment
+
+
+@pytest.mark.parametrize(("busy", "looks"), [(3.0, "20000"), (60.0, "1000")])
+def test_threads_wait_briefly_where_something_else_runs(busy, looks, monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy)
+    variables: dict[str, str] = {}
+    environment.prepare(variables)
+    assert variables["GOMP_SPINCOUNT"] == looks
+    assert variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+
+
+def test_what_the_user_has_set_stays():
+    own = {"GOMP_SPINCOUNT": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "TOKENIZERS_PARALLELISM": "true"}
+    variables = dict(own)
+    environment.prepare(variables)
+    assert variables == own
