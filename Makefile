@@ -15,14 +15,22 @@ RUN   := $(strip $(RUN))
 ARGS  := $(strip $(ARGS))
 NAME  := $(RUN)#             the model's name in Ollama; not from the environment, where WSL keeps the machine's name
 
-# A text as one word of the shell's.
+# A text as one word of the shell's, and as a part of a file's name.
 quoted     = '$(subst ','\'',$(1))'
+comma     := ,
+space     := $(subst ,, )
+filename   = $(subst $(space),-,$(subst ',-,$(subst /,--,$(1))))
+# Words as the list that a step takes.
+list       = '[$(subst $(space),$(comma),$(strip $(1)))]'
+ifneq ($(word 2,$(RUN))$(word 2,$(DATA))$(word 2,$(NAME)),)
+$(error RUN, DATA and NAME are names of files: no spaces)
+endif
 PY        := .venv/bin/python
 STEP      := $(PY) -m workflows
 INSTALLED := .venv/.installed
 OUT       := out/$(RUN)
 # The folder of a downloaded model is known to Python only, so this small file holds its path.
-BASE      := checkpoints/.paths/$(subst /,--,$(MODEL))
+BASE      := checkpoints/.paths/$(call filename,$(MODEL))
 LORA      := $(OUT)/lora/final/provenance.json
 EXPORT    := $(OUT)/ollama/verification.json
 # The name under which the registry first lists MODEL's weights, whether MODEL is a name (in any case) or a Hub id.
@@ -80,13 +88,15 @@ endif
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
+	@echo 'Less often: TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name (rows to train on), TRAINER=litgpt,'
+	@echo '            NAME=mine (in Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS"'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -149,7 +159,7 @@ bench-export: $(BASE)  ## memory and time of an export at two model sizes
 
 # ---- the files behind the targets ----
 
-$(BASE): | $(INSTALLED)
+$(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INSTALLED)
 	@mkdir -p $(@D)
 	@$(STEP) download --model "$(MODEL)" --path_file $@
 
@@ -163,17 +173,17 @@ endif
 $(LORA): data/$(DATA)/manifest.json $(BASE) $(call recipe,lora) $(call changed,lora) | $(INSTALLED)
 	$(call announce,lora)
 	@$(STEP) lora --config $(call recipe,lora) --checkpoint_dir "$$(cat $(BASE))" --data data/$(DATA) \
-	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(KINDS),--kinds '[$(KINDS)]') \
+	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(KINDS),--kinds $(call list,$(KINDS))) \
 	  $(if $(TRAINER),--trainer $(TRAINER)) $(call args_for,lora)
 	$(call remember,lora)
 
 $(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) | $(INSTALLED)
 	$(call announce,evaluate)
-	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks '[$(TASKS)]' \
+	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks $(call list,$(TASKS)) \
 	  --out_dir $(@D) $(call args_for,evaluate)
 
 $(OUT)/evaluate/lora/metrics.json: $(LORA) $(OUT)/evaluate/base/metrics.json | $(INSTALLED)
-	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/lora/final --tasks '[$(TASKS)]' \
+	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/lora/final --tasks $(call list,$(TASKS)) \
 	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(call args_for,evaluate)
 	$(call remember,evaluate)
 

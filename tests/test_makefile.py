@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,6 +215,35 @@ def test_a_step_that_failed_leaves_what_was_there(project: Project):
 def test_the_recipe_follows_the_model_however_it_is_named(project: Project, model: str, recipe: str):
     shown = project.make("-n", "lora", f"MODEL={model}").stdout
     assert re.findall(r"lora --config workflows/recipes/(\S+)/lora.yaml", shown) == [recipe]
+
+
+def test_a_models_path_may_have_spaces_and_quotes(project: Project):
+    model = "my models/it's mine.gguf"
+    _, download, lora = project.calls("lora", f"MODEL={model}")
+    assert download == ["download", "--model", model, "--path_file", "checkpoints/.paths/my-models--it-s-mine.gguf"]
+    assert lora[lora.index("--checkpoint_dir") + 1] == "checkpoints/made/up"
+
+
+def test_a_changed_gguf_is_downloaded_again(project: Project):
+    model = project.root / "mine.gguf"
+    model.write_text("first")
+    assert project.steps("lora", "MODEL=mine.gguf") == ["data", "download", "lora"]
+    assert project.steps("lora", "MODEL=mine.gguf") == []
+    newer = time.time() + 10
+    os.utime(model, (newer, newer))
+    assert project.steps("lora", "MODEL=mine.gguf")[0] == "download"
+
+
+@pytest.mark.parametrize("variable", ["RUN", "DATA", "NAME"])
+def test_names_of_files_take_no_spaces(project: Project, variable: str):
+    result = project.make("lora", f"{variable}=my own")
+    assert result.returncode != 0 and "no spaces" in result.stderr
+
+
+def test_several_tasks_and_kinds_become_lists(project: Project):
+    calls = {step: args for step, *args in project.calls("evaluate", "TASKS=hpo_mcq medical", "KINDS=name signs")}
+    assert calls["evaluate"][calls["evaluate"].index("--tasks") + 1] == "[hpo_mcq,medical]"
+    assert calls["lora"][calls["lora"].index("--kinds") + 1] == "[name,signs]"
 
 
 def test_recipes_are_named_after_models_of_the_registry():

@@ -195,17 +195,24 @@ def summarize(
 
 def as_text(summary: dict[str, Any], run_dir: Path) -> str:
     """The summary as a table for the terminal."""
-    lines = ["", "Held-out questions", f"  {'stage':<8}{'acc':>16}{'acc_norm':>16}{'val loss':>10}{'tokens/s':>10}"]
+    tasks = list(dict.fromkeys(row["task"] for row in summary["stages"][0]["metrics"] if "task" in row)) or [None]
+    named = {task: f" {task}" if len(tasks) > 1 else "" for task in tasks}
+    width = 8 + max(map(len, named.values()))
+    lines = ["", "Held-out questions"]
+    lines += [f"  {'stage':<{width}}{'acc':>16}{'acc_norm':>16}{'val loss':>10}{'tokens/s':>10}"]
     for stage in summary["stages"]:
-        rows = {row["name"]: row for row in stage["metrics"]}
-        cells = [_score(rows.get("acc")), _score(rows.get("acc_norm"))]
-        loss = f"{rows['val_loss']['value']:.3f}" if "val_loss" in rows else ""
+        loss = next((f"{row['value']:.3f}" for row in stage["metrics"] if row["name"] == "val_loss"), "")
         rate = f"{stage['tokens_per_second']:,.0f}" if stage.get("tokens_per_second") else ""
-        lines.append(f"  {stage['name']:<8}{cells[0]:>16}{cells[1]:>16}{loss:>10}{rate:>10}")
+        for task in tasks:
+            rows = {row["name"]: row for row in stage["metrics"] if row.get("task") == task}
+            cells = [_score(rows.get("acc")), _score(rows.get("acc_norm"))]
+            label = stage["name"] + named[task]
+            lines.append(f"  {label:<{width}}{cells[0]:>16}{cells[1]:>16}{loss:>10}{rate:>10}".rstrip())
     for stage in summary["stages"][1:]:
         lines += [
-            f"  {stage['name']} - base, {c['metric']}: {100 * c['difference']:+.1f} points, 95% interval "
-            f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}, p = {c['p_value']:.2g}, {c['n']} questions"
+            f"  {stage['name']} - base,{named.get(c['task'], '')} {c['metric']}: "
+            f"{100 * c['difference']:+.1f} points, 95% interval {100 * c['low']:+.1f} to {100 * c['high']:+.1f}, "
+            f"p = {c['p_value']:.2g}, {c['n']} questions"
             for c in stage["comparison"]
         ]
 

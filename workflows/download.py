@@ -81,7 +81,7 @@ def setup(
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
     asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
-    was_there = _is_there(target, asked)
+    was_there = _is_there(target, asked, origin)
     if was_there:
         print(f"{target} is already there. Delete the folder to make it again.")
     else:
@@ -176,7 +176,12 @@ def _from_hub(hub_id: str) -> _Origin:
     return _Origin("hub", hub_id, org.lower() or "hub", name)
 
 
-def _is_there(target: Path, asked: dict[str, Any]) -> bool:
+def _is_there(target: Path, asked: dict[str, Any], origin: _Origin) -> bool:
+    """Whether the checkpoint is there.
+
+    Raises:
+        UserError: If what is there was made from another model, or from a local one that has changed since.
+    """
     recover_dir(target)
     if not (target / PROVENANCE).is_file():
         return False
@@ -187,8 +192,23 @@ def _is_there(target: Path, asked: dict[str, Any]) -> bool:
             + ", ".join(f"{key} {old!r} instead of {asked[key]!r}" for key, old in differing.items())
             + ". Delete that folder, or choose another --checkpoints_dir."
         )
+    if (hashes := _local_hashes(origin)) and made_from.get("sha256") != hashes["sha256"]:
+        raise UserError(
+            f"{origin.place} has changed since {target} was made from it. Delete that folder to make it anew."
+        )
     check_checkpoint_dir(target)
     return True
+
+
+def _local_hashes(origin: _Origin) -> dict[str, Any]:
+    """The hash of a local file, or of each file of a local folder; nothing for a model from elsewhere."""
+    path = Path(origin.place)
+    if origin.kind == "gguf":
+        return {"sha256": sha256(path)}
+    if origin.kind == "folder":
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+        return {"sha256": {file.name: sha256(file) for file in files}}
+    return {}
 
 
 def _read(origin: _Origin, revision: str | None) -> tuple[Source, dict[str, Any]]:
@@ -200,11 +220,8 @@ def _read(origin: _Origin, revision: str | None) -> tuple[Source, dict[str, Any]
     if origin.kind == "hub":
         folder = fetch_from_hub(origin.place, revision)
         return read_hf_dir(folder), {"commit": folder.name, "licence": _known_licence(origin.place)}
-    path = Path(origin.place)
-    if origin.kind == "gguf":
-        return read_gguf(path), {"sha256": sha256(path)}
-    hashes = {p.name: sha256(p) for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")}
-    return read_hf_dir(path), {"sha256": hashes}
+    read = read_gguf if origin.kind == "gguf" else read_hf_dir
+    return read(Path(origin.place)), _local_hashes(origin)
 
 
 def _write_metrics(folder: Path, source: Source, seconds: float, peak: PeakMemory) -> None:

@@ -13,7 +13,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
-from workflows.evaluation.compare import Comparison, compare_samples
+from workflows.evaluation.compare import Comparison, compare_samples, samples_file
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
 from workflows.evaluation.tasks import load_tasks, split_of
 from workflows.files import atomic_update, write_json, write_text
@@ -51,7 +51,7 @@ def setup(
             task of lm-eval's.
         limit: Score the first so many questions of each task only.
         baseline: The out_dir of an earlier evaluation, to compare with on the same questions.
-        out_dir: Where results go; by default out/evaluate/NAME, or `evaluation` in the step's folder for out/RUN/STEP.
+        out_dir: Where results go; by default out/evaluate/NAME, or out/RUN/evaluate/STEP for out/RUN/STEP/final.
         data_dir: The folder of prepared data, for local tasks.
         precision: "bf16-true", "32-true" or "16-true"; null takes bfloat16 where the device computes in it.
         apply_chat_template: Render lm-eval's tasks by the chat template; local tasks always are.
@@ -155,9 +155,10 @@ def _problems(
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:
-    """out/RUN/STEP/evaluation for out/RUN/STEP/final, else out/evaluate/NAME: checkpoints/ holds downloads only."""
+    """out/RUN/evaluate/STEP for out/RUN/STEP/final, else out/evaluate/NAME: checkpoints/ holds downloads only."""
     if checkpoint_dir.name == "final":
-        return checkpoint_dir.parent / "evaluation"
+        step = checkpoint_dir.resolve().parent
+        return checkpoint_dir.parent.parent / "evaluate" / step.name
     return Path("out") / "evaluate" / checkpoint_dir.resolve().name
 
 
@@ -190,7 +191,7 @@ def write_results(out_dir: Path, results: dict[str, Any], samples: dict[str, lis
             for row in rows
         ]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in named)
-        write_text(out_dir / f"samples_{task.replace('/', '_')}.jsonl", "".join(lines))
+        write_text(samples_file(out_dir, task), "".join(lines))
     write_json(out_dir / "results.json", results)
 
 

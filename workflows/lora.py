@@ -365,6 +365,7 @@ def run_litgpt(settings: dict[str, Any], final: Path) -> None:
     unfinished = final.parent / "litgpt"
     rows = len(_chat_data(settings).rows("train"))
     unused = {"max_norm": train.max_norm, "min_lr": train.min_lr or None, "loggers": settings["loggers"]}
+    unused |= {name: settings[name] for name in ("strategy", "accelerator") if settings[name] != "auto"}
     unused["lr_schedule"] = train.lr_schedule if train.lr_schedule != "cosine" else None
     if told := [f"{name} {value}" for name, value in unused.items() if value is not None]:
         print(f"LitGPT's finetune_lora has no use for: {', '.join(told)}")

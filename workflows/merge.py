@@ -38,6 +38,8 @@ def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | No
     Raises:
         UserError: If a file is missing or the adapters do not fit the base.
     """
+    if (checkpoint_dir / WEIGHTS).is_file() and not (checkpoint_dir / LORA_WEIGHTS).is_file():
+        raise UserError(f"{checkpoint_dir} holds no adapters, so there is nothing to merge: {WEIGHTS} is all of it.")
     directory = check_checkpoint_dir(checkpoint_dir, LORA_WEIGHTS)
     settings = read_hyperparameters(directory)
     base = check_checkpoint_dir(base_dir or settings["checkpoint_dir"])

@@ -209,6 +209,6 @@ def test_a_pickle_that_runs_code_is_refused(
     if form == "plain pickle":
         pickle.loads(data)
     else:
-        torch.load(io.BytesIO(data), weights_only=False)
+        torch.load(io.BytesIO(data), weights_only=False)  # our own payload: proof that it would have run
     assert trace.exists()
     shutil.rmtree(tmp_path)

@@ -19,7 +19,15 @@ from workflows.files import read_json, write_json
 from workflows.merge import read_hyperparameters
 from workflows.training.loop import TrainArgs
 
-COMPARISON = {"metric": "acc", "difference": 0.15, "low": 0.1, "high": 0.2, "p_value": 1.6e-9, "n": 400}
+COMPARISON = {
+    "task": "mine_mcq",
+    "metric": "acc",
+    "difference": 0.15,
+    "low": 0.1,
+    "high": 0.2,
+    "p_value": 1.6e-9,
+    "n": 400,
+}
 VERIFICATION = {
     "version": "0.9.3",
     "prompt_ids_equal": True,
@@ -52,7 +60,10 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     """What the stages before the summary leave."""
     shutil.copytree(trained, tmp_path / "lora" / "final")
     for stage, accuracy in (("base", 0.51), ("lora", 0.66)):
-        rows = [metric(name, accuracy, stderr=0.025, n=400, split="test") for name in ("acc", "acc_norm")]
+        rows = [
+            {**metric(name, accuracy, stderr=0.025, n=400, split="test"), "task": "mine_mcq"}
+            for name in ("acc", "acc_norm")
+        ]
         compared = [COMPARISON] if stage == "lora" else []
         write_metrics(tmp_path / "evaluate" / stage / "metrics.json", rows, seconds=30.0, comparison=compared)
     write_json(tmp_path / "ollama" / "verification.json", VERIFICATION)
@@ -76,7 +87,7 @@ def test_the_summary_has_the_shape_that_the_tables_read(run_dir, tiny_llama, dat
     assert (base["name"], tuned["name"]) == ("base", "lora")
     for stage in (base, tuned):
         assert {"name", "seconds", "metrics"} <= set(stage)
-        assert all(set(row) == {"name", "value", "stderr", "n", "split"} for row in stage["metrics"])
+        assert all({"name", "value", "stderr", "n", "split"} <= set(row) for row in stage["metrics"])
         assert [(row["name"], row["split"]) for row in stage["metrics"]] == [
             ("acc", "test"),
             ("acc_norm", "test"),
@@ -121,6 +132,19 @@ def test_the_table_shows_what_the_summary_holds(run_dir, tiny_llama, data, reque
     ):
         assert expected in text
     assert max(map(len, text.splitlines())) < 400
+
+
+def test_several_tasks_have_a_line_each(run_dir, tiny_llama, data, requests):
+    setup(run_dir, tiny_llama, data, name="known")
+    summary = read_json(run_dir / "summary.json")
+    for stage, accuracy in zip(summary["stages"], (0.3, 0.4), strict=True):
+        stage["metrics"].append({**metric("acc", accuracy, stderr=0.025, n=100, split="test"), "task": "medqa_local"})
+    summary["stages"][1]["comparison"].append({**COMPARISON, "task": "medqa_local", "difference": 0.1})
+    lines = as_text(summary, run_dir).splitlines()
+    for label, score in (("base mine_mcq", "51.0%"), ("base medqa_local", "30.0%"), ("lora medqa_local", "40.0%")):
+        assert [score in line for line in lines if line.startswith(f"  {label} ")] == [True]
+    assert sum("lora - base, medqa_local acc: +10.0 points" in line for line in lines) == 1
+    assert sum("lora - base, mine_mcq acc: +15.0 points" in line for line in lines) == 1
 
 
 def test_data_without_scores_is_compared_by_validation_loss(run_dir, tiny_llama, data, requests):

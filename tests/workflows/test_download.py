@@ -31,6 +31,16 @@ def files_of(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
+def test_a_local_model_that_changed_is_not_taken_for_the_old_one(tiny_llama_hf, tmp_path):
+    folder = shutil.copytree(tiny_llama_hf, tmp_path / "mine")
+    setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
+    setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+    with pytest.raises(UserError, match=r"mine has changed since .* Delete that folder"):
+        setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
+
+
 @pytest.mark.checkpoint
 def test_embedded_checkpoint_is_complete_and_not_made_twice(embedded_checkpoint, capsys):
     check_checkpoint_dir(embedded_checkpoint)

@@ -187,7 +187,7 @@ def test_mistakes_are_explained(tiny_llama, tmp_path, capsys, arguments, expecte
 
 
 def test_where_results_go():
-    assert default_out_dir(Path("out/demo/lora/final")) == Path("out/demo/lora/evaluation")
+    assert default_out_dir(Path("out/demo/lora/final")) == Path("out/demo/evaluate/lora")
     assert default_out_dir(Path("checkpoints/embedded/x")) == Path("out/evaluate/x")
 
 

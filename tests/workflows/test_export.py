@@ -24,7 +24,7 @@ from workflows.hf_export import hf_tensors
 from workflows.ollama.client import OURS, connect, owner_sha256
 from workflows.ollama.install import environment
 from workflows.ollama.server import OllamaServer, probe
-from workflows.ollama.verify import Reference, reference_answers
+from workflows.ollama.verify import Reference, Verification, reference_answers
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,32 @@ def test_held_out_questions_are_different_trimmed_and_fit(checkpoint: Path, data
     (tmp_path / "test.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}\n')
     with pytest.raises(UserError, match=r"test.jsonl, line 1: no conversation"):
         held_out_prompts(tmp_path, 1, template, 512)
+
+
+def verdict(monkeypatch, kind: str, gaps: list[float], prompts: int = 20) -> dict[str, Verification]:
+    """What `verify` says of a model whose other answers part where LitGPT's logits are so far apart."""
+    differences = [{"position": i, "logit_gap": gap, "near_tie": abs(gap) < 0.25} for i, gap in enumerate(gaps)]
+    found = Verification(prompts, True, True, 1 - len(gaps) / prompts, differences, [])
+    monkeypatch.setattr(export, "verify_model", lambda *_: found)
+    return export.verify(None, None, "tiny", [kind], [], None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gaps", "message"),
+    [
+        ("f16", [0.1] * 3, "f16 in Ollama gives other answers than LitGPT: 0.85 of 20"),
+        ("f16", [0.1, 0.9], r'1 of the others part .* The first: .*"logit_gap": 0.9'),
+        ("q8_0", [0.2] + [6.0] * 11, r'q8_0 in Ollama is broken: 11 of 20 .* The first: .*"logit_gap": 6.0'),
+    ],
+)
+def test_a_model_that_answers_otherwise_fails_the_verification(kind: str, gaps, message: str, monkeypatch) -> None:
+    with pytest.raises(UserError, match=message):
+        verdict(monkeypatch, kind, gaps)
+
+
+@pytest.mark.parametrize(("kind", "gaps"), [("f16", [0.1, 0.2]), ("q8_0", [0.9] * 8), ("q4_K_M", [6.0] * 10)])
+def test_near_ties_and_the_cost_of_few_bits_pass(kind: str, gaps, monkeypatch) -> None:
+    assert verdict(monkeypatch, kind, gaps)[kind].greedy_agreement == 1 - len(gaps) / 20
 
 
 def test_the_folder_follows_the_run() -> None:

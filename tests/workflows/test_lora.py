@@ -117,6 +117,11 @@ def test_merge_step_equals_the_merged_file(trained, tmp_path):
     assert torch.equal(logprobs(load_model(tmp_path / "merged")), logprobs(load_model(trained)))
 
 
+def test_there_is_nothing_to_merge_without_adapters(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge(tiny_llama, out_dir=tmp_path / "merged")
+
+
 def test_litgpts_own_merge_gives_the_same_weights(trained, tmp_path):
     alone = tmp_path / "adapters-only"
     shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("lit_model.pth"))

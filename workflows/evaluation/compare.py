@@ -112,6 +112,11 @@ def _bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float, float]:
     return float(low), float(high), (extreme + 1) / (BOOTSTRAP_SAMPLES + 1)
 
 
+def samples_file(out_dir: Path, task: str) -> Path:
+    """Where an evaluation keeps a task's questions and answers, a line each."""
+    return out_dir / f"samples_{task.replace('/', '_')}.jsonl"
+
+
 def compare_samples(base_dir: Path, tuned: dict[str, list[dict[str, Any]]]) -> tuple[list[Comparison], list[str]]:
     """Compare a run's answers with those of an earlier run.
 
@@ -129,7 +134,7 @@ def compare_samples(base_dir: Path, tuned: dict[str, list[dict[str, Any]]]) -> t
         raise UserError(f"--baseline {base_dir} is not a folder: name the out_dir of an earlier `make evaluate`.")
     comparisons, remarks = [], []
     for task, samples in tuned.items():
-        file = base_dir / f"samples_{task}.jsonl"
+        file = samples_file(base_dir, task)
         if not file.is_file():
             remarks.append(f"{task} is not among the baseline's tasks")
             continue

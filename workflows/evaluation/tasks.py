@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
 import lm_eval.tasks
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -180,7 +180,7 @@ def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> list
     report_all(problems)
     try:
         loaded = manager.load([_specification(name, file, template) for name, file in files.items()])
-    except (DatasetsError, HfHubHTTPError, ConnectionError) as e:
+    except (DatasetsError, httpx.HTTPError, OSError) as e:
         raise UserError(
             f"A task's data set could not be loaded: {type(e).__name__}: {e}\n"
             "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "

@@ -4,7 +4,9 @@ import dataclasses
 import json
 
 import datasets
+import httpx
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data_prep import pubmedqa
 from workflows.chat_template import ChatTemplate
@@ -156,9 +158,11 @@ def test_tasks_named_twice_and_data_that_cannot_be_had(hub, monkeypatch, tmp_pat
     with pytest.raises(UserError, match=r"twice.*medmcqa"):
         load_tasks(["medical", "medmcqa"], tmp_path, template)
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub")
+    for error in (ConnectionError, LocalEntryNotFoundError, httpx.ReadError):
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"(?s)Couldn't reach the Hub.*need the internet"):
-        load_tasks(["pubmedqa"], tmp_path, template)
+        def unreachable(*args, error=error, **kwargs):
+            raise error("Couldn't reach the Hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        with pytest.raises(UserError, match=r"(?s)Couldn't reach the Hub.*need the internet"):
+            load_tasks(["pubmedqa"], tmp_path, template)
