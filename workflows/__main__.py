@@ -162,7 +162,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return (
             "The memory is not enough. Lower --train.row_tokens (training) or --row_tokens (evaluation), choose a "
-            "smaller model, --precision bf16-true, or on a GPU --quantize bnb.nf4 (training); in export, choose "
+            "smaller model, --precision bf16-true, or --quantize bnb.nf4 (training); in export, choose "
             "--verify_precision bf16-true or --device cpu."
         )
     return None

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.loop import FitResult, TrainArgs, fit, step_indices
-from workflows.training.model import DTYPES, GPT, LoRAArgs, Precision, load_model
+from workflows.training.model import GPT, LoRAArgs, Precision, load_model
 from workflows.training.processes import (
     Accelerator,
     StrategyName,
@@ -51,10 +52,10 @@ from workflows.training.processes import (
     launched,
     make_fabric,
 )
+from workflows.training.qlora import Quantize, quantize_frozen
 from workflows.training.resume import Resume, ResumeMode, discard
 
 MOST_RANK = 1 << 16
-Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"]
 
 
 class SFT:
@@ -131,7 +132,7 @@ def setup(
         max_val_rows: At most this many validation rows are scored each time.
         precision: "bf16-true" (weights in bfloat16, adapters in float32), "32-true", "16-true"; null takes bfloat16
             where the device computes in it, else float32.
-        quantize: Keep the frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes.
+        quantize: Keep the frozen weights in 4 bits (QLoRA); needs bitsandbytes.
         accelerator: "cuda", "cpu" or "mps"; "auto" takes CUDA where there is a GPU, else the CPU.
         devices: Devices per machine, or "auto" for all.
         num_nodes: Machines.
@@ -173,8 +174,10 @@ def setup(
         problems.append("No layer is adapted: switch on at least one of --lora_query … --lora_head, or use --lora_r 0.")
     if train.max_seq_length > context:
         problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
-    if quantize is not None and not on_gpu:
-        problems.append("--quantize needs a CUDA GPU and bitsandbytes; on a CPU leave it out.")
+    if quantize is not None and find_spec("bitsandbytes") is None:
+        problems.append("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.")
+    if quantize is not None and trainer == "litgpt" and not on_gpu:
+        problems.append("--quantize with --trainer litgpt needs a CUDA GPU: LitGPT quantizes on no other device.")
     if quantize is not None and lora_r == 0:
         problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
     if quantize is not None and strategy == "fsdp":
@@ -196,8 +199,7 @@ def setup(
         run_litgpt(settings, final)
         return
 
-    plugin = _quantization(quantize, precision) if quantize else None
-    fabric = make_fabric(devices, num_nodes, strategy, accelerator, plugin)
+    fabric = make_fabric(devices, num_nodes, strategy, accelerator)
     with launched(fabric):
         chat_data = _chat_data(settings)
         chat_data.connect(max_seq_length=train.max_seq_length)
@@ -217,6 +219,8 @@ def main(
     torch.manual_seed(seed)
     with PeakMemory() as peak:
         model = load_model(base, lora, settings["precision"], train.max_seq_length)
+        if settings["quantize"]:
+            quantize_frozen(model, settings["quantize"], fabric.device)
         result = fit(
             fabric,
             model,
@@ -333,21 +337,6 @@ def default_precision(on_gpu: bool) -> Precision:
         return "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-true" if fast else "32-true"
-
-
-def _quantization(quantize: Quantize, precision: Precision) -> Any:
-    """Fabric's bitsandbytes plugin. The head keeps its precision, as LitGPT and QLoRA's authors keep it.
-
-    Raises:
-        UserError: If bitsandbytes is not installed.
-    """
-    from lightning.fabric.plugins import BitsandbytesPrecision
-
-    try:
-        mode: Any = quantize.removeprefix("bnb.")
-        return BitsandbytesPrecision(mode, DTYPES[precision], ignore_modules={"lm_head"})
-    except ModuleNotFoundError:
-        raise UserError("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.") from None
 
 
 def run_litgpt(settings: dict[str, Any], final: Path) -> None:

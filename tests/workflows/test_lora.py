@@ -1,5 +1,6 @@
 """The LoRA step on a tiny model: its output is a checkpoint, stopping loses nothing, mistakes are explained."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import yaml
 from litgpt.eval.evaluate import convert_and_evaluate
 
+from tests.conftest import convert, make_llama
 from workflows import lora as lora_step
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
@@ -115,6 +117,21 @@ def test_merge_step_equals_the_merged_file(trained, tmp_path):
     shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("lit_model.pth"))
     merge(alone, out_dir=tmp_path / "merged")
     assert torch.equal(logprobs(load_model(tmp_path / "merged")), logprobs(load_model(trained)))
+
+
+@pytest.mark.parametrize("quantize", ["bnb.nf4", "bnb.fp4-dq"])
+def test_qlora_trains_and_merges_into_the_unquantized_base(quantize, data, tmp_path):
+    base = convert(make_llama(tmp_path / "hf", hidden_size=64, intermediate_size=128), tmp_path)
+    final = train(base, data, tmp_path / "whole", quantize=quantize)
+    rows = list(csv.DictReader((final.parent / "metrics.csv").open()))
+    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert losses[-1] < losses[0]
+    full = train(base, data, tmp_path / "full")
+    assert any(not torch.equal(adapters(final)[name], adapters(full)[name]) for name in adapters(final))
+
+    unmerged = load_model(base, LoRAArgs(r=4))  # in its own precision
+    unmerged.load_state_dict(adapters(final), strict=False)
+    torch.testing.assert_close(logprobs(load_model(final)), logprobs(unmerged), atol=1e-5, rtol=1e-5)
 
 
 def test_there_is_nothing_to_merge_without_adapters(tiny_llama, tmp_path):
@@ -324,9 +341,16 @@ def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path, monkey
             tmp_path,
             lora_r=-1,
             quantize="bnb.nf4",
+            trainer="litgpt",
             train=replace(TRAIN, max_seq_length=9999, max_steps=0, lr_warmup_steps=0),
         )
-    assert all(part in str(e.value) for part in ("4 problems", "max_steps", "lora_r", "9999", "bitsandbytes"))
+    assert all(part in str(e.value) for part in ("4 problems", "max_steps", "lora_r", "9999", "needs a CUDA GPU"))
+
+
+def test_quantization_without_bitsandbytes_is_explained(tiny_llama, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_step, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes: .*pip install"):
+        train(tiny_llama, data, tmp_path, quantize="bnb.nf4")
 
 
 @pytest.mark.parametrize(

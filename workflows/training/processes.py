@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -68,7 +68,6 @@ def make_fabric(
     num_nodes: int = 1,
     strategy: StrategyName = "auto",
     accelerator: Accelerator = "auto",
-    plugins: Any = None,
 ) -> L.Fabric:
     """Fabric for this machine: one process per device, data-parallel (`ddp`) or sharded (`fsdp`).
 
@@ -79,7 +78,6 @@ def make_fabric(
         num_nodes: Machines.
         strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
         accelerator: What to run on.
-        plugins: A precision plugin, for quantized weights.
     """
     chosen = choose_accelerator(accelerator)
     count = _count(chosen, devices)
@@ -95,7 +93,7 @@ def make_fabric(
         )
     elif strategy == "ddp" or count * num_nodes > 1:
         joined = "ddp"
-    return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined, plugins=plugins)
+    return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
 
 
 def _count(accelerator: str, devices: int | str) -> int:
