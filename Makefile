@@ -130,7 +130,7 @@ chat: $(INSTALLED)  ## talk to the exported model
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest $(ARGS)
 
-test-fast: $(INSTALLED)  ## tests without a real checkpoint or Ollama, under a minute
+test-fast: $(INSTALLED)  ## tests without a real checkpoint or Ollama: half the time
 	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the long tests
