@@ -206,7 +206,7 @@ def _local_hashes(origin: _Origin) -> dict[str, Any]:
     if origin.kind == "gguf":
         return {"sha256": sha256(path)}
     if origin.kind == "folder":
-        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin"))
         return {"sha256": {file.name: sha256(file) for file in files}}
     return {}
 

@@ -31,12 +31,12 @@ def files_of(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_a_local_model_that_changed_is_not_taken_for_the_old_one(tiny_llama_hf, tmp_path):
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_local_model_that_changed_is_not_taken_for_the_old_one(name, tiny_llama_hf, tmp_path):
     folder = shutil.copytree(tiny_llama_hf, tmp_path / "mine")
     setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
     setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+    (folder / name).write_text((folder / name).read_text() + "\n")
     with pytest.raises(UserError, match=r"mine has changed since .* Delete that folder"):
         setup(model=str(folder), checkpoints_dir=tmp_path / "checkpoints")
 
