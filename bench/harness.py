@@ -1,7 +1,7 @@
 """What every bench shares: contenders run in turn, each in a process of its own, and the report in one shape.
 
 A contender is a command that does the work once and prints one line of JSON, {"rate": units per second, "loss": …}.
-Rounds alternate (ours, peer, peer, ours, …), so that a machine whose speed drifts is the same for all; what is compared
+In each round all run, one after the other, so that a machine whose speed drifts is the same for all; what is compared
 is the ratio within a round.
 """
 

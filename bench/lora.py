@@ -1,8 +1,8 @@
 """`make bench-lora`: LoRA fine-tuning, ours against LitGPT's `finetune_lora` and TRL's SFTTrainer with PEFT.
 
 The same rows in the same order of steps, the same model, rank, precision and thread count. Counted are the tokens of
-the samples, without padding, per second of training (no start-up, validation or saving). Peers' settings: LitGPT with
-a micro-batch of one sample (no padding at all, its best on a CPU), TRL with length-sorted batches of eight.
+the samples, without padding, per second of training (no start-up, validation or saving). Peers' settings are the best
+of those tried (docs/performance.md); samples are sorted by length, so that whoever pads pads little.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ BATCH = 8
 RATE = 2e-4
 CONTENDERS = ("ours", "litgpt", "trl")
 Contender = Literal["ours", "litgpt", "trl"]
+TRLBatching = Literal["padded", "padding_free", "packed"]
 
 
 def setup(
@@ -33,9 +34,10 @@ def setup(
     max_seq_length: int = 512,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
-    row_tokens: int = 1024,
-    litgpt_micro_batch: int = 1,
-    trl_packing: bool = False,
+    row_tokens: int = 2048,
+    litgpt_micro_batch: int = 2,
+    trl_batching: TRLBatching = "packed",
+    trl_micro_batch: int = 1,
     contender: Contender | None = None,
 ) -> None:
     """Measure, and write out/bench/lora.json.
@@ -49,7 +51,9 @@ def setup(
         precisions: What to measure.
         row_tokens: Capacity of our packed rows.
         litgpt_micro_batch: Samples that LitGPT pads together.
-        trl_packing: Let TRL pack the samples (first fit) instead of padding those of about the same length.
+        trl_batching: How TRL makes a batch: samples of about equal length padded, the same end to end in one row, or
+            samples packed into rows of max_seq_length; in the last two transformers' mask keeps the samples apart.
+        trl_micro_batch: Samples (rows where they are packed) that TRL computes at once; gradients add up to the batch.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
     if rows % BATCH:
@@ -60,7 +64,7 @@ def setup(
             options: dict[str, dict[str, Any]] = {
                 "ours": {"row_tokens": row_tokens},
                 "litgpt": {"micro_batch": litgpt_micro_batch},
-                "trl": {"packing": trl_packing},
+                "trl": {"batching": trl_batching, "micro_batch": trl_micro_batch},
             }
             seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length, **options[contender])
         tokens = sum(len(chat.prompt) + len(chat.completion) for chat in chats)
@@ -70,19 +74,23 @@ def setup(
     hf_directory(checkpoint_dir)
     settings = {
         "rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": data.name,
-        "row_tokens": row_tokens, "litgpt_micro_batch": litgpt_micro_batch, "trl_packing": trl_packing,
+        "row_tokens": row_tokens, "litgpt_micro_batch": litgpt_micro_batch,
+        "trl_batching": trl_batching, "trl_micro_batch": trl_micro_batch,
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for precision in precisions:
         arguments = [
             f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--rows={rows}",
             f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]",
-            f"--row_tokens={row_tokens}", f"--litgpt_micro_batch={litgpt_micro_batch}", f"--trl_packing={trl_packing}",
+            f"--row_tokens={row_tokens}", f"--litgpt_micro_batch={litgpt_micro_batch}",
+            f"--trl_batching={trl_batching}", f"--trl_micro_batch={trl_micro_batch}",
         ]  # fmt: skip
         runs = alternate("bench.lora", list(CONTENDERS), arguments, rounds)
         losses = {name: rounds_[0]["loss"] for name, rounds_ in runs.items()}
         if max(losses.values()) - min(losses.values()) > 0.05:
-            raise UserError(f"The contenders do not do the same work: their mean losses are {losses}.")
+            raise UserError(
+                f"The contenders do not do the same work: the mean losses of their learned tokens are {losses}."
+            )
         reports[precision] = report("lora", "tokens/s", {**settings, "precision": precision}, runs)
     write_report(by_precision(reports))
 
@@ -99,10 +107,16 @@ def choose_rows(checkpoint_dir: Path, data: Path, rows: int, max_seq_length: int
     return chosen
 
 
+def weighted_mean(losses: list[float], learned: list[int], samples: int) -> float:
+    """Mean loss of all learned tokens, from the means of every `samples` samples and each sample's learned tokens."""
+    tokens = [sum(learned[i : i + samples]) for i in range(0, len(learned), samples)]
+    return sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+
+
 def run_ours(
     checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, row_tokens: int
 ) -> tuple[float, float]:
-    """Our loop. Returns seconds of training and the mean loss of the steps."""
+    """Our loop. Returns seconds of training and the mean loss of the epoch's learned tokens."""
     from tempfile import TemporaryDirectory
 
     from workflows.lora import SFT
@@ -126,7 +140,8 @@ def run_ours(
     model = load_model(checkpoint_dir, LoRAArgs(), precision, max_seq_length)
     with TemporaryDirectory() as out:
         result = fit(make_fabric(), model, InOrder(chats, chats[:1], train, 0), train, Path(out), seed=0, identity={})
-    return result.seconds, sum(result.losses) / steps
+    learned = [sum(chat.loss_mask) for chat in chats]
+    return result.seconds, weighted_mean(result.losses, learned, BATCH)
 
 
 def run_litgpt(
@@ -206,19 +221,17 @@ def run_litgpt(
             optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": RATE, "weight_decay": 0.0}},
             **LoRAArgs().config_fields(),
         )  # fmt: skip
-    # LitGPT's loss of a step is the mean of its micro-batches' means; token by token it is one that others give, too.
-    lengths = [sum(chat.loss_mask) for chat in chats]
-    learned = [sum(lengths[i : i + micro_batch]) for i in range(0, len(chats), micro_batch)]
-    weighted, a_step = 0.0, BATCH // micro_batch
-    for begin in range(0, len(learned), a_step):
-        part = slice(begin, begin + a_step)
-        total = sum(loss * n for loss, n in zip(losses[part], learned[part], strict=True))
-        weighted += total / sum(learned[part])
-    return seconds[0], weighted / (len(chats) // BATCH)
+    learned = [sum(chat.loss_mask) for chat in chats]
+    return seconds[0], weighted_mean(losses, learned, micro_batch)
 
 
 def run_trl(
-    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, packing: bool
+    checkpoint_dir: Path,
+    chats: list[EncodedChat],
+    precision: Any,
+    max_seq_length: int,
+    batching: TRLBatching,
+    micro_batch: int,
 ) -> tuple[float, float]:
     """TRL's SFTTrainer with PEFT, on the exported weights."""
     from tempfile import TemporaryDirectory
@@ -245,23 +258,48 @@ def run_trl(
         {"input_ids": chat.prompt + chat.completion, "labels": [-100] * len(chat.prompt) + chat.completion}
         for chat in chats
     ]
+    a_step = BATCH // 2 if batching == "packed" else BATCH  # packed rows hold about two samples
     with TemporaryDirectory() as out:
         config = SFTConfig(
             output_dir=out, num_train_epochs=1, learning_rate=RATE,
-            per_device_train_batch_size=BATCH // 2 if packing else BATCH,  # about as many tokens a step
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=a_step // micro_batch,
             lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, report_to=[],
             save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
-            max_length=max_seq_length, disable_tqdm=True, packing=packing,
+            max_length=None if batching == "padding_free" else max_seq_length, disable_tqdm=True,
+            packing=batching == "packed", padding_free=batching == "padding_free",
         )  # fmt: skip
         trainer = InOrder(
             model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(hf_directory(checkpoint_dir)),
         )  # fmt: skip
+        if batching != "padded":
+            require_apart(trainer)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return seconds, sum(losses) / len(losses)
+    packed_rows: Any = trainer.train_dataset  # the samples themselves where it does not pack
+    learned = [sum(label != -100 for label in row["labels"]) for row in packed_rows]
+    return seconds, weighted_mean(losses, learned, a_step)
+
+
+def require_apart(trainer: Any) -> None:
+    """Check that samples which a trainer puts into one row do not see each other.
+
+    Raises:
+        UserError: If a sample's logits change with the sample before it in the row.
+    """
+    inputs = next(batch for batch in trainer.get_train_dataloader() if (batch["position_ids"] == 0).sum() > 1)
+    second = int((inputs["position_ids"][0] == 0).nonzero()[1])  # where the row's second sample begins
+    other = inputs["input_ids"].clone()
+    other[0, :second] = other[0, :second].flip(0)
+    with torch.no_grad():
+        logits = [
+            trainer.model(input_ids=ids, position_ids=inputs["position_ids"], use_cache=False).logits[0, second:]
+            for ids in (inputs["input_ids"], other)
+        ]
+    if not torch.equal(*logits):
+        raise UserError("TRL's packed samples see each other on this machine; measure with --trl_batching padded.")
 
 
 _RUN: dict[str, Any] = {"ours": run_ours, "litgpt": run_litgpt, "trl": run_trl}
