@@ -1,9 +1,10 @@
-"""A prepared data set and its folder: three JSONL files, manifest.json and metrics.json; NAME_mcq for scoring."""
+"""A prepared data set and its folder: three JSONL files, manifest.json and metrics.json; NAME_mcq for scoring,
+NAME_pairs for preferences."""
 
 import random
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class DataSet:
         split_rule: How the split was made, in words.
         dropped: Numbers of what was left out, by reason.
         notes: Further numbers worth knowing, by what they count.
+        shape: What the items' rows are (a key of `data_prep.rows.SHAPES`).
     """
 
     name: str
@@ -55,6 +57,7 @@ class DataSet:
     split_rule: str
     dropped: dict[str, int]
     notes: dict[str, int] = field(default_factory=dict)
+    shape: str = "messages"
 
 
 def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
@@ -72,13 +75,12 @@ def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
         raise UserError(f"{dataset.name} has no rows of kind {', '.join(unknown)}; it has {has}.")
     for split, members in dataset.splits.items():
         dataset.splits[split] = [
-            Item(item.keys, tuple(row for row in item.rows if row.get("kind") in kinds), item.scoring)
-            for item in members
+            replace(item, rows=tuple(row for row in item.rows if row.get("kind") in kinds)) for item in members
         ]
 
 
 def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> list[Path]:
-    """Write a data set's folder, and NAME_mcq if it has scoring rows; each appears whole or not at all.
+    """Write a data set's folder, NAME_mcq if it has scoring rows, NAME_pairs if it has pairs; each whole or not at all.
 
     Training rows are shuffled by `seed`; two runs with the same input and seed write the same bytes, the seconds in
     metrics.json aside.
@@ -97,19 +99,24 @@ def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> l
     """
     check_splits(dataset.name, dataset.splits)
     rows = {split: [row for item in items for row in item.rows] for split, items in dataset.splits.items()}
-    random.Random(seed).shuffle(rows["train"])
     scoring = {
         split: [item.scoring for item in dataset.splits[split] if item.scoring] for split in ("validation", "test")
     }
-    main, mcq = out_dir / dataset.name, out_dir / f"{dataset.name}_mcq"
-    # Both are filled before either takes its place, so that no kill leaves one of them beside an older other: with
-    # another seed that one's test questions may be training rows here. NAME comes last: whoever finds it has both.
-    with ExitStack() as both:
-        _fill(both.enter_context(atomic_dir(main)), main.name, dataset, rows, "messages", seed, began)
-        if not any(scoring.values()):
-            return [main]
-        _fill(both.enter_context(atomic_dir(mcq)), mcq.name, dataset, scoring, "scoring", seed, began)
-    return [mcq, main]
+    pairs = {split: [item.pair for item in items if item.pair] for split, items in dataset.splits.items()}
+    beside = [("mcq", "scoring", scoring), ("pairs", "preference", pairs), ("", dataset.shape, rows)]
+    written = []
+    # All are filled before one takes its place, so that no kill leaves one of them beside an older other: with another
+    # seed that one's test questions may be training rows here. NAME comes last in place: whoever finds it has all.
+    with ExitStack() as stack:
+        for suffix, shape, split_rows in reversed(beside):  # the stack is unwound from its end
+            if not any(split_rows.values()):
+                continue
+            if "train" in split_rows:
+                random.Random(seed).shuffle(split_rows["train"])
+            folder = out_dir / "_".join(filter(None, (dataset.name, suffix)))
+            _fill(stack.enter_context(atomic_dir(folder)), folder.name, dataset, split_rows, shape, seed, began)
+            written.append(folder)
+    return written[::-1]
 
 
 def _fill(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
 from data_prep.ontology import Annotation, Ontology, Term, read_hpoa, read_obo
+from data_prep.preferences import with_kin_pairs
 from data_prep.rows import Row, normalise, question_row, scoring_row
 from data_prep.splits import Item, Phrases, hold_out, key
 from workflows.errors import UserError
@@ -95,6 +96,9 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     dropped["diseases that mention a held-out term"] = lost
 
     notes = Counter({"terms whose definition contains their own name (training only)": len(telling)})
+    train, validation, test = (
+        with_kin_pairs(members, ontology, seed, notes, dropped) for members in (train, validation, test)
+    )
     return DataSet(
         name="hpo",
         splits={

