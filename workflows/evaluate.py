@@ -17,9 +17,8 @@ from workflows.evaluation.compare import Comparison, compare_samples, samples_fi
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
 from workflows.evaluation.tasks import load_tasks, split_of
 from workflows.files import atomic_update, write_json, write_text
-from workflows.lora import default_precision
 from workflows.measure import PeakMemory, seconds_of_step, step_began
-from workflows.training.processes import choose_accelerator
+from workflows.training.processes import choose_accelerator, default_precision
 
 UNFINISHED = "unfinished.jsonl"
 """Results of a run that was stopped; gone when the run is finished."""

@@ -348,7 +348,7 @@ def test_every_wrong_setting_is_named_at_once(tiny_llama, data, tmp_path, monkey
 
 
 def test_quantization_without_bitsandbytes_is_explained(tiny_llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_step, "find_spec", lambda name: None)
+    monkeypatch.setattr("workflows.training.step.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: .*pip install"):
         train(tiny_llama, data, tmp_path, quantize="bnb.nf4")
 

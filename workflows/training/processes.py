@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from workflows.errors import UserError
 from workflows.lifetime import end_with_parent
+from workflows.training.model import Precision
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
@@ -25,6 +26,14 @@ def choose_accelerator(accelerator: Accelerator = "auto") -> Literal["cpu", "cud
     if accelerator != "auto":
         return accelerator
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_precision(on_gpu: bool) -> Precision:
+    """bfloat16 where the device multiplies in it, else float32 (emulation is slow, on CPUs and older GPUs alike)."""
+    if on_gpu:
+        return "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-true" if fast else "32-true"
 
 
 def device_problems(

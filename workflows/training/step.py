@@ -1,0 +1,302 @@
+"""What every training step is around its loss: common arguments, what identifies a run, the folder that it ends with.
+
+A step file has a `setup` with arguments of its own and `**run`, which are the fields of `RunArgs`; it checks both, says
+how its `Objective` is made, and calls `run_step`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from workflows.checkpoint import (
+    LORA_WEIGHTS,
+    PROVENANCE,
+    WEIGHTS,
+    copy_companions,
+    describe_source,
+    is_tied,
+    load_config,
+    load_weights,
+    metric,
+    plain,
+    write_hyperparameters,
+    write_metrics,
+    write_provenance,
+)
+from workflows.files import atomic_dir, read_json, recover_dir, sha256
+from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.merge import write_merged
+from workflows.training.loop import FitResult, Objective, TrainArgs, fit
+from workflows.training.model import LoRAArgs, Precision, load_model
+from workflows.training.processes import (
+    Accelerator,
+    StrategyName,
+    choose_accelerator,
+    default_precision,
+    device_problems,
+    launched,
+    make_fabric,
+)
+from workflows.training.qlora import Quantize, quantize_frozen
+from workflows.training.resume import Resume, ResumeMode, discard
+
+MOST_RANK = 1 << 16
+
+
+@dataclass
+class RunArgs:
+    """Arguments that all training steps take besides their own; names are LitGPT's where LitGPT has them."""
+
+    precision: Precision | None = None
+    """One of "bf16-true" (weights in bfloat16, adapters in float32), "32-true", "16-true"; null takes bfloat16 where
+    the device computes in it, else float32."""
+    quantize: Quantize | None = None
+    """Keep the frozen weights in 4 bits (QLoRA); needs bitsandbytes."""
+    accelerator: Accelerator = "auto"
+    """One of "cuda", "cpu" and "mps"; "auto" takes CUDA where there is a GPU, else the CPU."""
+    devices: int | str = 1
+    """Devices per machine, or "auto" for all."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: StrategyName = "auto"
+    """One of "ddp" (whole model on each device), "fsdp" (sharded), and "auto"."""
+    lora_r: int = 16
+    """Rank of the update; 0 trains the full weights."""
+    lora_alpha: int = 32
+    """The update is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    lora_query: bool = True
+    """Adapt the query projection."""
+    lora_key: bool = True
+    """Adapt the key projection."""
+    lora_value: bool = True
+    """Adapt the value projection."""
+    lora_projection: bool = True
+    """Adapt the attention's output projection."""
+    lora_mlp: bool = True
+    """Adapt the MLP's layers."""
+    lora_head: bool = False
+    """Adapt the language-model head (a tied head is untied by that)."""
+    resume: Resume = "auto"
+    """Whether to go on from the newest checkpoint in out_dir: "auto" if there is one, true needs one, false starts
+    anew."""
+    loggers: list[Literal["tensorboard", "wandb"]] | None = None
+    """Log to these besides metrics.csv."""
+    seed: int = 1337
+    """Seed of the adapters, the data order, dropout and sampling."""
+
+    @property
+    def lora(self) -> LoRAArgs:
+        """The adapters' settings."""
+        return LoRAArgs.from_settings(vars(self))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run computes on a CUDA GPU."""
+        return choose_accelerator(self.accelerator) == "cuda"
+
+    def problems(self, train: TrainArgs, checkpoint_dir: Path) -> list[str]:
+        """Everything that is wrong with these and the training settings for a checkpoint, as messages."""
+        context = load_config(checkpoint_dir).block_size
+        problems = train.problems()
+        problems += device_problems(
+            self.accelerator, self.devices, self.num_nodes, self.strategy, train.global_batch_size
+        )
+        if not 0 <= self.lora_r <= MOST_RANK:
+            problems.append(f"--lora_r must be from 0 (full weights) to {MOST_RANK:,}, not {self.lora_r}.")
+        if self.lora_alpha < 1:
+            problems.append(f"--lora_alpha must be at least 1, not {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"--lora_dropout must be from 0 to below 1, not {self.lora_dropout}.")
+        if not 0 <= self.seed < 1 << 32:
+            problems.append(f"--seed must be from 0 to {(1 << 32) - 1}, not {self.seed}.")
+        adapted = (self.lora_query, self.lora_key, self.lora_value, self.lora_projection, self.lora_mlp, self.lora_head)
+        if self.lora_r > 0 and not any(adapted):
+            problems.append(
+                "No layer is adapted: switch on at least one of --lora_query … --lora_head, or use --lora_r 0."
+            )
+        if train.max_seq_length > context:
+            problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
+        if self.quantize is not None and find_spec("bitsandbytes") is None:
+            problems.append("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.")
+        if self.quantize is not None and self.lora_r == 0:
+            problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
+        if self.quantize is not None and self.strategy == "fsdp":
+            problems.append("--quantize: 4-bit weights cannot be sharded; use --strategy ddp.")
+        return problems
+
+
+def run_step(
+    step: str, settings: dict[str, Any], run: RunArgs, make_objective: Callable[[L.Fabric], Objective]
+) -> None:
+    """Start the run's processes, train, and write `OUT_DIR/final`.
+
+    Args:
+        step: The step's name.
+        settings: All its arguments by name, those of `RunArgs` among them and the precision decided.
+        run: The common ones.
+        make_objective: Reads the data; called in each process.
+    """
+    final = Path(settings["out_dir"]) / "final"
+    fabric = make_fabric(run.devices, run.num_nodes, run.strategy, run.accelerator)
+    with launched(fabric):
+        mode: ResumeMode = "matching" if run.resume == "auto" and final.is_dir() else run.resume
+        _train(fabric, step, settings, run, make_objective(fabric), final, mode)
+
+
+def _train(
+    fabric: L.Fabric,
+    step: str,
+    settings: dict[str, Any],
+    run: RunArgs,
+    objective: Objective,
+    final: Path,
+    resume: ResumeMode,
+) -> None:
+    """Load the model, train it, and write the final checkpoint directory."""
+    train, base = settings["train"], Path(settings["checkpoint_dir"])
+    began = step_began()
+    torch.manual_seed(run.seed)
+    with PeakMemory() as peak:
+        model = load_model(base, run.lora, settings["precision"], train.max_seq_length)
+        if run.quantize:
+            quantize_frozen(model, run.quantize, fabric.device)
+        model = objective.adapt(model)
+        result = fit(
+            fabric,
+            model,
+            objective,
+            train,
+            final.parent,
+            seed=run.seed,
+            identity=run_identity(settings),
+            resume=resume,
+            loggers=run.loggers or (),
+        )
+        if fabric.global_rank == 0:
+            checkpoints = final.parent / "checkpoints"
+            trained = load_weights(checkpoints, max(checkpoints.glob("step-*.pth")).name)
+            seconds = seconds_of_step(began)
+            write_final(final, step, base, trained, run.lora, settings, result, seconds, peak, objective)
+            shutil.rmtree(checkpoints)
+    fabric.barrier()
+    told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    fabric.print(f"{told}, checkpoint: {final}")
+
+
+def write_final(
+    final: Path,
+    step: str,
+    base: Path,
+    trained: dict[str, torch.Tensor],
+    lora: LoRAArgs,
+    settings: dict[str, Any],
+    result: FitResult,
+    seconds: float,
+    peak: PeakMemory,
+    objective: Objective,
+) -> None:
+    """Write the checkpoint directory that a training step ends with: merged weights, adapters, and how they came to be.
+
+    Args:
+        final: The folder to write.
+        step: The step's name.
+        base: The checkpoint that was trained.
+        trained: The trained parameters under the names of our model.
+        lora: The adapters' settings; rank 0 for full weights.
+        settings: The step's arguments.
+        result: What the loop did.
+        seconds: Wall time of the step so far.
+        peak: The memory watch that is running.
+        objective: What it was trained on; it may have heads to keep.
+    """
+    with atomic_dir(final) as temporary:
+        copy_companions(base, temporary)
+        trained = objective.write_heads(temporary, trained, result.metrics)
+        if lora.r > 0:
+            torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
+            write_merged(base, trained, lora, temporary)
+        else:
+            weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
+            if is_tied(base):
+                # a shared parameter is saved once, under the first of its two names
+                shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]
+                weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
+            torch.save(weights, temporary / WEIGHTS)
+        write_hyperparameters(temporary, settings)
+        write_metrics(
+            temporary / "metrics.json",
+            [metric(name, value, split="validation") for name, value in result.metrics.items()],
+            seconds=seconds,
+            tokens_per_second=result.real_tokens / result.seconds,
+            peak_bytes=peak.bytes,
+            train_seconds=result.seconds,
+            steps=result.steps,
+        )
+        write_provenance(temporary, step, sources(settings), settings)
+
+
+def done_before(settings: dict[str, Any]) -> bool:
+    """Whether `OUT_DIR/final` is there already, made from the same checkpoint and data with the same settings; then its
+    left-over checkpoints are deleted, and that is said."""
+    final = Path(settings["out_dir"]) / "final"
+    recover_dir(final)
+    if settings["resume"] is False or not is_finished(final, settings):
+        return False
+    if (checkpoints := final.parent / "checkpoints").is_dir():
+        discard(checkpoints, run_identity(settings))
+    print(f"{final} is already there, made with these settings; --resume false makes it anew")
+    (final / PROVENANCE).touch()  # tells make that it is up to date
+    return True
+
+
+def is_finished(final: Path, settings: dict[str, Any]) -> bool:
+    """Whether a final folder is there that was made from the same checkpoint and data with the same settings."""
+    if not (final / PROVENANCE).is_file() or not (final / WEIGHTS).is_file():
+        return False
+    made = read_json(final / PROVENANCE)
+    return made["sources"] == sources(settings) and _deciding(made["settings"]) == _deciding(settings)
+
+
+_NEUTRAL = ("resume", "loggers", "out_dir", "accelerator", "devices", "num_nodes", "strategy", "checkpoint_dir", "data")
+_NEUTRAL_TRAIN = ("log_interval", "eval_interval", "save_interval")
+
+
+def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run's result, as plain values: settings, data and base, not where the latter two are."""
+    data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
+    base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
+    return {**_deciding(settings), "data": data, "base_files": base_files}
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's result."""
+    settings = plain(settings)
+    train = {name: value for name, value in settings["train"].items() if name not in _NEUTRAL_TRAIN}
+    return {**{name: value for name, value in settings.items() if name not in _NEUTRAL}, "train": train}
+
+
+def sources(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a step is made from, as provenance.json tells it."""
+    return {
+        "base": describe_source(Path(settings["checkpoint_dir"])),
+        "data": describe_source(Path(settings["data"])),
+    }
+
+
+def decided(own: dict[str, Any], run: RunArgs) -> dict[str, Any]:
+    """All of a step's arguments by name, with the precision that null stands for.
+
+    Args:
+        own: The arguments of its `setup`, `run` left out.
+        run: The common ones.
+    """
+    precision = run.precision or default_precision(run.on_gpu)
+    return {**own, **vars(run), "precision": precision}
