@@ -23,6 +23,9 @@ STEPS = {
     "download": ("workflows.download", "get a checkpoint and bring it into LitGPT's form"),
     "data": ("data_prep.prepare", "prepare a data set as JSONL with a manifest"),
     "lora": ("workflows.lora", "fine-tune with LoRA, QLoRA or full weights"),
+    "dpo": ("workflows.dpo", "align with preferences: DPO and its kin"),
+    "reward": ("workflows.reward", "train a reward model on preferences"),
+    "grpo": ("workflows.grpo", "align with rewards: sample groups of answers, and learn from the better ones"),
     "merge": ("workflows.merge", "fold LoRA weights into a plain checkpoint"),
     "evaluate": ("workflows.evaluate", "score a checkpoint with lm-eval, and compare with another"),
     "export": ("workflows.export", "write Hugging Face, GGUF and Ollama forms, and verify them"),
@@ -104,9 +107,19 @@ def _with_choices(message: str, function: Callable[..., Any]) -> str:
         return message
     owner: Any = function
     for name in (path := found[1].split("."))[:-1]:
-        owner = get_type_hints(owner)[name]
-    choices = [str(value) for value in _literals(get_type_hints(owner)[path[-1]])]
+        owner = _hint(owner, name)
+    choices = [str(value) for value in _literals(_hint(owner, path[-1]))]
     return f'Parser key "{found[1]}": must be one of {", ".join(choices)}.'
+
+
+def _hint(owner: Any, name: str) -> Any:
+    """The type hint of a function's argument (one of a training step's `**run` among them) or of a class's field."""
+    hints = get_type_hints(owner)
+    if name not in hints:
+        from workflows.training.step import RunArgs
+
+        hints = get_type_hints(RunArgs)
+    return hints[name]
 
 
 def _literals(hint: Any) -> list[Any]:

@@ -192,7 +192,7 @@ class ChatTemplate:
         spaced = self.render([*_PROBE, {"role": "assistant", "content": f" {_CONTENT} "}])
         return f" {_CONTENT} " not in spaced
 
-    def encode_chat(self, messages: list[Message]) -> EncodedChat:
+    def encode_chat(self, messages: list[Message], prompt_turns: int = 0) -> EncodedChat:
         """Encode a conversation for training: the assistant's tokens carry the loss, all others are context.
 
         Each assistant turn is encoded on its own, after the text the template puts before it. Where a template rewrites
@@ -200,13 +200,14 @@ class ChatTemplate:
 
         Args:
             messages: Turns of which the last is the assistant's.
+            prompt_turns: How many of them are the prompt, whatever their roles: nothing in these is learned from.
 
         Raises:
             UserError: If no turn, or not the last one, is the assistant's.
         """
         if not messages or messages[-1].get("role") != "assistant":
             raise UserError("A training conversation must end with an assistant message.")
-        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spoken = [i for i in range(prompt_turns, len(messages)) if messages[i]["role"] == "assistant"]
         contexts = [self.render(messages[:i], add_generation_prompt=True) for i in spoken]
         answers = [self.answer_text(messages[i]["content"]) for i in spoken]
         for earlier in range(len(spoken) - 1):

@@ -16,6 +16,7 @@ from litgpt.data import DataModule, get_sft_collate_fn
 from litgpt.prompts import Default
 from torch.utils.data import DataLoader, SequentialSampler
 
+from tests.workflows.peft_twin import peft_twin
 from workflows.chat_template import ChatTemplate
 from workflows.lora import SFT
 from workflows.training.loop import TrainArgs, fit, step_indices
@@ -144,33 +145,10 @@ def test_losses_equal_litgpts_finetune_lora(tiny_llama, in_order, adapters, our_
 
 def test_losses_equal_trls(tiny_llama_hf, in_order, adapters, our_losses, tmp_path):
     import datasets
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_llama_hf, dtype=torch.float32),
-        LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules="all-linear"),
-    )
-    names = {
-        "attn.proj": "self_attn.o_proj",
-        "mlp.fc_1": "mlp.gate_proj",
-        "mlp.fc_2": "mlp.up_proj",
-        "mlp.proj": "mlp.down_proj",
-    }
-    copied = {}
-    for name, tensor in adapters.items():  # transformer.h.0.attn.qkv.lora_A
-        layer, module = name.removeprefix("transformer.h.").removesuffix(".lora_A").split(".", 1)
-        if module == "attn.qkv":
-            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split(LORA.r), strict=True)
-            targets = {f"self_attn.{part}": rows for part, rows in parts}
-        else:
-            targets = {names[module]: tensor}
-        for target, rows in targets.items():
-            copied[f"base_model.model.model.layers.{layer}.{target}.lora_A.default.weight"] = rows
-    expected = {name for name, p in model.named_parameters() if "lora_A" in name}
-    assert set(copied) == expected
-    model.load_state_dict(copied, strict=False)
+    model = peft_twin(tiny_llama_hf, adapters, LORA)
 
     class InOrderTrainer(SFTTrainer):
         def _get_train_sampler(self, dataset=None):

@@ -7,6 +7,7 @@ gradient clipping, the learning-rate schedule, progress bar; beside it `processe
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,18 +100,39 @@ class Batch(Protocol):
 B = TypeVar("B", bound=Batch, contravariant=True)
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What a step trains on. The loss of a step is the sum over its units divided by their number."""
 
+    def adapt(self, model: Any) -> Any:
+        """The loaded model with what the objective needs besides: a head, say."""
+        return model
+
+    def write_heads(
+        self, folder: Path, trained: dict[str, torch.Tensor], metrics: dict[str, float]
+    ) -> dict[str, torch.Tensor]:
+        """Write what `adapt` added into the final folder, and give the trained parameters without it."""
+        return trained
+
+    def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:  # noqa: B027 (most need nothing)
+        """Called once, with the model as it was loaded (a resumed run's trained weights come after that)."""
+
+    def step_metrics(self) -> dict[str, float]:
+        """What else a step's row of the log shows, besides the sums that `loss` gives; the mean over processes."""
+        return {}
+
+    @abstractmethod
     def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
         """The rows of one optimizer step for one process; a function of its arguments alone."""
 
+    @abstractmethod
     def units(self, batch: Any) -> int:
         """How many units (tokens, pairs) a row adds to the loss."""
 
+    @abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's loss summed over its units, and further sums to log (divided by the units, too)."""
 
+    @abstractmethod
     def validate(self, model: Any) -> dict[str, float]:
         """Validation metrics, the same on every process."""
 
@@ -174,6 +196,12 @@ def step_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
     return indices
 
 
+def rows_used(rows: int, train: TrainArgs, seed: int) -> list[int]:
+    """Which rows a run trains on, in ascending order: all, or those of the one epoch that it does not finish."""
+    total = min(rows, train.max_steps * train.global_batch_size)
+    return sorted(step_indices(0, rows, total, seed))
+
+
 def fit(
     fabric: L.Fabric,
     model: Any,
@@ -219,6 +247,7 @@ def fit(
             fused=True,  # one kernel for each parameter's update, where the plain form has a dozen
         )
     )
+    objective.begin(fabric, wrapped, out_dir)
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
     start = saver.restore(resume)
     result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
@@ -241,7 +270,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, train)
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
-            logged = _accumulate(fabric, wrapped, objective, batches)
+            logged = _accumulate(fabric, wrapped, objective, batches) | _mean(fabric, objective.step_metrics())
             require_finite("loss", logged["loss"], step)
             # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
             norm: Any = fabric.clip_gradients(
@@ -276,6 +305,16 @@ def fit(
             )
             bar.update()
     return result
+
+
+def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:
+    """The mean of each over all processes."""
+    if fabric.world_size == 1 or not metrics:
+        return metrics
+    reduced: Any = fabric.all_reduce(
+        {name: torch.tensor(value, device=fabric.device) for name, value in metrics.items()}, reduce_op="mean"
+    )
+    return {name: float(value) for name, value in reduced.items()}
 
 
 def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: list[Any]) -> dict[str, float]:

@@ -8,6 +8,8 @@ them; a packed one would need more than a mask).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,9 +161,9 @@ class GPT(litgpt.lora.GPT):
             module.__class__ = _OURS.get(type(module), type(module))  # same parameters, our forward
 
     def forward(self, idx: torch.Tensor | PackedBatch, *args: Any, **kwargs: Any) -> Any:
-        """Log-probabilities of a packed batch's learned tokens, shape (N,); for a tensor, LitGPT's own forward."""
+        """`token_logprobs` of a packed batch; for a tensor, LitGPT's own forward."""
         if isinstance(idx, PackedBatch):
-            return self.token_logprobs(idx)
+            return self.token_logprobs(idx, *args, **kwargs)
         return super().forward(idx, *args, **kwargs)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -178,19 +180,29 @@ class GPT(litgpt.lora.GPT):
             x = block(x, cos, sin, mask)  # (1, T, n_embd)
         return self.transformer.ln_f(x)
 
-    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+    def token_logprobs(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
         """log p(token | what it sees) of every learned token.
 
+        Args:
+            batch: A packed row.
+            temperature: What the logits are divided by.
+
         Returns:
-            float32, shape (N,), in the order of `batch.targets`; of the untruncated distribution at temperature 1.
+            float32, shape (N,), in the order of `batch.targets`; of the untruncated distribution.
         """
         states = self.hidden(batch)[0].index_select(0, batch.predictors)  # (N, n_embd)
+        return self.head_logprobs(states, batch.targets, temperature)
+
+    def head_logprobs(self, states: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """log p(target | state): states (N, n_embd), targets (N,). Returns float32, (N,)."""
         head = self.lm_head
         if self.has_plain_head and not head.linear.weight.requires_grad:
-            return head_logprobs(states, head.linear.weight, batch.targets)
-        chunks = zip(states.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
+            states = states if temperature == 1.0 else states / temperature
+            return head_logprobs(states, head.linear.weight, targets)
+        chunks = zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         # what a chunk's backward pass needs is computed again there
-        return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False)[0] for chunk in chunks])
+        logprobs = [checkpoint(self._chunk, *chunk, temperature, use_reentrant=False)[0] for chunk in chunks]
+        return torch.cat(logprobs)
 
     @property
     def has_plain_attention(self) -> bool:
@@ -218,13 +230,34 @@ class GPT(litgpt.lora.GPT):
         logprobs, greedy = zip(*(self._chunk(*pair) for pair in pairs), strict=True)
         return torch.cat(logprobs), torch.cat(greedy)
 
-    def _chunk(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunk(
+        self, states: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """states (n, n_embd), targets (n,) -> log-probabilities (n,) and whether each target is the argmax (n,)."""
         logits = self.lm_head(states).float()  # (n, padded_vocab_size)
         if self.config.final_logit_softcapping is not None:
             logits = do_softcapping(logits, self.config.final_logit_softcapping)
+        if temperature != 1.0:
+            logits = logits / temperature
         chosen = logits.gather(1, targets[:, None])[:, 0]  # (n,)
         return chosen - logits.logsumexp(dim=-1), chosen == logits.amax(dim=-1)
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters were trained: the reference policy of DPO and GRPO.
+
+    Args:
+        model: A model with adapters, bare or as Fabric set it up.
+    """
+    layers = [module for module in model.modules() if isinstance(module, litgpt.lora.LoRALinear)]
+    for layer in layers:
+        layer.merged = True  # LitGPT's layers leave out what they take to be in the weights already
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.merged = False
 
 
 def empty_model(checkpoint_dir: Path, lora: LoRAArgs) -> GPT:

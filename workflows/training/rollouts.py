@@ -1,9 +1,10 @@
 """Batched decoding with a KV cache: prompts of different lengths side by side, each row leaving when it is done.
 
 Prompts are padded on the right. A padded position's key and value are written to the cache, but the row's own tokens
-overwrite them one by one before any of them is visible, so that a row sees exactly what it would see alone. LitGPT's
-cache writes each row at its own position (`input_pos` of shape (B, T)) and serves its first B rows; a row that is done
-is replaced by the last one, so the batch shrinks without copying the rest.
+overwrite them one by one before any of them is visible, so that a row sees exactly what it would see alone. A prompt
+that several rows share (a group's) is computed once. LitGPT's cache writes each row at its own position (`input_pos` of
+shape (B, T)) and serves its first B rows; a row that is done is replaced by the last one, so the batch shrinks without
+copying the rest.
 
 The uniform numbers that decide a sample belong to its prompt and step, not to its place in a batch: the same seed draws
 the same answers whatever the batch size (up to float rounding of the logits).
@@ -169,10 +170,22 @@ def _make_caches(model: GPT, batch_size: int, length: int) -> None:
 
 
 def _prefill(model: GPT, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Fill the cache with B prompts. Returns the logits that follow each, float32, (B, padded_vocab_size)."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
-    return _forward(model, padded, torch.arange(padded.size(1)), mask=None, last=lengths - 1)
+    """Fill the cache with B prompts; those that are the same (a group's) are computed once, and copied.
+
+    Returns:
+        The logits that follow each, float32, (B, padded_vocab_size).
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # U different ones
+    lengths = torch.tensor([len(prompt) for prompt in number])  # (U,)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in number], batch_first=True)  # (U, T)
+    logits = _forward(model, padded, torch.arange(padded.size(1)), mask=None, last=lengths - 1)  # (U, V)
+    if len(number) == len(prompts):
+        return logits
+    row = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=logits.device)  # (B,)
+    for block in model.transformer.h:
+        for cache in (block.attn.kv_cache.k, block.attn.kv_cache.v):
+            cache[: len(row), :, : padded.size(1)] = cache[row, :, : padded.size(1)]
+    return logits[row]
 
 
 def _decode(model: GPT, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from tests.workflows.conftest import file_size_limit
 from workflows.errors import UserError
 from workflows.training.logs import MetricsLog
-from workflows.training.loop import TrainArgs, fit, learning_rate, step_indices
+from workflows.training.loop import Objective, TrainArgs, fit, learning_rate, step_indices
 from workflows.training.processes import make_fabric
 
 TRAIN = TrainArgs(max_steps=6, lr_warmup_steps=2, learning_rate=0.1, eval_interval=2, save_interval=2, max_norm=None)
@@ -29,7 +29,7 @@ class ToyBatch:
         return self
 
 
-class Toy:
+class Toy(Objective):
     """Linear regression; a step's samples fall into rows of given sizes."""
 
     def __init__(self, sizes=(8,)):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
+from workflows.training import rollouts
 from workflows.training.model import LoRAArgs, load_model
 from workflows.training.rollouts import choose, generate
 
@@ -66,6 +67,21 @@ def test_batched_equals_one_by_one_and_the_uncached_forward(model, prompts):
         assert rollout.ids == logprobs.argmax(-1).tolist()
         expected = logprobs.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_a_shared_prompt_is_computed_once_and_each_row_goes_its_own_way(model, prompts, monkeypatch):
+    many = [prompt for prompt in prompts[:3] for _ in range(4)]
+    settings = {"max_new_tokens": 12, "stop_ids": STOP, "temperature": 1.0, "seed": 5}
+    alone = generate(model, many, **settings, batch_size=1)
+    seen: list[int] = []
+    forward = rollouts._forward
+    monkeypatch.setattr(rollouts, "_forward", lambda m, ids, *a, **k: seen.append(len(ids)) or forward(m, ids, *a, **k))
+    together = generate(model, many, **settings)
+    assert seen[0] == 3 and max(seen[1:]) == 12
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert len({tuple(r.ids) for r in together}) > 6
+    for one, other in zip(together, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_sampling_is_a_function_of_the_seed_and_gives_untruncated_logprobs(model, prompts):

@@ -1,0 +1,93 @@
+"""`make dpo`: align a checkpoint with preferences, by DPO or one of its kin, or by KTO with answers labelled singly.
+
+A pair is one tree: the prompt is computed once, chosen and rejected answer behind it. The reference policy is the model
+without its adapters; its log-probabilities are computed once and kept in `OUT_DIR/reference.safetensors`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+
+from data_prep.rows import iterate_jsonl, read_rows
+from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import check_checkpoint_dir
+from workflows.errors import report_all
+from workflows.training.answers import Labelled, encode_answers
+from workflows.training.loop import Objective, TrainArgs
+from workflows.training.pairs import DPO, PairLoss, PairSettings
+from workflows.training.step import RunArgs, decided, done_before, run_identity, run_step
+from workflows.training.unpaired import KTO, KTOSettings
+
+
+def setup(
+    checkpoint_dir: Path,
+    data: Path = Path("data/hpo_pairs"),
+    out_dir: Path = Path("out/dpo"),
+    loss: PairLoss | Literal["kto"] = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    per_token: bool = False,
+    gamma: float = 0.5,
+    sft_weight: float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    max_val_rows: int = 200,
+    train: TrainArgs = TrainArgs(learning_rate=2e-4),
+    **run: Any,
+) -> None:
+    """Align a checkpoint with preferences.
+
+    Args:
+        checkpoint_dir: The LitGPT checkpoint directory to start from; it is the reference, too.
+        data: A data directory of {"prompt", "chosen", "rejected"} rows; for kto {"prompt", "completion", "label"} rows
+            will do, too.
+        out_dir: Where logs and checkpoints go; the result is its `final` folder.
+        loss: "sigmoid" (DPO), "robust", "ipo", "hinge", "kto"; "simpo" and "orpo" need no reference.
+        beta: How dear it is to leave the reference (orpo: weight of the odds ratio).
+        label_smoothing: Share of pairs that may be the wrong way round (sigmoid: conservative DPO; robust).
+        per_token: Divide log-ratios by the answers' lengths.
+        gamma: The margin that simpo aims at.
+        sft_weight: Weight of the chosen answer's mean negative log-likelihood, added to the loss.
+        desirable_weight: Weight of good answers (kto).
+        undesirable_weight: Weight of bad ones (kto).
+        max_val_rows: At most this many validation rows are scored each time.
+        train: Training settings; a sample is a pair (kto: a prompt with its labelled answers).
+        **run: What all training steps take (`workflows.training.step.RunArgs`).
+
+    Raises:
+        UserError: If an argument, the checkpoint or the data is not usable.
+    """
+    own = {name: value for name, value in locals().items() if name != "run"}
+    own["checkpoint_dir"] = checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
+    common = RunArgs(**run)
+    problems = common.problems(train, checkpoint_dir)
+    if loss != "kto":
+        pair_settings = PairSettings(loss, beta, label_smoothing, per_token, gamma, sft_weight)
+        problems += pair_settings.problems()
+    elif not beta > 0 or not desirable_weight > 0 or not undesirable_weight > 0:
+        problems.append("--beta, --desirable_weight and --undesirable_weight must be positive.")
+    if max_val_rows < 1:
+        problems.append(f"--max_val_rows must be at least 1, not {max_val_rows}.")
+    report_all(problems)
+    settings = decided(own, common)
+    if done_before(settings):
+        return
+
+    def make_objective(fabric: L.Fabric) -> Objective:
+        template = ChatTemplate.from_checkpoint(checkpoint_dir)
+        first: Any = next((row for _, row in iterate_jsonl(data / "train.jsonl")), {})
+        shape = "labelled" if loss == "kto" and isinstance(first, dict) and "label" in first else "preference"
+        encoded: dict[str, list[Labelled]] = {}
+        for split, most in (("train", None), ("validation", max_val_rows)):
+            rows = read_rows(data / f"{split}.jsonl", shape)[:most]
+            encoded[split], told = encode_answers(rows, template, train.max_seq_length, str(data / split))
+            fabric.print(told)
+        identity = {name: run_identity(settings)[name] for name in ("base_files", "precision", "quantize")}
+        if loss == "kto":
+            kto_settings = KTOSettings(beta, desirable_weight, undesirable_weight)
+            return KTO(encoded["train"], encoded["validation"], train, common.seed, kto_settings, identity)
+        pairs = {split: [answer.tree for answer in answers] for split, answers in encoded.items()}
+        return DPO(pairs["train"], pairs["validation"], train, common.seed, pair_settings, identity)
+
+    run_step("dpo", settings, common, make_objective)

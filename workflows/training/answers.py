@@ -1,0 +1,70 @@
+"""Rows of preferences as trees: prompts with answers, each known to be wanted or not."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from data_prep.rows import Row
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.training.batch import Tree
+
+SIDES = {"chosen": True, "rejected": False}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt with answers, and whether each is a wanted one; a pair has the chosen answer first."""
+
+    tree: Tree
+    desirable: list[bool]
+
+
+def encode_answers(
+    rows: list[Row], template: ChatTemplate, max_seq_length: int, name: str
+) -> tuple[list[Labelled], str]:
+    """Encode preference or labelled rows.
+
+    An answer that does not fit loses its end, which is counted. A row is dropped, and counted, whose prompt leaves no
+    room, or whose two answers are the same as far as they fit.
+
+    Args:
+        rows: `preference` rows, or `labelled` ones.
+        template: The checkpoint's.
+        max_seq_length: The most tokens of a prompt with one of its answers.
+        name: What the rows are, for messages.
+
+    Returns:
+        The trees in the order of their rows, and what became of the rows, in words.
+
+    Raises:
+        UserError: If the template refuses a conversation, or no row is left.
+    """
+    answers: list[Labelled] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for number, row in enumerate(rows, start=1):
+        sides = [(row["completion"], row["label"])] if "label" in row else [(row[k], v) for k, v in SIDES.items()]
+        try:
+            chats = [template.encode_chat([*row["prompt"], *turns], len(row["prompt"])) for turns, _ in sides]
+        except UserError as e:
+            raise UserError(f"{name}, row {number} ({row['prompt'][0]['content'][:60]!r}): {e}") from None
+        prompt = chats[0].prompt
+        room = max(0, max_seq_length - len(prompt))
+        completions = [chat.completion[:room] for chat in chats]
+        masks = [chat.loss_mask[:room] for chat in chats]
+        if any(chat.prompt != prompt for chat in chats):
+            dropped["the answers do not follow the same prompt"] += 1
+        elif room == 0:
+            dropped[f"the prompt alone fills {max_seq_length} tokens"] += 1
+        elif not all(map(any, masks)):
+            dropped["nothing to learn from is left of an answer"] += 1
+        elif len(completions) == 2 and completions[0] == completions[1]:
+            dropped["chosen and rejected answer are the same, as far as they fit"] += 1
+        else:
+            truncated += sum(len(chat.completion) > room for chat in chats)
+            answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides]))
+    told = f"{name}: {len(answers):,} of {len(rows):,} rows; {truncated:,} answers truncated"
+    told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())
+    if not answers:
+        raise UserError(f"No row is left to use. {told}\nRaise --train.max_seq_length.")
+    return answers, told

@@ -1,0 +1,364 @@
+"""The objective of GRPO: groups of answers sampled from the policy itself, of which the better ones become likelier.
+
+A step samples G answers to each of its prompts, rewards them, and takes one or several updates on them. A group is one
+tree: its prompt is computed once, in sampling as in training. Log-probabilities are those of the untruncated policy at
+the sampling temperature, on both sides of every ratio; the old ones are those that sampling recorded.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from data_prep.rows import Row
+from workflows.chat_template import ChatTemplate
+from workflows.training import losses
+from workflows.training.batch import PackedBatch, Tree, pack
+from workflows.training.loop import Objective, TrainArgs, step_indices
+from workflows.training.losses import Normalisation, Scale
+from workflows.training.model import GPT, adapters_off
+from workflows.training.rewards import Rewards, Sample
+from workflows.training.rollouts import Rollout, generate
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How answers are sampled and what is made of their rewards; see `workflows.grpo.setup` for the fields."""
+
+    group_size: int = 8
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beta: float = 0.02
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    scale: Scale = "group"
+    normalisation: Normalisation = "token"
+    sequence_ratio: bool = False
+    updates: int = 1
+    mask_truncated: bool = False
+    sampling_batch: int = 64
+
+    def problems(self, train: TrainArgs) -> list[str]:
+        """Everything that is wrong with them, as messages."""
+        found = []
+        if self.group_size < 2:
+            found.append(
+                f"--group_size must be at least 2, not {self.group_size}: one answer is no better than its mean."
+            )
+        for name, least in (("max_new_tokens", 1), ("updates", 1), ("sampling_batch", 1)):
+            if getattr(self, name) < least:
+                found.append(f"--{name} must be at least {least}, not {getattr(self, name)}.")
+        if not 0 < self.temperature < math.inf:
+            found.append(f"--temperature must be positive, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            found.append(f"--top_p must be above 0 and at most 1, not {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"--top_k must be at least 1, not {self.top_k}.")
+        if self.beta < 0:
+            found.append(f"--beta must be at least 0, not {self.beta}.")
+        if not 0 < self.clip_low < 1 or not self.clip_high > 0:
+            found.append("--clip_low must be between 0 and 1, --clip_high above 0.")
+        if self.max_new_tokens >= train.max_seq_length:
+            found.append(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --train.max_seq_length "
+                f"{train.max_seq_length}."
+            )
+        if train.save_interval % self.updates or train.max_steps % self.updates:
+            found.append(
+                f"--train.max_steps and --train.save_interval must be multiples of --updates {self.updates}: "
+                "checkpoints do not keep answers."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that can be asked, and its prompt's ids."""
+
+    row: Row
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """A packed row of groups. N learned tokens.
+
+    Attributes:
+        rows: The row.
+        old: log pi_old of its learned tokens as sampling recorded them, shape (N,).
+        advantages: Of each token's answer, shape (N,).
+        weights: What each token counts, before the step's sum is divided by its units, shape (N,).
+        units: The row's units.
+        reference: log pi_ref of the tokens, shape (N,), or None where no KL is asked for.
+    """
+
+    rows: PackedBatch
+    old: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    units: int
+    reference: torch.Tensor | None
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the samples, a prompt counted for each of its answers."""
+        return self.rows.real_tokens
+
+    def to(self, device: torch.device) -> "GroupBatch":
+        """The same batch on a device."""
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, torch.Tensor | PackedBatch) else v for k, v in vars(self).items()
+        }
+        return type(self)(**moved)
+
+
+Judged = list[tuple[Question, list[tuple[Rollout, float]]]]
+"""Questions with answers to learn from, each with its advantage."""
+
+
+class GRPO(Objective):
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its later variants."""
+
+    def __init__(
+        self,
+        train_questions: list[Question],
+        validation_questions: list[Question],
+        template: ChatTemplate,
+        rewards: Rewards,
+        train: TrainArgs,
+        seed: int,
+        settings: GroupSettings,
+    ) -> None:
+        """Keep what a run needs.
+
+        Args:
+            train_questions: What is asked.
+            validation_questions: What is asked to validate, greedily.
+            template: Decodes answers; its stop ids end them.
+            rewards: What an answer is worth.
+            train: Training settings; a sample is a question.
+            seed: Of the order of questions and of sampling.
+            settings: The rest.
+        """
+        self.questions, self.validation = train_questions, validation_questions
+        self.template, self.rewards = template, rewards
+        self.train, self.seed, self.settings = train, seed, settings
+        self._current: list[GroupBatch] = []
+        self._metrics: dict[str, float] = {}
+
+    def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:
+        """Keep the model: a step samples from it."""
+        self._model, self._device = model, fabric.device
+        self._log = out_dir / "completions.jsonl" if fabric.global_rank == 0 else None
+
+    def batches(self, step: int, rank: int, world_size: int) -> list[GroupBatch]:
+        """The rows of one step: sampled anew where the updates on the last ones are done."""
+        if step % self.settings.updates == 0:
+            indices = step_indices(
+                step // self.settings.updates, len(self.questions), self.train.global_batch_size, self.seed
+            )
+            self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, rank)
+        return self._current
+
+    def _sampled(self, questions: Sequence[Question], step: int, rank: int) -> list[GroupBatch]:
+        """Sample a group for each question, reward it, and pack what can be learned from."""
+        settings, size = self.settings, self.settings.group_size
+        began = time.perf_counter()
+        rollouts = generate(
+            bare(self._model),
+            [question.prompt for question in questions for _ in range(size)],
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=self.template.stop_ids,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=hash((self.seed, step, rank)) % 2**63,
+            batch_size=settings.sampling_batch,
+        )
+        seconds = time.perf_counter() - began
+        rows = [question.row for question in questions for _ in range(size)]
+        given = self.rewards([self._sample(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)])
+        totals = torch.tensor([found["total"] for found in given]).view(-1, size)  # (questions, G)
+        self._describe(step, rollouts, given, totals, rows, seconds)
+        return self._packed(self._judged(questions, rollouts, totals))
+
+    def _judged(self, questions: Sequence[Question], rollouts: list[Rollout], totals: torch.Tensor) -> Judged:
+        """Questions with their answers and these answers' advantages; groups without signal are left out.
+
+        Args:
+            questions: What was asked.
+            rollouts: Group by group.
+            totals: Their rewards, (questions, G).
+        """
+        size = totals.size(1)
+        advantages = losses.group_advantages(totals, self.settings.scale)
+        signal = _signal(totals).tolist()
+        groups: Judged = []
+        for g, question in enumerate(questions):
+            answers = zip(rollouts[g * size : (g + 1) * size], advantages[g].tolist(), strict=True)
+            learned = [(rollout, advantage) for rollout, advantage in answers if self._learns(rollout)]
+            if signal[g] and learned:
+                groups.append((question, learned))
+        if not groups:  # nothing to learn from: one answer with no advantage keeps the step, and its processes, whole
+            groups = [(questions[0], [(rollouts[0], 0.0)])]
+        return groups
+
+    def _learns(self, rollout: Rollout) -> bool:
+        return rollout.stopped or not self.settings.mask_truncated
+
+    def _sample(self, row: Row, rollout: Rollout) -> Sample:
+        ids = rollout.ids[:-1] if rollout.ids[-1] in self.template.stop_ids else rollout.ids
+        return Sample(
+            row, self.template.decode(ids), len(rollout.ids), not rollout.stopped, self.settings.max_new_tokens
+        )
+
+    def _packed(self, groups: Judged) -> list[GroupBatch]:
+        """Pack questions with answers and advantages into rows."""
+        settings = self.settings
+        trees = [Tree(question.prompt, [rollout.ids for rollout, _ in answers]) for question, answers in groups]
+        batches = []
+        for row, packed in pack(trees, self.train.row_tokens):
+            answers = [answer for i in row for answer in groups[i][1]]
+            lengths = torch.tensor([len(rollout.ids) for rollout, _ in answers])
+            weights, units = losses.token_weights(lengths, settings.normalisation, settings.max_new_tokens)
+            batches.append(
+                GroupBatch(
+                    rows=packed,
+                    old=torch.tensor([logprob for rollout, _ in answers for logprob in rollout.logprobs]),
+                    advantages=torch.tensor([advantage for _, advantage in answers])[packed.owners],
+                    weights=weights[packed.owners],
+                    units=units,
+                    reference=self._reference(packed) if settings.beta else None,
+                )
+            )
+        return batches
+
+    @torch.no_grad()
+    def _reference(self, rows: PackedBatch) -> torch.Tensor:
+        with adapters_off(self._model):
+            return bare(self._model)(rows.to(self._device), temperature=self.settings.temperature).cpu()
+
+    def units(self, batch: GroupBatch) -> int:
+        """Tokens, or answers, by `normalisation`."""
+        return batch.units
+
+    def loss(self, model: Any, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The row's weighted sum over tokens of the clipped policy loss and the KL to the reference."""
+        logprobs = model(batch.rows, temperature=self.settings.temperature)  # (N,)
+        loss, told = self.policy_loss(logprobs, batch)
+        if batch.reference is not None and self.settings.beta:
+            kl = losses.k3(logprobs, batch.reference)
+            loss = loss + self.settings.beta * (batch.weights * kl).sum()
+        return loss, told
+
+    def policy_loss(self, logprobs: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum over a row's tokens of the clipped policy loss, from their log-probabilities (N,)."""
+        settings, rows = self.settings, batch.rows
+        log_ratio = logprobs - batch.old
+        gap = log_ratio.detach().abs()
+        if settings.sequence_ratio:
+            log_ratio = losses.sequence_log_ratio(log_ratio, rows.owners, rows.completions)
+        clip = (settings.clip_low, settings.clip_high)
+        loss = losses.clipped_policy_loss(log_ratio, batch.advantages, *clip)  # (N,)
+        share = batch.units / len(logprobs)  # what is a mean over tokens is logged as one
+        told = {
+            "clipped": losses.is_clipped(log_ratio.detach(), batch.advantages, *clip).float().sum() * share,
+            "log_ratio": gap.sum() * share,
+        }
+        if batch.reference is not None:
+            told["kl"] = losses.k3(logprobs.detach(), batch.reference).sum() * share
+        return (batch.weights * loss).sum(), told
+
+    def step_metrics(self) -> dict[str, float]:
+        """What sampling found."""
+        return self._metrics
+
+    def _describe(
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        given: list[dict[str, float]],
+        totals: torch.Tensor,
+        rows: list[Row],
+        seconds: float,
+    ) -> None:
+        """Keep a step's numbers for the log, and three of its answers."""
+        count = len(rollouts)
+        tokens = sum(len(rollout.ids) for rollout in rollouts)
+        parts = {f"reward_{name}": sum(found[name] for found in given) / count for name in given[0] if name != "total"}
+        self._metrics = {
+            "reward": float(totals.mean()),
+            "reward_std": float(totals.std(dim=1, correction=0).mean()),
+            **parts,
+            "no_signal": 1 - float(_signal(totals).float().mean()),
+            "answer_tokens": tokens / count,
+            "truncated": sum(not rollout.stopped for rollout in rollouts) / count,
+            # of the untruncated policy at the sampling temperature, by its own samples
+            "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / tokens,
+            "sampled_per_second": tokens / seconds,
+        }
+        if self._log is not None and step % self.train.log_interval == 0:
+            with open(self._log, "a", encoding="utf-8") as f:
+                for row, rollout, found in list(zip(rows, rollouts, given, strict=True))[:3]:
+                    text = self.template.decode(rollout.ids, skip_special_tokens=False)
+                    asked = row["prompt"][-1]["content"]
+                    f.write(
+                        json.dumps({"step": step, "question": asked, "answer": text, **found}, ensure_ascii=False)
+                        + "\n"
+                    )
+
+    @torch.no_grad()
+    def validate(self, model: Any) -> dict[str, float]:
+        """Mean reward of greedy answers to the validation questions; every process asks all of them."""
+        return {"val_reward": sum(self.held_out(model, self.validation)) / len(self.validation)}
+
+    def held_out(self, model: Any, questions: Sequence[Question]) -> list[float]:
+        """The reward of the greedy answer to each question."""
+        rollouts = generate(
+            bare(model),
+            [question.prompt for question in questions],
+            max_new_tokens=self.settings.max_new_tokens,
+            stop_ids=self.template.stop_ids,
+            batch_size=self.settings.sampling_batch,
+        )
+        samples = [self._sample(question.row, rollout) for question, rollout in zip(questions, rollouts, strict=True)]
+        return [found["total"] for found in self.rewards(samples)]
+
+
+def _signal(totals: torch.Tensor) -> torch.Tensor:
+    """Whether a group's rewards differ, (groups,), from rewards (groups, G)."""
+    return totals.amax(dim=1) > totals.amin(dim=1)
+
+
+def bare(model: Any) -> GPT:
+    """The model itself, out of Fabric's wrapper."""
+    inner: GPT = getattr(model, "module", model)
+    return inner
+
+
+def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: str) -> tuple[list[Question], str]:
+    """Encode prompts.
+
+    Args:
+        rows: Rows with a "prompt".
+        template: The checkpoint's.
+        room: The most tokens of a prompt; longer ones are dropped, and counted.
+        name: What the rows are.
+
+    Returns:
+        The questions, and what became of the rows, in words.
+    """
+    questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
+    kept = [question for question in questions if len(question.prompt) <= room]
+    return (
+        kept,
+        f"{name}: {len(kept):,} of {len(rows):,} questions; {len(rows) - len(kept):,} dropped: over {room} tokens",
+    )

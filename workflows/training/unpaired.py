@@ -1,0 +1,167 @@
+"""The objective of preferences without pairs, KTO: each answer is labelled good or bad by itself.
+
+KTO weighs an answer by how far it is from the reference, measured in units of the policy's KL to it. That KL is
+estimated from answers that belong to other prompts (Ethayarajh et al. 2024, arXiv 2402.01306, sec. 4.1): each prompt
+has one such answer, the next prompt's, so that the reference's log-probabilities of these are computed once, too.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from workflows.training import losses
+from workflows.training.answers import Labelled
+from workflows.training.batch import ROW_MULTIPLE, PackedBatch, Tree, pack, pack_row
+from workflows.training.loop import Objective, TrainArgs, rows_used, step_indices
+from workflows.training.losses import per_completion
+from workflows.training.model import GPT
+from workflows.training.reference import key_of, reference_logprobs
+
+
+@dataclass(frozen=True)
+class KTOSettings:
+    """What the loss of an answer depends on; see `workflows.dpo.setup` for the fields."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """A packed row of labelled answers.
+
+    Attributes:
+        rows: The row.
+        desirable: Whether each of its completions is a good one, shape (completions,).
+        reference: log pi_ref of its learned tokens, shape (N,).
+        strangers: The same prompts, each with an answer of another.
+        strangers_reference: log pi_ref of these answers, shape (strangers,).
+    """
+
+    rows: PackedBatch
+    desirable: torch.Tensor
+    reference: torch.Tensor
+    strangers: PackedBatch
+    strangers_reference: torch.Tensor
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the labelled samples."""
+        return self.rows.real_tokens
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        """The same batch on a device."""
+        return AnswerBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class KTO(Objective):
+    """The objective: the mean over answers of `losses.kto`."""
+
+    def __init__(
+        self,
+        train_answers: list[Labelled],
+        validation_answers: list[Labelled],
+        train: TrainArgs,
+        seed: int,
+        settings: KTOSettings,
+        model_identity: dict[str, Any],
+    ) -> None:
+        """Keep what a run needs.
+
+        Args:
+            train_answers: Prompts with labelled answers, at least two.
+            validation_answers: Likewise.
+            train: Training settings.
+            seed: Of the order of prompts.
+            settings: The loss.
+            model_identity: What the reference's log-probabilities depend on besides the answers.
+        """
+        self.answers = [*train_answers, *validation_answers]
+        self.trained = len(train_answers)
+        self.strangers = [*_with_strangers(train_answers), *_with_strangers(validation_answers)]
+        self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
+        self.reference: dict[int, torch.Tensor] = {}
+
+    def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
+        """Get the reference's log-probabilities of all answers that the run meets, and of their prompts' strangers."""
+        count = len(self.answers)
+        met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, count)]
+        trees = [*(self.answers[i].tree for i in met), *(self.strangers[i] for i in met)]
+        key, file = key_of(trees, self.identity), out_dir / "reference.safetensors"
+        found = reference_logprobs(fabric, model, trees, self.train.row_tokens, file, key)
+        self.reference = dict(zip([*met, *(count + i for i in met)], found, strict=True))
+
+    def batches(self, step: int, rank: int, world_size: int) -> list[AnswerBatch]:
+        """The rows of one step for one process; prompts are dealt out in turn."""
+        return self._packed(step_indices(step, self.trained, self.train.global_batch_size, self.seed)[rank::world_size])
+
+    def _packed(self, indices: list[int]) -> list[AnswerBatch]:
+        found = []
+        for row, batch in pack([self.answers[i].tree for i in indices], self.train.row_tokens):
+            chosen = [indices[i] for i in row]
+            strange = [self.reference[len(self.answers) + i].sum() for i in chosen]
+            found.append(
+                AnswerBatch(
+                    batch,
+                    torch.tensor([good for i in chosen for good in self.answers[i].desirable]),
+                    torch.cat([self.reference[i] for i in chosen]),
+                    pack_row([self.strangers[i] for i in chosen], ROW_MULTIPLE),
+                    torch.stack(strange),
+                )
+            )
+        return found
+
+    def units(self, batch: AnswerBatch) -> int:
+        """Every answer counts the same."""
+        return batch.rows.completions
+
+    def loss(self, model: GPT, batch: AnswerBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The row's losses summed over its answers, and what tells how training goes, likewise."""
+        rows, strangers = batch.rows, batch.strangers
+        with torch.no_grad():
+            strange = per_completion(model(strangers), strangers.owners, strangers.completions)
+            kl = (strange - batch.strangers_reference).mean().clamp_min(0)
+        logprobs = model(rows)  # (N,)
+        ratios = per_completion(logprobs - batch.reference, rows.owners, rows.completions)  # (completions,)
+        settings = self.settings
+        loss = losses.kto(
+            ratios, batch.desirable, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight
+        )
+        rewards = settings.beta * ratios.detach()
+        told = {
+            "signed_reward": torch.where(batch.desirable, rewards, -rewards).sum(),  # to rise
+            "kl_strangers": kl * rows.completions,
+            # a good answer should have gained on the reference, a bad one lost
+            "accuracy": ((rewards > 0) == batch.desirable).float().sum(),
+            "kl": losses.k3(logprobs.detach(), batch.reference).sum(),
+        }
+        return loss.sum(), told
+
+    @torch.no_grad()
+    def validate(self, model: GPT) -> dict[str, float]:
+        """Means over the validation answers; every process computes all of them."""
+        model.eval()
+        device = next(model.parameters()).device
+        totals: Counter[str] = Counter()
+        count = 0
+        for batch in self._packed(list(range(self.trained, len(self.answers)))):
+            loss, told = self.loss(model, batch.to(device))
+            totals.update({"loss": float(loss), "accuracy": float(told["accuracy"])})
+            count += self.units(batch)
+        model.train()
+        return {f"val_{name}": total / count for name, total in totals.items()}
+
+
+def _with_strangers(answers: list[Labelled]) -> list[Tree]:
+    """Each prompt with the first answer of the next one."""
+    following = [*answers[1:], *answers[:1]]
+    trees = []
+    for answer, other in zip(answers, following, strict=True):
+        masks = other.tree.loss_masks[:1] if other.tree.loss_masks else None
+        trees.append(Tree(answer.tree.prompt, other.tree.completions[:1], masks))
+    return trees
