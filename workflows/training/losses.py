@@ -184,6 +184,18 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return d.exp() - d - 1
 
 
+def k2(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(log pi - log pi_ref)^2 / 2: how far two policies are apart on given tokens (Schulman 2020, as for `k3`).
+
+    For tokens that neither has sampled, an answer in a data set say: k3's exponential explodes on those.
+
+    Args:
+        logprobs: Shape (N,).
+        reference: The reference's of the same tokens, likewise.
+    """
+    return (logprobs - reference).square() / 2
+
+
 def sequence_log_ratio(log_ratio: torch.Tensor, owners: torch.Tensor, completions: int) -> torch.Tensor:
     """Each token gets its completion's mean log-ratio: GSPO's sequence-level ratio (Zheng et al. 2025, arXiv
     2507.18071, eq. 7).

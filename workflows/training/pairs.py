@@ -138,7 +138,7 @@ class DPO(Objective):
             scores = sums / lengths
         else:
             scores = sums - per_completion(batch.reference, owners, count)  # log-ratios
-            told["kl"] = losses.k3(logprobs.detach(), batch.reference).sum() / 2
+            told["kl"] = losses.k2(logprobs.detach(), batch.reference).sum() / 2
             if settings.per_token:
                 scores = scores / lengths
         loss = pair_loss(scores[0::2], scores[1::2], settings)  # (pairs,)

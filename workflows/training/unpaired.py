@@ -138,7 +138,7 @@ class KTO(Objective):
             "kl_strangers": kl * rows.completions,
             # a good answer should have gained on the reference, a bad one lost
             "accuracy": ((rewards > 0) == batch.desirable).float().sum(),
-            "kl": losses.k3(logprobs.detach(), batch.reference).sum(),
+            "kl": losses.k2(logprobs.detach(), batch.reference).sum(),
         }
         return loss.sum(), told
 

@@ -309,6 +309,8 @@ def test_k3_is_an_unbiased_estimate_of_the_kl():
     kl = (p.exp() * (p - q)).sum()
     assert float((p.exp() * losses.k3(p, q)).sum()) == pytest.approx(float(kl), rel=1e-9)
     assert (losses.k3(p, q) >= 0).all()
+    near = p + 1e-4 * numbers(50, seed=8).double()  # for neighbours both are the same
+    torch.testing.assert_close(losses.k2(p, near), losses.k3(p, near), atol=1e-11, rtol=0)
 
 
 def test_gae_is_the_papers_sum():
