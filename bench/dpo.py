@@ -1,4 +1,4 @@
-"""`make bench-dpo`: DPO with LoRA, ours against TRL's DPOTrainer with PEFT.
+"""`python -m bench.dpo`: DPO with LoRA, ours against TRL's DPOTrainer with PEFT.
 
 The same pairs in the same order of steps, the same model, rank, beta, precision and thread count. Counted are pairs per
 second of one epoch, the reference's log-probabilities included: ours computes them before the first step, TRL in each.
@@ -107,7 +107,7 @@ def run_ours(
             reference.append(time.perf_counter() - began)
 
         def batches(self, step: int, rank: int, world_size: int) -> list[PairBatch]:
-            return self._packed(self.pairs, range(step * BATCH, (step + 1) * BATCH), 0)
+            return self._packed(range(step * BATCH, (step + 1) * BATCH))
 
     reference: list[float] = []
     train = TrainArgs(

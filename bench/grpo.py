@@ -1,4 +1,4 @@
-"""`make bench-grpo`: whole GRPO steps with LoRA, ours against TRL's GRPOTrainer with PEFT.
+"""`python -m bench.grpo`: whole GRPO steps with LoRA, ours against TRL's GRPOTrainer with PEFT.
 
 The same questions, model, rank, group size and precision; every answer has exactly the most tokens allowed (its end is
 forbidden in both), so that all do the same work whatever they sample. Counted are steps per minute: sampling, the

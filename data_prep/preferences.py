@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.dataset import DataSet, Source
+from data_prep.jsonl import MOST_HELD_OUT, SHARE_HELD_OUT
 from data_prep.ontology import Ontology
 from data_prep.rows import Row, normalise, row_problem
 from data_prep.splits import Item, hold_out, key, random_splits, without_shared
@@ -20,8 +21,6 @@ from data_prep.tables import Table, read_folder, read_hub, read_table
 from workflows.errors import UserError
 from workflows.files import sha256
 
-SHARE_HELD_OUT, MOST_HELD_OUT = 0.1, 500
-"""Of a data set without splits of its own."""
 PROMPTS = ("prompt", "instruction", "question")
 """Names of the prompt in common use; beside "instruction" an "input" is appended to it, "system" goes before it."""
 ACCEPTED = '{"prompt": TEXT or [...], "chosen": TEXT or [...], "rejected": TEXT or [...]}'

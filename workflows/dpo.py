@@ -1,4 +1,4 @@
-"""`make dpo`: align a checkpoint with preferences, by DPO or one of its kin, or by KTO with answers labelled singly.
+"""`python -m workflows dpo`: align a checkpoint with preferences, by DPO or its kin, or by KTO with labelled answers.
 
 A pair is one tree: the prompt is computed once, chosen and rejected answer behind it. The reference policy is the model
 without its adapters; its log-probabilities are computed once and kept in `OUT_DIR/reference.safetensors`.

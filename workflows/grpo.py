@@ -1,4 +1,4 @@
-"""`make grpo`: align a checkpoint with rewards, by GRPO and its variants (GSPO, DAPO, Dr. GRPO).
+"""`python -m workflows grpo`: align a checkpoint with rewards, by GRPO and its variants (GSPO, DAPO, Dr. GRPO).
 
 Answers are sampled from the policy, a group to each question, and judged by the rewards of `training/rewards.py`. The
 reference policy of the KL is the model without its adapters.

@@ -1,4 +1,4 @@
-"""`make reward`: a reward model from preferences (Bradley-Terry): the checkpoint's trunk with a scalar head.
+"""`python -m workflows reward`: a reward model (Bradley-Terry) from preferences, the trunk with a scalar head.
 
 The result is a checkpoint directory with `reward_head.safetensors` beside the weights; `grpo` takes it as a reward.
 """
@@ -55,10 +55,9 @@ class BradleyTerry(Objective):
     def loss(self, model: Any, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's losses summed over its pairs, and what tells how training goes, likewise."""
         chosen, rejected = model(batch).view(-1, 2).T  # (pairs,) each
-        margin = (chosen - rejected).detach()
         told = {
-            "margin": margin.sum(),
-            "accuracy": (margin > 0).float().sum() + (margin == 0).float().sum() / 2,
+            "margin": (chosen - rejected).detach().sum(),
+            "accuracy": losses.pairs_won(chosen.detach(), rejected.detach()),
         }
         return losses.bradley_terry(chosen, rejected).sum(), told
 

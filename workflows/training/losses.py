@@ -148,6 +148,11 @@ def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
+def pairs_won(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """How many pairs are the right way round, a scalar; a tie is half of one. Both (pairs,)."""
+    return (chosen > rejected).float().sum() + (chosen == rejected).float().sum() / 2
+
+
 # Policy gradients: one number per token, shape (N,), unless said otherwise.
 
 Scale = Literal["group", "none"]

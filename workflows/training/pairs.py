@@ -92,7 +92,7 @@ class DPO(Objective):
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the pairs.
         """
-        self.pairs, self.validation = train_pairs, validation_pairs
+        self.pairs, self.trained = [*train_pairs, *validation_pairs], len(train_pairs)
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
         self.reference: dict[int, torch.Tensor] | None = None
 
@@ -100,25 +100,23 @@ class DPO(Objective):
         """Get the reference's log-probabilities of all pairs that the run meets."""
         if self.settings.loss in WITHOUT_REFERENCE:
             return
-        everything = [*self.pairs, *self.validation]
-        met = [*rows_used(len(self.pairs), self.train, self.seed), *range(len(self.pairs), len(everything))]
-        trees = [everything[i] for i in met]
+        met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, len(self.pairs))]
+        trees = [self.pairs[i] for i in met]
         key, file = key_of(trees, self.identity), out_dir / "reference.safetensors"
         found = reference_logprobs(fabric, model, trees, self.train.row_tokens, file, key)
         self.reference = dict(zip(met, found, strict=True))
 
     def batches(self, step: int, rank: int, world_size: int) -> list[PairBatch]:
         """The rows of one step for one process; pairs are dealt out in turn."""
-        indices = step_indices(step, len(self.pairs), self.train.global_batch_size, self.seed)[rank::world_size]
-        return self._packed(self.pairs, indices, 0)
+        indices = step_indices(step, self.trained, self.train.global_batch_size, self.seed)[rank::world_size]
+        return self._packed(indices)
 
-    def _packed(self, pairs: list[Tree], indices: Sequence[int], offset: int) -> list[PairBatch]:
-        """Pack some pairs; `offset` is where their list begins in `reference`."""
+    def _packed(self, indices: Sequence[int]) -> list[PairBatch]:
         found = []
-        for row, batch in pack([pairs[i] for i in indices], self.train.row_tokens):
+        for row, batch in pack([self.pairs[i] for i in indices], self.train.row_tokens):
             reference = None
             if self.reference is not None:
-                reference = torch.cat([self.reference[offset + indices[i]] for i in row])
+                reference = torch.cat([self.reference[indices[i]] for i in row])
             found.append(PairBatch(batch, reference))
         return found
 
@@ -153,28 +151,25 @@ class DPO(Objective):
             "rewards_chosen": chosen.sum(),
             "rewards_rejected": rejected.sum(),
             "margin": (chosen - rejected).sum(),
-            "accuracy": _preferred(chosen, rejected),
+            "accuracy": losses.pairs_won(chosen, rejected),
             "logprobs_chosen": logp_chosen.sum(),
             "logprobs_rejected": logp_rejected.sum(),
-            "logprob_accuracy": _preferred(logp_chosen, logp_rejected),
+            "logprob_accuracy": losses.pairs_won(logp_chosen, logp_rejected),
         }
         return loss.sum(), told
 
     @torch.no_grad()
     def validate(self, model: GPT) -> dict[str, float]:
         """Means over the validation pairs; every process computes all of them."""
-        return self.score(model, self.validation, len(self.pairs))
-
-    def score(self, model: GPT, pairs: list[Tree], offset: int) -> dict[str, float]:
-        """Loss, margin and accuracies over pairs whose reference begins at `offset`."""
         model.eval()
         device = next(model.parameters()).device
         totals: Counter[str] = Counter()
-        for batch in self._packed(pairs, range(len(pairs)), offset):
+        count = len(self.pairs) - self.trained
+        for batch in self._packed(range(self.trained, len(self.pairs))):
             loss, told = self.loss(model, batch.to(device))
             totals.update({"loss": float(loss), **{name: float(value) for name, value in told.items()}})
         model.train()
-        return {f"val_{name}": totals[name] / len(pairs) for name in ("loss", "margin", "accuracy", "logprob_accuracy")}
+        return {f"val_{name}": totals[name] / count for name in ("loss", "margin", "accuracy", "logprob_accuracy")}
 
 
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, settings: PairSettings) -> torch.Tensor:
@@ -189,8 +184,3 @@ def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, settings: PairSettin
         "orpo": partial(losses.orpo, chosen, rejected),
     }
     return by_name[settings.loss]()
-
-
-def _preferred(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """How many pairs are the right way round; a tie is half of one."""
-    return (chosen > rejected).float().sum() + (chosen == rejected).float().sum() / 2

@@ -82,13 +82,13 @@ class LearnedReward:
             weight, mean, std = tensors["weight"], float(tensors["mean"]), float(tensors["std"])
         except FileNotFoundError:
             raise UserError(
-                f"{directory} is no reward model, without {REWARD_HEAD}; `make reward` makes one."
+                f"{directory} is no reward model, without {REWARD_HEAD}; `python -m workflows reward` makes one."
             ) from None
         except (safetensors.SafetensorError, KeyError, ValueError) as e:
-            raise UserError(f"{file} cannot be read ({e}). Run `make reward` again.") from None
+            raise UserError(f"{file} cannot be read ({e}). Run `python -m workflows reward` again.") from None
         model = load_model(directory, None, precision, device=device)
         if weight.shape != (1, model.config.n_embd) or not std > 0:
-            raise UserError(f"{file} does not fit the model beside it. Run `make reward` again.")
+            raise UserError(f"{file} does not fit the model beside it. Run `python -m workflows reward` again.")
         self.model: RewardModel = with_head(model, RewardModel, "reward_head").eval().requires_grad_(False)
         self.model.reward_head.weight.copy_(weight.to(device))
         self.mean, self.std, self.device = mean, std, torch.device(device)
