@@ -140,6 +140,20 @@ def test_damaged_bytes(
     fuzz(amount, 25, mutations(whole, likely), check)
 
 
+def test_a_flipped_bit_anywhere_in_a_checkpoint_to_resume_from(wholes: dict[str, Any], tmp_path: Path) -> None:
+    whole = saved(wholes["step-1.pth"])
+    there = checkpoints(tmp_path)
+    told = set()
+    for place in range(0, len(whole), 5):  # some of them in the sizes that torch checks when it reads, not when it maps
+        (tmp_path / "step-00000001.pth").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            there.restore("auto")
+            told.add("resumed")
+        except UserError as e:
+            told.add(str(e).split("(")[0])
+    assert "resumed" in told and len(told) >= 2
+
+
 odd_tensors = st.sampled_from(
     [
         torch.zeros(()),

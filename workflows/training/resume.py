@@ -22,9 +22,6 @@ ResumeMode = Resume | Literal["matching"]
 """For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings and
 deletes others."""
 
-_DAMAGED = ("Error(s) in loading state_dict", "PytorchStreamReader")
-"""How the RuntimeErrors begin that torch raises for a file that is no checkpoint of the model's."""
-
 
 class Checkpoints:
     """Checkpoints to resume from: written whole or not at all, the newest two kept."""
@@ -84,7 +81,7 @@ class Checkpoints:
             if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
                 raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-            if isinstance(e, RuntimeError) and not str(e).startswith(_DAMAGED):
+            if isinstance(e, RuntimeError) and "loading state_dict" not in str(e) and _is_whole(path):
                 raise  # the device's or the connection's
             raise UserError(
                 f"{path} is damaged ({first_line(e)}). Delete it to go on from the one before it, or start anew with "
@@ -149,6 +146,15 @@ def discard(directory: Path, identity: dict[str, Any]) -> None:
         if other:
             return
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether torch can read all of a file."""
+    try:
+        torch.load(checkpoint, weights_only=True, map_location="cpu")
+    except Exception:  # as in `_newest`
+        return False
+    return True
 
 
 def _read_identity(checkpoint: Path) -> dict[str, Any]:
