@@ -214,6 +214,58 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return y
 
 
+class StepAttention:
+    """Decoding, one new token a row: it sees what the cache holds of its own row, and itself.
+
+    Attributes:
+        position: Of each row's token, (B,).
+        hidden: 0 where a token may look and -inf where it may not, (B * G, 1, S).
+    """
+
+    def __init__(self, position: torch.Tensor, groups: int, dtype: torch.dtype) -> None:
+        """What all layers share; `groups` are the key heads."""
+        self.position, self.rows = position, torch.arange(len(position), device=position.device)
+        seen = torch.arange(int(position.max()) + 1, device=position.device)  # (S,)
+        hidden = torch.zeros(len(position), len(seen), dtype=dtype, device=position.device)
+        hidden.masked_fill_(seen > position[:, None], -torch.inf)
+        self.hidden = hidden.repeat_interleave(groups, dim=0)[:, None]
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        n_head: int,
+        groups: int,
+        scale: float,
+        cache: Any,
+    ) -> torch.Tensor:
+        """Attend, after the new keys and values are in the cache.
+
+        Args:
+            qkv: Query, key and value heads, (B, 1, (n_head + 2 * groups) * size).
+            cos: (B, 1, size).
+            sin: (B, 1, size).
+            n_head: Query heads.
+            groups: Key heads.
+            scale: Of the scores.
+            cache: LitGPT's `KVCache`.
+
+        Returns:
+            (B, 1, n_head * size).
+        """
+        count, size = len(qkv), cos.size(-1)
+        heads = qkv.view(count, n_head + 2 * groups, size)
+        turned = _rotate(heads[:, :-groups].transpose(0, 1), cos[:, 0], sin[:, 0])  # (n_head + groups, B, size)
+        cache.k[self.rows, :, self.position] = turned[n_head:].transpose(0, 1)
+        cache.v[self.rows, :, self.position] = heads[:, -groups:]
+        seen = self.hidden.size(-1)
+        keys, values = (x[:count, :, :seen].flatten(0, 1) for x in (cache.k, cache.v))  # (B * G, S, size)
+        queries = turned[:n_head].transpose(0, 1).reshape(count * groups, -1, size)  # (B * G, R, size)
+        p = torch.baddbmm(self.hidden, queries, keys.mT, alpha=scale).softmax(dim=-1)  # (B * G, R, S)
+        return torch.bmm(p, values).view(count, 1, -1)
+
+
 def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * (a @ b), the factor taken inside the product."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)

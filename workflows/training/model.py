@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from workflows.checkpoint import check_checkpoint_dir, is_tied, load_config, load_weights
 from workflows.errors import UserError, first_line
-from workflows.training.attention import RowAttention
+from workflows.training.attention import RowAttention, StepAttention
 from workflows.training.batch import PackedBatch
+from workflows.training.decoding import PackedLinear
 from workflows.training.fused import HEAD_CHUNK, head_logprobs, lora_linear, rms_norm, swiglu
 
 Precision = Literal["32-true", "bf16-true", "16-true"]
@@ -69,8 +70,12 @@ class LoRAArgs:
 class LoRALinear(litgpt.lora.LoRALinear):
     """LitGPT's layer with a faster forward; adapters of higher precision than the weights are cast when used."""
 
+    packed: PackedLinear | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, in_features). Returns (B, T, out_features)."""
+        if self.packed is not None:
+            return self.packed(x)
         if self.r == 0 or self.merged:
             return self.linear(x)
         return _adapted(self, x, self.lora_B)
@@ -79,8 +84,12 @@ class LoRALinear(litgpt.lora.LoRALinear):
 class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
     """LitGPT's fused query-key-value layer; the three updates are one product with a block-diagonal matrix."""
 
+    packed: PackedLinear | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, C). Returns (B, T, (n_head + 2 * n_query_groups) * head_size)."""
+        if self.packed is not None:
+            return self.packed(x)
         if self.r == 0 or not any(self.enable_lora) or self.merged:
             return self.linear(x)
         return _adapted(self, x, self.block_diagonal_B())
@@ -111,16 +120,17 @@ def _adapted(layer: litgpt.lora.LoRALinear, x: torch.Tensor, lora_B: torch.Tenso
 
 
 class CausalSelfAttention(litgpt.lora.CausalSelfAttention):
-    """LitGPT's attention, which also takes a packed row's `RowAttention` in the place of a mask."""
+    """LitGPT's attention, which also takes `RowAttention` (a packed row) or `StepAttention` (decoding) as its mask."""
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """x: (B, T, n_embd). Returns the same shape."""
-        if not isinstance(mask, RowAttention):
+        if not isinstance(mask, RowAttention | StepAttention):
             return super().forward(x, cos, sin, mask, *args, **kwargs)
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
-        return self.proj(mask(self.qkv(x), cos, sin, self.config.n_head, self.config.n_query_groups, scale))
+        parts = (self.qkv(x), cos, sin, self.config.n_head, self.config.n_query_groups, scale)
+        return self.proj(mask(*parts, self.kv_cache) if isinstance(mask, StepAttention) else mask(*parts))
 
 
 class RMSNorm(litgpt.model.RMSNorm):
@@ -203,6 +213,11 @@ class GPT(litgpt.lora.GPT):
         # what a chunk's backward pass needs is computed again there
         logprobs = [checkpoint(self._chunk, *chunk, temperature, use_reentrant=False)[0] for chunk in chunks]
         return torch.cat(logprobs)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the weights have adapters, so that the model before training is still there."""
+        return self.config.lora_r > 0
 
     @property
     def has_plain_attention(self) -> bool:

@@ -10,13 +10,17 @@ The uniform numbers that decide a sample belong to its prompt and step, not to i
 the same answers whatever the batch size (up to float rounding of the logits).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from litgpt.model import do_softcapping
 
 from workflows.errors import UserError
+from workflows.training.attention import StepAttention
+from workflows.training.decoding import laid_out
 from workflows.training.model import GPT
 
 
@@ -47,6 +51,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int | None = None,
+    draws: torch.Tensor | None = None,
     batch_size: int = 16,
     stop_when: Callable[[list[int]], bool] | None = None,
 ) -> list[Rollout]:
@@ -61,6 +66,7 @@ def generate(
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the fewest tokens whose probabilities reach this sum (nucleus sampling, arXiv 1904.09751).
         seed: Decides the samples; torch's global generator is used if None.
+        draws: Decides them instead: uniform numbers in [0, 1), float64, shape (prompts, max_new_tokens).
         batch_size: How many prompts are decoded side by side.
         stop_when: Asked with the ids generated so far after each token; true ends that continuation.
 
@@ -73,7 +79,8 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_p)
     rollouts = [Rollout() for _ in prompts]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    if draws is None:
+        draws = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
 
     def accept(row: int, token: int, logprob: float) -> bool:
         rollout = rollouts[row]
@@ -82,10 +89,8 @@ def generate(
         rollout.stopped = token in stop_ids or (stop_when is not None and stop_when(rollout.ids))
         return rollout.stopped or len(rollout.ids) == max_new_tokens
 
-    was_training = model.training
-    model.eval()
-    try:
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths side by side
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths side by side
+    with _ready(model, max_new_tokens * -(-len(prompts) // batch_size)):
         for begin in range(0, len(prompts), batch_size):
             rows = longest_first[begin : begin + batch_size]
             position = torch.tensor([len(prompts[row]) for row in rows])  # of the next token, (B,)
@@ -103,11 +108,21 @@ def generate(
                 position, tokens = position[slots], tokens[slots]
                 logits = _decode(model, tokens, position)
                 position = position + 1
+    return rollouts
+
+
+@contextmanager
+def _ready(model: GPT, steps: int) -> Iterator[None]:
+    """The model in evaluation mode, with its weights laid out for so many steps; then as it was, without a cache."""
+    was_training = model.training
+    model.eval()
+    try:
+        with laid_out(model, steps):
+            yield
     finally:
         for block in model.transformer.h:
             block.attn.kv_cache = None
         model.train(was_training)
-    return rollouts
 
 
 def _check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -190,21 +205,23 @@ def _prefill(model: GPT, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
 
 def _decode(model: GPT, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Feed one token a row, tokens (B,) at position (B,). Returns the next logits, float32, (B, padded_vocab_size)."""
-    position = position[:, None]  # (B, 1)
-    visible = torch.arange(int(position.max()) + 1) <= position  # (B, S)
-    return _forward(model, tokens[:, None], position, mask=visible[:, None, None], last=torch.zeros(len(tokens)).long())
+    weight = model.transformer.wte.weight
+    if model.has_plain_attention:
+        mask: Any = StepAttention(position.to(weight.device), model.config.n_query_groups, weight.dtype)
+    else:
+        mask = (torch.arange(int(position.max()) + 1) <= position[:, None])[:, None, None].to(weight.device)
+    return _forward(model, tokens[:, None], position[:, None], mask, last=torch.zeros(len(tokens)).long())
 
 
-def _forward(
-    model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: torch.Tensor | None, last: torch.Tensor
-) -> torch.Tensor:
+def _forward(model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: Any, last: torch.Tensor) -> torch.Tensor:
     """LitGPT's cached forward, but with the language-model head only where the next token is predicted.
 
     Args:
         model: With a cache in every layer.
         ids: Token ids, (B, T).
         input_pos: Their positions, (T,) or (B, T).
-        mask: True where a token may look, (B, 1, T, S); None for plain causal attention over positions 0..T-1.
+        mask: A `StepAttention`, or a tensor that is true where a token may look, (B, 1, T, S); None for plain causal
+            attention over positions 0..T-1.
         last: For each row the index in 0..T-1 whose output is wanted, (B,).
 
     Returns:
@@ -213,7 +230,6 @@ def _forward(
     device = model.transformer.wte.weight.device
     seen = int(input_pos.max()) + 1
     ids, input_pos = ids.to(device), input_pos.to(device)
-    mask = None if mask is None else mask.to(device)
     x = model.transformer.wte(ids)  # (B, T, n_embd)
     if model.config.scale_embeddings:
         x = x * model.config.n_embd**0.5
