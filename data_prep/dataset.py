@@ -1,5 +1,5 @@
 """A prepared data set and its folder: three JSONL files, manifest.json and metrics.json; NAME_mcq for scoring,
-NAME_pairs for preferences."""
+NAME_pairs for preferences, NAME_thoughts for answers that think first."""
 
 import random
 from collections import Counter
@@ -80,7 +80,7 @@ def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
 
 
 def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> list[Path]:
-    """Write a data set's folder, NAME_mcq if it has scoring rows, NAME_pairs if it has pairs; each whole or not at all.
+    """Write a data set's folder; NAME_mcq, NAME_pairs and NAME_thoughts if it has such rows; each whole or not at all.
 
     Training rows are shuffled by `seed`; two runs with the same input and seed write the same bytes, the seconds in
     metrics.json aside.
@@ -103,7 +103,13 @@ def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> l
         split: [item.scoring for item in dataset.splits[split] if item.scoring] for split in ("validation", "test")
     }
     pairs = {split: [item.pair for item in items if item.pair] for split, items in dataset.splits.items()}
-    beside = [("mcq", "scoring", scoring), ("pairs", "preference", pairs), ("", dataset.shape, rows)]
+    thoughts = {split: [item.thought for item in items if item.thought] for split, items in dataset.splits.items()}
+    beside = [
+        ("mcq", "scoring", scoring),
+        ("pairs", "preference", pairs),
+        ("thoughts", "messages", thoughts),
+        ("", dataset.shape, rows),
+    ]
     written = []
     # All are filled before one takes its place, so that no kill leaves one of them beside an older other: with another
     # seed that one's test questions may be training rows here. NAME comes last in place: whoever finds it has all.

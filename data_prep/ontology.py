@@ -200,6 +200,10 @@ class Ontology:
         self._children = children
         self._parents = {i: [p for p in term.parents if p in family] for i, term in self.terms.items()} | {root: []}
 
+    def parents(self, term_id: str) -> list[Term]:
+        """What a term is a kind of, the root left out."""
+        return [self.terms[parent] for parent in self._parents[term_id] if parent in self.terms]
+
     def descendants(self, term_id: str) -> set[str]:
         """Ids of a term and of everything that is a kind of it."""
         return _reachable(term_id, self._children)

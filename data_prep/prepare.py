@@ -2,8 +2,9 @@
 
 `data/NAME` holds `messages` rows for training. Data sets whose questions have options (hpo, pubmedqa, medqa, medmcqa)
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
-questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs`, preferences over
-the same terms in the same splits; the collections of preferences are such rows themselves.
+questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
+`data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
+are such rows themselves.
 """
 
 from collections.abc import Callable

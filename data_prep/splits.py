@@ -19,12 +19,14 @@ class Item:
         rows: Its training rows.
         scoring: Its row for scoring, if it has one.
         pair: Its preference row, if it has one beside its training rows.
+        thought: Its row with an answer that thinks first, likewise.
     """
 
     keys: frozenset[str]
     rows: tuple[Row, ...]
     scoring: Row | None = None
     pair: Row | None = None
+    thought: Row | None = None
 
 
 def key(what: str, text: str) -> str:

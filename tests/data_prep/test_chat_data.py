@@ -151,6 +151,7 @@ def test_another_models_checkpoint_is_refused(data: Path, tiny_llama: Path, tmp_
         module.connect(Tokenizer(tmp_path / "other"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["by position", "in a config file"])
 def test_litgpt_finetune_lora_runs_on_it(data: Path, tiny_llama: Path, tmp_path: Path, how: str):
     """LitGPT's own command: it finds the checkpoint's template, says what it encoded, trains and merges."""

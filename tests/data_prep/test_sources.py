@@ -114,7 +114,12 @@ def test_raw_files_in_the_hubs_columns_are_read_in_every_format(tmp_path: Path, 
     for row in scoring:
         number = int(row["prompt"][0]["content"].split()[1])
         assert row["choices"][row["answer"]] == medqa_row(number)["answer"]
-    assert len(read_rows(tmp_path / "data/medqa/train.jsonl")) == 17
+    rows = read_rows(tmp_path / "data/medqa/train.jsonl")
+    assert [sum(row["kind"] == kind for row in rows) for kind in ("answer", "letter")] == [17, 17]
+    for row in rows:
+        if row["kind"] == "letter":
+            asked, letter = (message["content"] for message in row["messages"])
+            assert f"{letter}. {row['choices'][row['answer']]}\n" in asked and asked.count("\n") == 7
     assert messages(tmp_path / "data/medqa", "test")[0][1]["content"] == scoring[0]["choices"][scoring[0]["answer"]]
 
 
@@ -124,7 +129,7 @@ def test_medqa_from_the_hub(tmp_path: Path, hub: Path):
     write_table(main / "phrases_no_exclude_test.jsonl", [medqa_row(i) for i in range(50, 54)])
     setup(data="medqa", out_dir=tmp_path / "data", validation_size=2)
     manifest = json.loads((tmp_path / "data/medqa/manifest.json").read_text())
-    assert [manifest["splits"][f"{split}.jsonl"]["rows"] for split in SPLITS] == [10, 2, 4]
+    assert [manifest["splits"][f"{split}.jsonl"]["rows"] for split in SPLITS] == [20, 4, 8]
     assert manifest["dropped"] == {"training question that is also in the test": 1}
 
 
@@ -151,7 +156,7 @@ def test_medmcqa_from_the_hub_leaves_unusable_questions_out(tmp_path: Path, hub:
     write_table(main / "test-00000-of-00001.parquet", [medmcqa_row(i, cop=-1) for i in range(200, 203)])
     setup(data="medmcqa", out_dir=tmp_path / "data", validation_size=4)
     manifest = json.loads((tmp_path / "data/medmcqa/manifest.json").read_text())
-    assert [manifest["splits"][f"{split}.jsonl"]["rows"] for split in SPLITS] == [16, 4, 5]
+    assert [manifest["splits"][f"{split}.jsonl"]["rows"] for split in SPLITS] == [32, 8, 10]
     assert sorted(manifest["dropped"].values()) == [0, 1, 1, 1, 1]
 
 
@@ -318,3 +323,29 @@ def test_too_few_rows_for_three_splits_are_refused(tmp_path: Path):
     file.write_text("")
     with pytest.raises(UserError, match=r"mine.jsonl holds no rows"):
         setup(data="jsonl", file=file, out_dir=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields"),
+    [
+        ("labelled", {"completion": "An answer", "label": False}),
+        ("verifiable", {"answers": ["an answer", "another"]}),
+        ("scoring", {"choices": ["a", "b"], "answer": 1}),
+    ],
+)
+def test_ones_own_prompts_with_what_is_judged_keep_their_shape(tmp_path: Path, shape: str, fields: dict[str, Any]):
+    rows = [{"prompt": f"Question {i}?", **fields} for i in range(20)]
+    setup(data="jsonl", file=write_table(tmp_path / "mine.jsonl", rows), out_dir=tmp_path / "data")
+    found = [row for split in SPLITS for row in read_rows(tmp_path / "data/jsonl" / f"{split}.jsonl", shape)]
+    assert len(found) == 20 and json.loads((tmp_path / "data/jsonl/manifest.json").read_text())["shape"] == shape
+    turns = {"completion": [{"role": "assistant", "content": "An answer"}]} if shape == "labelled" else {}
+    assert all(row == {"prompt": row["prompt"], **fields, **turns} for row in found)
+    broken = write_table(tmp_path / "broken.jsonl", [*rows, {"prompt": "And?", **dict.fromkeys(fields, "odd")}])
+    with pytest.raises(UserError, match=r"broken.jsonl, line 21: .*like the first"):
+        setup(data="jsonl", file=broken, out_dir=tmp_path / "data", name="broken")
+
+
+def test_ones_own_conversations_keep_what_rewards_read(tmp_path: Path):
+    rows = [{"question": f"Q{i}", "answer": f"A{i}", "answers": [f"A{i}", "x"]} for i in range(20)]
+    setup(data="jsonl", file=write_table(tmp_path / "mine.jsonl", rows), out_dir=tmp_path / "data")
+    assert all(len(row["answers"]) == 2 for row in read_rows(tmp_path / "data/jsonl/train.jsonl"))
