@@ -33,7 +33,7 @@ def setup(
     pairs: int = 96,
     max_seq_length: int = 512,
     rounds: int = 3,
-    precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
+    precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true"],  # noqa: B006
     row_tokens: int = 1024,
     trl_micro_batch: int = 2,
     contender: Contender | None = None,

@@ -18,7 +18,7 @@ import torch
 from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
-from workflows.grpo import read_questions
+from workflows.training.questions import read_questions
 from workflows.training.rewards import Rewards, Sample, WeightedReward
 
 RATE = 1e-4
@@ -107,10 +107,11 @@ def run_ours(
     """Our loop. Returns seconds of the counted steps, and the mean reward."""
     from dataclasses import replace
 
-    from workflows.training.groups import GRPO, GroupSettings, Question
+    from workflows.training.groups import GRPO, GroupSettings
     from workflows.training.loop import TrainArgs, fit
     from workflows.training.model import LoRAArgs, load_model
     from workflows.training.processes import make_fabric
+    from workflows.training.questions import Question
 
     template = replace(ChatTemplate.from_checkpoint(checkpoint_dir), stop_ids=())
     questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
@@ -120,7 +121,8 @@ def run_ours(
     class InOrder(GRPO):
         def batches(self, step: int, rank: int, world_size: int) -> Any:
             stamps.append(time.perf_counter())
-            found = self._sampled(questions[step * prompts : (step + 1) * prompts], step, rank)
+            draws = self._draws(prompts * group_size, step)
+            found = self._sampled(questions[step * prompts : (step + 1) * prompts], step, draws)
             given.append(self.step_metrics()["reward"])
             return found
 

@@ -97,7 +97,7 @@ def alternate(module: str, contenders: list[str], arguments: list[str], rounds: 
             began = time.perf_counter()
             runs[name].append(run_contender(module, name, arguments))
             rate = runs[name][-1]["rate"]
-            print(f"round {number + 1}: {name} {rate:,.4g} a second ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(f"round {number + 1}: {name} {rate:,.4g} ({time.perf_counter() - began:.0f} s)", flush=True)
     return runs
 
 

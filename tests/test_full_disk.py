@@ -23,7 +23,7 @@ from workflows.__main__ import main
 
 pytestmark = pytest.mark.rough
 
-NAMES = ("data", "download", "lora", "merge", "evaluate", "export")
+NAMES = ("data", "download", "lora", "dpo", "grpo", "merge", "evaluate", "export")
 FEW = 3
 """How many places to fail at are tried for each step in the shorter runs; the longer ones try all files."""
 DISK = 64 << 20

@@ -25,6 +25,7 @@ STEPS = {
     "lora": ("workflows.lora", "fine-tune with LoRA, QLoRA or full weights"),
     "dpo": ("workflows.dpo", "align with preferences: DPO and its kin"),
     "reward": ("workflows.reward", "train a reward model on preferences"),
+    "ppo": ("workflows.ppo", "align with a reward model, by PPO with a value head"),
     "grpo": ("workflows.grpo", "align with rewards: sample groups of answers, and learn from the better ones"),
     "merge": ("workflows.merge", "fold LoRA weights into a plain checkpoint"),
     "evaluate": ("workflows.evaluate", "score a checkpoint with lm-eval, and compare with another"),

@@ -7,6 +7,7 @@ and its tokenizer, `chat_template.jinja`, `prompt_style.yaml` for LitGPT's CLI, 
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import shutil
 from pathlib import Path
@@ -219,6 +220,8 @@ def describe_source(directory: Path) -> dict[str, Any]:
         entry["files"] = read_json(file)["files"]
     elif (file := directory / "manifest.json").is_file():
         entry["manifest_sha256"] = sha256(file)
+    elif (file := directory / WEIGHTS).is_file():  # a LitGPT checkpoint that is not of our making
+        entry["files"] = {WEIGHTS: sha256(file)}
     return entry
 
 
@@ -232,6 +235,11 @@ def metric(
 ) -> dict[str, Any]:
     """One row of `metrics.json`. Accuracies are shares from 0 to 1."""
     return {"name": name, "value": value, "stderr": stderr, "n": n, "split": split}
+
+
+def share_metric(name: str, share: float, n: int) -> dict[str, Any]:
+    """One row about a share of n rows of the test split, with its standard error."""
+    return metric(name, share, stderr=math.sqrt(share * (1 - share) / n), n=n, split="test")
 
 
 def write_metrics(

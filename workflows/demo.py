@@ -19,11 +19,13 @@ from workflows.measure import hardware, seconds_of_step, step_began
 from workflows.merge import read_hyperparameters
 from workflows.ollama.client import stream_chat
 from workflows.ollama.server import open_server
+from workflows.training.held_out import right_answer
 from workflows.training.loop import TrainArgs
 from workflows.training.model import load_model
 from workflows.training.processes import choose_accelerator
 
-STAGES = ("base", "lora")
+LOSS_OF_SFT = ("base", "lora")
+"""Stages whose validation loss is the mean negative log-likelihood of the data's answers."""
 QUESTIONS = 3
 ANSWER_TOKENS = 256
 """The most tokens of an answer: a model that learned from truncated answers may not stop by itself."""
@@ -36,6 +38,7 @@ def setup(
     base_dir: Path = Path("checkpoints/embedded/smollm2-135m-instruct"),
     data: Path = Path("data/hpo"),
     name: str = "demo",
+    stages: list[str] = ["lora"],  # noqa: B006 (read only)
     seed: int = 7,
     scored: bool = True,
     show: bool = False,
@@ -43,10 +46,11 @@ def setup(
     """Write RUN_DIR/summary.json from what the stages wrote, and print it as a table.
 
     Args:
-        run_dir: The run's folder, with evaluate/, lora/ and ollama/ in it.
+        run_dir: The run's folder, with evaluate/, a folder for each stage, and ollama/ in it.
         base_dir: The checkpoint that the run started from.
         data: The data directory; questions are drawn from its test split.
         name: The model's name in Ollama.
+        stages: The training steps of the run, in turn.
         seed: Chooses the questions.
         scored: Whether the stages were evaluated; false for data without questions to score on, whose stages differ by
             their validation loss alone.
@@ -59,10 +63,10 @@ def setup(
     if show:
         print(as_text(read_stage(run_dir / "summary.json", "demo"), run_dir))
         return
-    base, *tuned = [stage_summary(run_dir, stage, scored) for stage in STAGES]
+    base, *tuned = [stage_summary(run_dir, stage, scored) for stage in ("base", *stages)]
     answers = ask(data, name, seed)
     seconds_of_asking = seconds_of_step(began)
-    if any(row["name"] == "val_loss" for stage in tuned for row in stage["metrics"]):
+    if any(stage["name"] == "lora" and row["name"] == "val_loss" for stage in tuned for row in stage["metrics"]):
         began = time.time()
         loss = validation_loss(base_dir, data, read_hyperparameters(run_dir / "lora" / "final"))
         base["metrics"].append(metric("val_loss", loss, split="validation"))
@@ -104,6 +108,7 @@ def stage_summary(run_dir: Path, stage: str, scored: bool) -> dict[str, Any]:
         summary["metrics"] = evaluated["metrics"] + trained["metrics"]
         summary |= {key: trained[key] for key in ("tokens_per_second", "peak_bytes")}
         summary["comparison"] = evaluated["comparison"]
+        summary |= {key: trained[key] for key in ("gain", "shown") if trained.get(key)}
     return summary
 
 
@@ -146,15 +151,20 @@ def ask(data: Path, name: str, seed: int) -> list[dict[str, str]]:
     Raises:
         UserError: If the test split has no question, or Ollama fails.
     """
-    rows = [row for row in read_rows(data / "test.jsonl") if any(m["role"] == "user" for m in row["messages"])]
+    manifest = data / "manifest.json"
+    shape = read_json(manifest).get("shape", "messages") if manifest.is_file() else "messages"
+    rows = read_rows(data / "test.jsonl", shape)
+    rows = [row for row in rows if any(m["role"] == "user" for m in row.get("prompt") or row["messages"])]
     rows = [row for row in rows if row.get("kind") == "name"] or rows
     if not rows:
         raise UserError(f"{data}/test.jsonl has no message of a user to ask.")
+
     answers = []
     with open_server() as server:
         for row in random.Random(seed).sample(rows, min(QUESTIONS, len(rows))):
-            end = 1 + next(i for i, message in enumerate(row["messages"]) if message["role"] == "user")
-            asked, expected = row["messages"][:end], row["messages"][end]["content"]
+            turns = row.get("prompt") or row["messages"]
+            end = 1 + next(i for i, message in enumerate(turns) if message["role"] == "user")
+            asked, expected = turns[:end], right_answer(row) if "prompt" in row else turns[end]["content"]
             parts = stream_chat(server, name, asked, {"num_predict": ANSWER_TOKENS})
             answer = "".join(part.message.content or "" for part in parts)
             answers.append({"question": asked[-1]["content"], "answer": answer, "expected": expected})
@@ -201,7 +211,8 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
     lines = ["", "Held-out questions"]
     lines += [f"  {'stage':<{width}}{'acc':>16}{'acc_norm':>16}{'val loss':>10}{'tokens/s':>10}"]
     for stage in summary["stages"]:
-        loss = next((f"{row['value']:.3f}" for row in stage["metrics"] if row["name"] == "val_loss"), "")
+        losses = [row["value"] for row in stage["metrics"] if row["name"] == "val_loss"]
+        loss = f"{losses[0]:.3f}" if losses and stage["name"] in LOSS_OF_SFT else ""
         rate = f"{stage['tokens_per_second']:,.0f}" if stage.get("tokens_per_second") else ""
         for task in tasks:
             rows = {row["name"]: row for row in stage["metrics"] if row.get("task") == task}
@@ -215,6 +226,8 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
             f"p = {c['p_value']:.2g}, {c['n']} questions"
             for c in stage["comparison"]
         ]
+    for stage in summary["stages"]:
+        lines += _own_test(stage)
 
     ollama = summary["ollama"]
     ids = {True: "equal to ours", None: "not verified", False: "DIFFERENT"}
@@ -241,6 +254,24 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
     lines += [f"  {name:<20}{seconds:>8.0f}" for name, seconds in summary["steps"].items()]
     lines += [f"  {'total':<20}{summary['total_seconds']:>8.0f}", "", f"All of it: {run_dir}/summary.json"]
     return "\n".join(lines)
+
+
+def _own_test(stage: dict[str, Any]) -> list[str]:
+    """What a stage measured of its own aim on held-out rows, and one of its answers before and after."""
+    rows = {row["name"]: row for row in stage["metrics"] if row["split"] == "test" and "task" not in row}
+    if not rows:
+        return []
+    told = []
+    for name, row in rows.items():
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+        told.append(f"{name.replace('_', ' ')} {row['value']:.3f}{error}")
+    lines = ["", f"{stage['name']}, {max(row['n'] for row in rows.values())} held-out rows", f"  {', '.join(told)}"]
+    for gain in stage.get("gain", []):
+        interval = f"95% interval {gain['low']:+.3f} to {gain['high']:+.3f}"
+        lines.append(f"  {gain['metric']}, after - before: {gain['difference']:+.3f}, {interval}")
+    for answer in stage.get("shown", [])[:1]:
+        lines += [f"  {name + ':':<10}{_short(text)}" for name, text in answer.items()]
+    return lines
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m workflows dpo`: align a checkpoint with preferences, by DPO or its kin, or by KTO with labelled answers.
+"""`make dpo`: align a checkpoint with preferences, by DPO or its kin, or by KTO with labelled answers.
 
 A pair is one tree: the prompt is computed once, chosen and rejected answer behind it. The reference policy is the model
 without its adapters; its log-probabilities are computed once and kept in `OUT_DIR/reference.safetensors`.
@@ -14,9 +14,10 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
 from workflows.training.answers import Labelled, encode_answers
+from workflows.training.held_out import HeldOut
 from workflows.training.loop import Objective, TrainArgs
 from workflows.training.pairs import DPO, PairLoss, PairSettings
-from workflows.training.step import RunArgs, decided, done_before, run_identity, run_step
+from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_identity, run_step
 from workflows.training.unpaired import KTO, KTOSettings
 
 
@@ -33,6 +34,8 @@ def setup(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     max_val_rows: int = 200,
+    max_test_rows: int = 1000,
+    max_new_tokens: int = 64,
     train: TrainArgs = TrainArgs(learning_rate=2e-4),
     **run: Any,
 ) -> None:
@@ -52,6 +55,8 @@ def setup(
         desirable_weight: Weight of good answers (kto).
         undesirable_weight: Weight of bad ones (kto).
         max_val_rows: At most this many validation rows are scored each time.
+        max_test_rows: At most this many test pairs are scored at the end; 0 for none (kto has no test).
+        max_new_tokens: The most tokens of the few answers that show the model before and after training.
         train: Training settings; a sample is a pair (kto: a prompt with its labelled answers).
         **run: What all training steps take (`workflows.training.step.RunArgs`).
 
@@ -65,10 +70,17 @@ def setup(
     if loss != "kto":
         pair_settings = PairSettings(loss, beta, label_smoothing, per_token, gamma, sft_weight)
         problems += pair_settings.problems()
-    elif not beta > 0 or not desirable_weight > 0 or not undesirable_weight > 0:
+    if loss == "kto" and (label_smoothing or per_token or sft_weight):
+        problems.append("--label_smoothing, --per_token and --sft_weight belong to losses of pairs, not to kto.")
+    if loss != "kto" and (desirable_weight, undesirable_weight) != (1.0, 1.0):
+        problems.append("--desirable_weight and --undesirable_weight belong to --loss kto.")
+    if loss != "simpo" and gamma != 0.5:
+        problems.append("--gamma belongs to --loss simpo.")
+    if loss == "kto" and (not beta > 0 or not desirable_weight > 0 or not undesirable_weight > 0):
         problems.append("--beta, --desirable_weight and --undesirable_weight must be positive.")
-    if max_val_rows < 1:
-        problems.append(f"--max_val_rows must be at least 1, not {max_val_rows}.")
+    problems += row_limit_problems(max_val_rows, max_test_rows)
+    if max_new_tokens < 1:
+        problems.append(f"--max_new_tokens must be at least 1, not {max_new_tokens}.")
     report_all(problems)
     settings = decided(own, common)
     if done_before(settings):
@@ -78,16 +90,23 @@ def setup(
         template = ChatTemplate.from_checkpoint(checkpoint_dir)
         first: Any = next((row for _, row in iterate_jsonl(data / "train.jsonl")), {})
         shape = "labelled" if loss == "kto" and isinstance(first, dict) and "label" in first else "preference"
-        encoded: dict[str, list[Labelled]] = {}
-        for split, most in (("train", None), ("validation", max_val_rows)):
+
+        def encoded(split: str, most: int | None) -> list[Labelled]:
             rows = read_rows(data / f"{split}.jsonl", shape)[:most]
-            encoded[split], told = encode_answers(rows, template, train.max_seq_length, str(data / split))
+            answers, told = encode_answers(rows, template, train.max_seq_length, str(data / split))
             fabric.print(told)
+            return answers
+
+        splits = (encoded("train", None), encoded("validation", max_val_rows))
         identity = {name: run_identity(settings)[name] for name in ("base_files", "precision", "quantize")}
         if loss == "kto":
             kto_settings = KTOSettings(beta, desirable_weight, undesirable_weight)
-            return KTO(encoded["train"], encoded["validation"], train, common.seed, kto_settings, identity)
-        pairs = {split: [answer.tree for answer in answers] for split, answers in encoded.items()}
-        return DPO(pairs["train"], pairs["validation"], train, common.seed, pair_settings, identity)
+            return KTO(*splits, train, common.seed, kto_settings, identity)
+        test = HeldOut()
+        if max_test_rows and (data / "test.jsonl").is_file():
+            room = 0 if common.strategy == "fsdp" else train.max_seq_length - max_new_tokens  # that needs a whole model
+            test = HeldOut(encoded("test", max_test_rows), template, room, max_new_tokens)
+        trained, validated = ([answer.tree for answer in answers] for answers in splits)
+        return DPO(trained, validated, train, common.seed, pair_settings, identity, test)
 
     run_step("dpo", settings, common, make_objective)

@@ -1,10 +1,9 @@
-"""`python -m workflows reward`: a reward model (Bradley-Terry) from preferences, the trunk with a scalar head.
+"""`make reward`: a reward model (Bradley-Terry) from preferences, the trunk with a scalar head.
 
 The result is a checkpoint directory with `reward_head.safetensors` beside the weights; `grpo` takes it as a reward.
 """
 
-import statistics
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,32 @@ import torch
 
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import check_checkpoint_dir
+from workflows.checkpoint import check_checkpoint_dir, share_metric
 from workflows.errors import report_all
 from workflows.training import losses
 from workflows.training.answers import encode_answers
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import Objective, TrainArgs, step_indices
+from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.scalar_heads import RewardModel, save_reward_head, with_head
-from workflows.training.step import RunArgs, decided, done_before, run_step
+from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_step
 
 
 class BradleyTerry(Objective):
     """The objective: the mean over pairs of `losses.bradley_terry`."""
 
-    def __init__(self, train_pairs: list[Tree], validation_pairs: list[Tree], train: TrainArgs, seed: int) -> None:
+    def __init__(
+        self,
+        train_pairs: list[Tree],
+        validation_pairs: list[Tree],
+        train: TrainArgs,
+        seed: int,
+        test_pairs: Sequence[Tree] = (),
+    ) -> None:
         """Keep what a run needs: trees of two completions, chosen and rejected."""
         self.pairs, self.train, self.seed = train_pairs, train, seed
-        self.validation = [batch for _, batch in pack(validation_pairs, train.row_tokens)]
+        self.validation, self.test = (
+            [batch for _, batch in pack(pairs, train.row_tokens)] for pairs in (validation_pairs, test_pairs)
+        )
 
     def adapt(self, model: Any) -> RewardModel:
         """The model with a reward head."""
@@ -55,6 +63,9 @@ class BradleyTerry(Objective):
     def loss(self, model: Any, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's losses summed over its pairs, and what tells how training goes, likewise."""
         chosen, rejected = model(batch).view(-1, 2).T  # (pairs,) each
+        return self._compared(chosen, rejected)
+
+    def _compared(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         told = {
             "margin": (chosen - rejected).detach().sum(),
             "accuracy": losses.pairs_won(chosen.detach(), rejected.detach()),
@@ -64,19 +75,28 @@ class BradleyTerry(Objective):
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Means over the validation pairs; every process computes all of them."""
+        rewards = self._rewards(model, self.validation)
+        loss, told = self._compared(*rewards.T)
+        means = {f"val_{name}": float(total) / len(rewards) for name, total in {"loss": loss.sum(), **told}.items()}
+        spread = max(float(rewards.std(correction=0)), 1e-6)
+        return {**means, "val_reward_mean": float(rewards.mean()), "val_reward_std": spread}
+
+    @torch.no_grad()
+    def _rewards(self, model: Any, batches: list[PackedBatch]) -> torch.Tensor:
+        """Of chosen and rejected answers, (pairs, 2)."""
         model.eval()
         device = next(model.parameters()).device
-        totals: Counter[str] = Counter()
-        rewards: list[float] = []
-        for batch in self.validation:
-            batch = batch.to(device)
-            loss, told = self.loss(model, batch)
-            totals.update({"loss": float(loss), **{name: float(value) for name, value in told.items()}})
-            rewards += model(batch).tolist()
+        rewards = torch.cat([model(batch.to(device)) for batch in batches])
         model.train()
-        means = {f"val_{name}": 2 * total / len(rewards) for name, total in totals.items()}
-        spread = max(statistics.pstdev(rewards), 1e-6)
-        return {**means, "val_reward_mean": statistics.fmean(rewards), "val_reward_std": spread}
+        return rewards.view(-1, 2)
+
+    def report(self, model: Any) -> Report:
+        """The share of the test's pairs whose chosen answer gets the larger reward."""
+        if not self.test:
+            return Report()
+        rewards = self._rewards(model, self.test)
+        share = float(losses.pairs_won(*rewards.T)) / len(rewards)
+        return Report([share_metric("pair_accuracy", share, len(rewards))])
 
 
 def setup(
@@ -84,6 +104,7 @@ def setup(
     data: Path = Path("data/hpo_pairs"),
     out_dir: Path = Path("out/reward"),
     max_val_rows: int = 200,
+    max_test_rows: int = 1000,
     train: TrainArgs = TrainArgs(learning_rate=2e-4),
     **run: Any,
 ) -> None:
@@ -94,6 +115,7 @@ def setup(
         data: A data directory of {"prompt", "chosen", "rejected"} rows.
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         max_val_rows: At most this many validation pairs are scored each time.
+        max_test_rows: At most this many test pairs are scored at the end; 0 for none.
         train: Training settings; a sample is a pair.
         **run: What all training steps take (`workflows.training.step.RunArgs`).
 
@@ -104,8 +126,9 @@ def setup(
     own["checkpoint_dir"] = checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
     common = RunArgs(**run)
     problems = common.problems(train, checkpoint_dir)
-    if max_val_rows < 1:
-        problems.append(f"--max_val_rows must be at least 1, not {max_val_rows}.")
+    problems += row_limit_problems(max_val_rows, max_test_rows)
+    if common.lora_head:
+        problems.append("--lora_head adapts what predicts tokens; a reward model predicts none.")
     report_all(problems)
     settings = decided(own, common)
     if done_before(settings):
@@ -113,12 +136,14 @@ def setup(
 
     def make_objective(fabric: L.Fabric) -> BradleyTerry:
         template = ChatTemplate.from_checkpoint(checkpoint_dir)
-        pairs = {}
-        for split, most in (("train", None), ("validation", max_val_rows)):
+        pairs: dict[str, list[Tree]] = {"test": []}
+        for split, most in (("train", None), ("validation", max_val_rows), ("test", max_test_rows)):
+            if split == "test" and not (max_test_rows and (data / "test.jsonl").is_file()):
+                continue
             rows = read_rows(data / f"{split}.jsonl", "preference")[:most]
             answers, told = encode_answers(rows, template, train.max_seq_length, str(data / split))
             pairs[split] = [answer.tree for answer in answers]
             fabric.print(told)
-        return BradleyTerry(pairs["train"], pairs["validation"], train, common.seed)
+        return BradleyTerry(pairs["train"], pairs["validation"], train, common.seed, pairs["test"])
 
     run_step("reward", settings, common, make_objective)

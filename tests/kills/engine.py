@@ -22,7 +22,7 @@ from tests.kills.server import Kill, Run, Server, is_temporary, temporaries
 _VARYING = {  # what two undisturbed runs differ in, too: times, memory, dates
     "metrics.json": ("seconds", "tokens_per_second", "peak_bytes", "train_seconds"),
     "results.json": ("date", "start_time", "end_time", "total_evaluation_time_seconds"),
-    "metrics.csv": ("tokens_per_second",),
+    "metrics.csv": ("tokens_per_second", "updated_per_second", "sampled_per_second"),
 }
 _MOST_KILLS = 3  # in a row, before a run is let to its end
 

@@ -26,6 +26,8 @@ POLL = 0.0005  # seconds between two looks at the step's folder
 _PRELOADED = (
     "workflows.__main__",
     "workflows.lora",
+    "workflows.dpo",
+    "workflows.grpo",
     "workflows.evaluate",
     "workflows.export",
     "workflows.download",

@@ -8,7 +8,7 @@ from tests.kills.engine import Step
 
 WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding")
 SIZES = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}  # files take long enough to be cut
-STEPS = ("lora", "evaluate", "export", "download", "data")
+STEPS = ("lora", "dpo", "grpo", "evaluate", "export", "download", "data")
 
 
 def make_steps(work: Path) -> dict[str, Step]:
@@ -22,10 +22,16 @@ def make_steps(work: Path) -> dict[str, Step]:
     two = convert(make_llama(work / "hf" / "two", seed=1, **SIZES), work / "checkpoints")
     chats, questions, exam = _write_chats(work / "chats"), _write_questions(work), _write_exam(work / "exam")
 
-    lora = ["lora", "--checkpoint_dir", str(one), "--data", str(chats), "--out_dir", str(work / "lora")]
-    lora += ["--precision", "32-true", "--lora_dropout", "0.1", "--train.max_steps", "6", "--train.save_interval", "2"]
-    lora += ["--train.eval_interval", "3", "--train.global_batch_size", "4", "--train.row_tokens", "256"]
-    lora += ["--train.max_seq_length", "256", "--train.lr_warmup_steps", "2", "--train.learning_rate"]
+    pairs, asked = _write_pairs(work / "pairs"), _write_asked(work / "asked")
+
+    def train(step: str, data: Path, *options: str) -> list[str]:
+        command = [step, "--checkpoint_dir", str(one), "--data", str(data), "--out_dir", str(work / step), *options]
+        command += ["--precision", "32-true", "--train.max_steps", "6", "--train.save_interval", "2"]
+        command += ["--train.eval_interval", "3", "--train.global_batch_size", "4", "--train.row_tokens", "256"]
+        return [*command, "--train.max_seq_length", "256", "--train.lr_warmup_steps", "2", "--train.learning_rate"]
+
+    lora, dpo = train("lora", chats, "--lora_dropout", "0.1"), train("dpo", pairs)
+    grpo = train("grpo", asked, "--group_size", "3", "--max_new_tokens", "8")
     evaluate = ["evaluate", "--tasks", "[toy_mcq]", "--data_dir", str(questions), "--out_dir", str(work / "evaluate")]
     evaluate += ["--precision", "32-true", "--row_tokens", "128", "--checkpoint_dir"]
     export = ["export", "--name", "tiny", "--create", "false", "--shard_size", "1", "--out_dir", str(work / "export")]
@@ -40,6 +46,22 @@ def make_steps(work: Path) -> dict[str, Step]:
             [*lora, "2e-2"],
             whole=("final",),
             working=("metrics.csv", "checkpoints/step-*.pth"),
+        ),
+        Step(
+            "dpo",
+            work / "dpo",
+            [*dpo, "1e-2"],
+            [*dpo, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth", "reference.safetensors"),
+        ),
+        Step(
+            "grpo",
+            work / "grpo",
+            [*grpo, "1e-2"],
+            [*grpo, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth", "completions.jsonl"),
         ),
         Step(
             "evaluate",
@@ -78,6 +100,39 @@ def _write_chats(folder: Path) -> Path:
                     {"role": "user", "content": f"What is {WORDS[i % 8]} number {i}?"},
                     {"role": "assistant", "content": f"It is {WORDS[i * 3 % 8]} {i % 5}."},
                 ]
+            }
+            for i in numbers
+        ]
+        _write_rows(folder / f"{split}.jsonl", rows)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def _write_pairs(folder: Path) -> Path:
+    """Preferences to learn from, and to be tested on."""
+    folder.mkdir()
+    for split, numbers in {"train": range(30), "validation": range(100, 104), "test": range(200, 204)}.items():
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"What is {WORDS[i % 8]} number {i}?"}],
+                "chosen": [{"role": "assistant", "content": f"It is {WORDS[i * 3 % 8]} {i % 5}."}],
+                "rejected": [{"role": "assistant", "content": f"A {WORDS[i * 5 % 7]}."}],
+            }
+            for i in numbers
+        ]
+        _write_rows(folder / f"{split}.jsonl", rows)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def _write_asked(folder: Path) -> Path:
+    """Questions to be answered and judged."""
+    folder.mkdir()
+    for split, numbers in {"train": range(30), "validation": range(100, 104), "test": range(200, 204)}.items():
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"What is {WORDS[i % 8]} number {i}?"}],
+                "answers": ["the rate of e breathing a"],
             }
             for i in numbers
         ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import convert, make_llama
+from tests.workflows.alignment import TRAIN, pair, question, write
+from workflows import reward
 from workflows.ollama.install import install, is_supported
 from workflows.ollama.server import OllamaServer
 
@@ -91,3 +94,25 @@ def hpo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     setup("hpo", out_dir=directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up preferences."""
+    train, validation, test = ([pair(n) for n in numbers] for numbers in (range(20), range(50, 56), range(60, 68)))
+    return write(tmp_path_factory.mktemp("data") / "pairs", train=train, validation=validation, test=test)
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up questions with answers."""
+    train, validation, test = ([question(n) for n in numbers] for numbers in (range(16), range(50, 54), range(60, 66)))
+    return write(tmp_path_factory.mktemp("data") / "questions", train=train, validation=validation, test=test)
+
+
+@pytest.fixture(scope="session")
+def judge(tiny_llama: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model that has learned what a chosen answer is like."""
+    out_dir = tmp_path_factory.mktemp("reward")
+    reward.setup(tiny_llama, pairs, out_dir, train=replace(TRAIN, max_steps=12), precision="32-true", lora_r=4)
+    return out_dir / "final"

@@ -171,6 +171,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the meter counts the GPU's memory where there is one")
 def test_peak_memory_is_a_few_tensors_not_the_model(tiny_llama_hf, tmp_path):
     """Three times the largest tensor (8 or 17 MB) plus 32 MB is less than the model, so holding it would not pass."""

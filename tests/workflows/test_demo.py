@@ -13,7 +13,7 @@ from tests.workflows.fake_ollama import fake_ollama, show, speak
 from workflows import lora
 from workflows.__main__ import main
 from workflows.checkpoint import metric, write_metrics
-from workflows.demo import as_text, ask, setup, stage_summary, validation_loss
+from workflows.demo import _own_test, as_text, ask, setup, stage_summary, validation_loss
 from workflows.errors import UserError
 from workflows.files import read_json, write_json
 from workflows.merge import read_hyperparameters
@@ -242,3 +242,34 @@ def test_a_test_split_without_questions_is_one_message(tmp_path: Path, requests)
     speech = {"messages": [{"role": "system", "content": "Speak."}, {"role": "assistant", "content": "Well."}]}
     with pytest.raises(UserError, match=r"test\.jsonl has no message of a user"):
         ask_of(tmp_path, [speech])
+
+
+def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp_path: Path):
+    gain = {"metric": "reward", "difference": 0.06, "low": 0.04, "high": 0.08, "n": 200}
+    shown = [{"question": "Which one?", "before": "This", "after": "That", "wanted": "That one"}]
+    measured = [metric("reward", 0.56, stderr=0.02, n=200, split="test"), metric("val_loss", 9.0, split="validation")]
+    final = tmp_path / "grpo" / "final"
+    write_metrics(final / "metrics.json", measured, seconds=9.0, peak_bytes=1, gain=[gain], shown=shown)
+    found = stage_summary(tmp_path, "grpo", scored=False)
+    assert (found["gain"], found["shown"], found["seconds"]) == ([gain], shown, 9.0)
+    told = "\n".join(_own_test(found))
+    assert "grpo, 200 held-out rows\n  reward 0.560 ± 0.020" in told
+    assert "reward, after - before: +0.060, 95% interval +0.040 to +0.080" in told
+    assert "before:   This" in told and "after:    That" in told
+    assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"answers": ["right", "as well"]}, {"chosen": [{"role": "assistant", "content": "right"}], "rejected": [
+        {"role": "assistant", "content": "wrong"}]}],
+    ids=["verifiable", "preference"],
+)  # fmt: skip
+def test_prompts_of_other_shapes_are_asked(fields, tmp_path: Path, requests):
+    rows = [{"prompt": [{"role": "user", "content": f"Question {i}?"}], **fields} for i in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = "verifiable" if "answers" in fields else "preference"
+    (tmp_path / "manifest.json").write_text(json.dumps({"shape": shape}))
+    answers = ask(tmp_path, "known", 7)
+    assert [answer["expected"] for answer in answers] == ["right"] * 3
+    assert {answer["question"] for answer in answers} <= {f"Question {i}?" for i in range(4)}

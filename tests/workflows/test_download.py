@@ -24,6 +24,8 @@ from workflows.download import embedded_gguf, find_model, setup
 from workflows.errors import UserError
 from workflows.model_card import licence_of, lineage, model_card
 
+pytestmark = pytest.mark.long
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -1,6 +1,5 @@
 """The DPO step on a tiny model: TRL's losses, a reference that is kept, every loss learns, bad data is counted."""
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -8,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
+from tests.workflows.alignment import TRAIN, log_of, on_test_split, pair, write
 from tests.workflows.peft_twin import peft_twin
 from workflows import dpo
 from workflows.chat_template import ChatTemplate
@@ -18,33 +19,14 @@ from workflows.errors import UserError
 from workflows.training import reference
 from workflows.training.answers import encode_answers
 from workflows.training.batch import Tree, pack_row
-from workflows.training.loop import TrainArgs, fit, step_indices
+from workflows.training.loop import fit, step_indices
 from workflows.training.model import LoRAArgs, adapters_off, load_model
 from workflows.training.pairs import DPO, PairSettings
 from workflows.training.processes import make_fabric
 
-WORDS = ["fever", "cough", "pain", "rash", "chill", "ache", "sweat", "spasm"]
-TRAIN = TrainArgs(
-    max_steps=6,
-    global_batch_size=4,
-    row_tokens=256,
-    max_seq_length=256,
-    lr_warmup_steps=0,
-    lr_schedule="constant",
-    learning_rate=1e-2,
-    eval_interval=3,
-    save_interval=2,
-)
+pytestmark = pytest.mark.long
+
 LORA = LoRAArgs(r=4, alpha=8)
-
-
-def pair(number: int) -> dict[str, Any]:
-    word = WORDS[number % 8]
-    return {
-        "prompt": [{"role": "user", "content": f"What is {word} number {number}?"}],
-        "chosen": [{"role": "assistant", "content": f"It is {word}, a finding."}],
-        "rejected": [{"role": "assistant", "content": f"It is {WORDS[(number + 3) % 8]} or so {number % 5}."}],
-    }
 
 
 def labelled(number: int) -> dict[str, Any]:
@@ -53,31 +35,15 @@ def labelled(number: int) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
 
 
-def write(directory: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Path:
-    directory.mkdir()
-    for split, rows in (("train", train), ("validation", validation)):
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "manifest.json").write_text("{}")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(
-        tmp_path_factory.mktemp("data") / "pairs", [pair(n) for n in range(20)], [pair(n) for n in range(50, 56)]
-    )
-
-
 def align(checkpoint: Path, data: Path, out_dir: Path, **changes: Any) -> list[dict[str, float]]:
     """Run the step; returns the rows of its log."""
     settings = {"precision": "32-true", "train": TRAIN, "lora_r": 4, **changes}
     dpo.setup(checkpoint_dir=checkpoint, data=data, out_dir=out_dir, **settings)
-    rows = csv.DictReader((out_dir / "metrics.csv").read_text().splitlines())
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return log_of(out_dir)
 
 
-def test_it_begins_at_log_two_and_learns(tiny_llama, data, tmp_path):
-    log = align(tiny_llama, data, tmp_path)
+def test_it_begins_at_log_two_and_learns(tiny_llama, pairs, tmp_path):
+    log = align(tiny_llama, pairs, tmp_path)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[0]["margin"] == pytest.approx(0, abs=1e-5) and log[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert log[-1]["loss"] < 0.6 and log[-1]["margin"] > 0.1 and log[-1]["accuracy"] > 0.9 and log[-1]["kl"] > 0
@@ -85,25 +51,32 @@ def test_it_begins_at_log_two_and_learns(tiny_llama, data, tmp_path):
     assert log[-1]["val_loss"] < math.log(2)
     assert check_checkpoint_dir(tmp_path / "final") == tmp_path / "final"
     metrics = json.loads((tmp_path / "final" / "metrics.json").read_text())
-    assert {row["name"] for row in metrics["metrics"]} == {
+    assert {row["name"] for row in metrics["metrics"] if row["split"] == "validation"} == {
         "val_loss", "val_margin", "val_accuracy", "val_logprob_accuracy",
     }  # fmt: skip
+    test = on_test_split(tmp_path)
+    assert test["pair_accuracy"]["n"] == 8 and test["pair_accuracy"]["value"] > 0.9 and test["kl"]["value"] > 0
+    assert test["logprob_accuracy"]["value"] == test["logprob_accuracy_before"]["value"] == 1
+    shown = metrics["shown"]
+    assert [answer["question"] for answer in shown] == [pair(n)["prompt"][0]["content"] for n in (60, 61, 62)]
+    assert any(answer["before"] != answer["after"] for answer in shown)
+    assert shown[0]["wanted"] == pair(60)["chosen"][0]["content"]
 
 
-def test_the_reference_is_read_back_and_that_of_another_model_is_not(tiny_llama, data, tmp_path, capsys, monkeypatch):
-    align(tiny_llama, data, tmp_path)
+def test_the_reference_is_read_back_and_that_of_another_model_is_not(tiny_llama, pairs, tmp_path, capsys, monkeypatch):
+    align(tiny_llama, pairs, tmp_path)
     file = tmp_path / "reference.safetensors"
     written = file.stat().st_mtime_ns
     computed: list[int] = []
     pack = reference.pack
     monkeypatch.setattr(reference, "pack", lambda *args: computed.append(1) or pack(*args))
-    log = align(tiny_llama, data, tmp_path, resume=False)
+    log = align(tiny_llama, pairs, tmp_path, resume=False)
     assert not computed and file.stat().st_mtime_ns == written
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
-    again = align(tmp_path / "final", data, tmp_path / "second", train=replace(TRAIN, max_steps=1))
+    again = align(tmp_path / "final", pairs, tmp_path / "second", train=replace(TRAIN, max_steps=1))
     (tmp_path / "second" / "reference.safetensors").replace(file)  # of the tuned model
-    log = align(tiny_llama, data, tmp_path, resume=False)
+    log = align(tiny_llama, pairs, tmp_path, resume=False)
     assert "is of another model or other data" in capsys.readouterr().out
     assert log[0]["loss"] == again[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -122,30 +95,31 @@ def test_the_reference_is_read_back_and_that_of_another_model_is_not(tiny_llama,
     ],
     ids=lambda changes: "-".join(map(str, changes.values()))[:30],
 )
-def test_every_loss_teaches_the_chosen_answers(tiny_llama, data, tmp_path, changes):
-    log = align(tiny_llama, data, tmp_path, **changes)
+def test_every_loss_teaches_the_chosen_answers(tiny_llama, pairs, tmp_path, changes):
+    log = align(tiny_llama, pairs, tmp_path, **changes)
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"]
     assert log[-1]["accuracy"] > 0.8
-    assert (tmp_path / "reference.safetensors").is_file() == (changes["loss"] not in ("simpo", "orpo"))
+    kept = safetensors.torch.load_file(tmp_path / "reference.safetensors")["logprobs"]  # some only for the test
+    assert (len(kept) < 400) == (changes["loss"] in ("simpo", "orpo"))
 
 
 @pytest.mark.parametrize("make", [pair, labelled])
 def test_kto_learns_from_pairs_and_from_labels(tiny_llama, tmp_path, make):
-    data = write(tmp_path / "data", [make(n) for n in range(20)], [make(n) for n in range(50, 56)])
+    data = write(tmp_path / "data", train=[make(n) for n in range(20)], validation=[make(n) for n in range(50, 56)])
     log = align(tiny_llama, data, tmp_path / "out", loss="kto", train=replace(TRAIN, max_steps=10))
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-5)  # no answer differs from the reference yet
     assert log[-1]["loss"] < 0.49 and log[-1]["signed_reward"] > 0.01
     assert log[-1]["val_loss"] < 0.45
 
 
-def test_losses_of_five_steps_are_trls(tiny_llama, tiny_llama_hf, data, tmp_path):
+def test_losses_of_five_steps_are_trls(tiny_llama, tiny_llama_hf, pairs, tmp_path):
     import datasets
     from torch.utils.data import SequentialSampler
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     steps, seed = 5, 3
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
     answers, _ = encode_answers(rows, ChatTemplate.from_checkpoint(tiny_llama), 256, "train")
     pairs = [answer.tree for answer in answers]
     torch.manual_seed(5)
@@ -196,8 +170,8 @@ def test_with_adapters_off_a_model_is_its_base(tiny_llama):
     assert not torch.allclose(model(row), base, atol=1e-3)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, data, tmp_path, monkeypatch):
-    align(tiny_llama, data, tmp_path / "whole")
+def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, pairs, tmp_path, monkeypatch):
+    align(tiny_llama, pairs, tmp_path / "whole")
     original = DPO.batches
 
     def stopping(self: DPO, step: int, rank: int, world_size: int) -> Any:
@@ -207,11 +181,38 @@ def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, data, tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DPO, "batches", stopping)
-        align(tiny_llama, data, tmp_path / "stopped")
-    align(tiny_llama, data, tmp_path / "stopped")
+        align(tiny_llama, pairs, tmp_path / "stopped")
+    align(tiny_llama, pairs, tmp_path / "stopped")
     files = [tmp_path / run / "final" / "lit_model.pth.lora" for run in ("whole", "stopped")]
     whole, stopped = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_ktos_baseline_is_one_number_a_step_however_its_answers_fall_into_rows(tiny_llama, pairs, tmp_path):
+    logs = [
+        align(tiny_llama, pairs, tmp_path / str(room), loss="kto", train=replace(TRAIN, row_tokens=room))
+        for room in (64, 1024)
+    ]
+    assert any(row["kl_strangers"] > 0 for row in logs[0])
+    for small, large in zip(*logs, strict=True):
+        assert small["loss"] == pytest.approx(large["loss"], abs=1e-4)
+        assert small["kl_strangers"] == pytest.approx(large["kl_strangers"], abs=1e-3)
+
+
+def test_kto_cuts_anothers_answer_to_the_room_that_a_long_prompt_leaves(tiny_llama, tmp_path):
+    rows = [pair(n) for n in range(6)]
+    rows[0]["prompt"] = [{"role": "user", "content": "word " * 20}]
+    rows[1]["chosen"] = [{"role": "assistant", "content": "pain " * 30}]
+    data = write(tmp_path / "data", train=rows, validation=rows[:3])
+    longest = replace(TRAIN, max_seq_length=128, max_steps=2)
+    assert len(align(tiny_llama, data, tmp_path / "out", loss="kto", train=longest)) == 2
+
+
+def test_options_of_another_loss_are_refused(tiny_llama, pairs, tmp_path):
+    with pytest.raises(UserError, match="--desirable_weight"):
+        align(tiny_llama, pairs, tmp_path, desirable_weight=2.0)
+    with pytest.raises(UserError, match="2 problems"):
+        align(tiny_llama, pairs, tmp_path, loss="kto", sft_weight=0.1, gamma=1.0)
 
 
 def test_what_cannot_be_learned_from_is_counted(tiny_llama):
@@ -231,9 +232,9 @@ def test_what_cannot_be_learned_from_is_counted(tiny_llama):
         encode_answers([rows[1]], template, 200, "rows")
 
 
-def test_all_problems_are_told_at_once(tiny_llama, data, tmp_path):
+def test_all_problems_are_told_at_once(tiny_llama, pairs, tmp_path):
     with pytest.raises(UserError, match="4 problems") as e:
-        align(tiny_llama, data, tmp_path, beta=0.0, label_smoothing=0.5, sft_weight=-1.0, max_val_rows=0)
+        align(tiny_llama, pairs, tmp_path, beta=0.0, label_smoothing=0.5, sft_weight=-1.0, max_val_rows=0)
     for option in ("--beta", "--label_smoothing", "--sft_weight", "--max_val_rows"):
         assert option in str(e.value)
     assert not (tmp_path / "final").exists()
@@ -241,6 +242,6 @@ def test_all_problems_are_told_at_once(tiny_llama, data, tmp_path):
 
 def test_rows_without_preferences_are_refused(tiny_llama, tmp_path):
     chats = [{"messages": [*pair(n)["prompt"], *pair(n)["chosen"]]} for n in range(4)]
-    data = write(tmp_path / "data", chats, chats)
+    data = write(tmp_path / "data", train=chats, validation=chats)
     with pytest.raises(UserError, match=r"train.jsonl, line 1: has no \"prompt\""):
         align(tiny_llama, data, tmp_path / "out")

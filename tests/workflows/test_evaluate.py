@@ -18,6 +18,8 @@ from workflows.evaluate import UNFINISHED, default_out_dir, setup
 from workflows.evaluation.lm import LitGPTLM
 from workflows.evaluation.tasks import LocalTask
 
+pytestmark = pytest.mark.long
+
 WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding", "presence", "anemia")
 QUESTIONS = 40
 

@@ -149,6 +149,7 @@ def test_a_message_names_the_file_and_not_its_temporary_place(tmp_path):
         assert str(told.value).startswith(f"Could not write {tmp_path}/final/a.txt: the disk is full.")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("writer", ["write_text", "torch", "safetensors"])
 def test_a_full_disk_is_one_clear_message_and_the_old_file_stays(tmp_path, writer):
     path = tmp_path / "weights.bin"

@@ -1,6 +1,5 @@
 """The GRPO step on a tiny model: rewards rise, ratios begin at one, resume, TRL's advantages, bad input."""
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,55 +8,27 @@ from typing import Any
 import pytest
 import torch
 
+from tests.workflows import alignment
+from tests.workflows.alignment import log_of, on_test_split
 from workflows import grpo
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training.groups import GRPO
-from workflows.training.loop import TrainArgs
+from workflows.training.held_out import right_answer
 from workflows.training.losses import group_advantages
 from workflows.training.rewards import Sample, WeightedReward
 
-TRAIN = TrainArgs(
-    max_steps=8,
-    global_batch_size=4,
-    row_tokens=256,
-    max_seq_length=128,
-    lr_warmup_steps=0,
-    lr_schedule="constant",
-    learning_rate=1e-2,
-    eval_interval=4,
-    save_interval=2,
-)
+pytestmark = pytest.mark.long
 
-
-def early_letters(sample: Sample) -> float:
-    """More for letters of the alphabet's first half: something that a random model can learn."""
-    letters = [c for c in sample.text.lower() if c.isalpha() and c.isascii()]
-    return sum(c <= "m" for c in letters) / max(1, len(letters))
+TRAIN = replace(alignment.TRAIN, max_steps=8, max_seq_length=128, eval_interval=4)
+STEPS = 40
 
 
 def indifferent(sample: Sample) -> float:
     return 1.0
 
 
-LETTERS = [WeightedReward(f"{__name__}.early_letters")]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data") / "questions"
-    directory.mkdir()
-    for split, numbers in (("train", range(12)), ("validation", range(50, 54))):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"Which is {n}{'?' * (n % 5)}"}],
-                "answers": [f"finding {n}"],
-            }
-            for n in numbers
-        ]
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "manifest.json").write_text("{}")
-    return directory
+LETTERS = [WeightedReward(f"{alignment.__name__}.early_letters")]
 
 
 def align(checkpoint: Path, data: Path, out_dir: Path, **changes: Any) -> list[dict[str, float]]:
@@ -67,22 +38,29 @@ def align(checkpoint: Path, data: Path, out_dir: Path, **changes: Any) -> list[d
         **changes,
     }  # fmt: skip
     grpo.setup(checkpoint_dir=checkpoint, data=data, out_dir=out_dir, **settings)
-    rows = csv.DictReader((out_dir / "metrics.csv").read_text().splitlines())
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return log_of(out_dir)
 
 
-def test_the_reward_rises_and_everything_is_logged(tiny_llama, data, tmp_path):
-    log = align(tiny_llama, data, tmp_path, train=replace(TRAIN, max_steps=20))
+def test_the_reward_rises_and_everything_is_logged(tiny_llama, questions, tmp_path):
+    log = align(tiny_llama, questions, tmp_path, train=replace(TRAIN, max_steps=STEPS))
     first, last = (sum(row["reward"] for row in part) / 4 for part in (log[:4], log[-4:]))
     assert last > first + 0.1
     assert log[-1]["val_reward"] > log[3]["val_reward"]
     for row in log:
-        assert row["log_ratio"] < 1e-4  # one update on each batch: the policy is still the one that sampled
+        assert row["log_ratio_max"] < 1e-4  # one update on each batch: the policy is still the one that sampled
         assert row["clipped"] == 0 and 0 <= row["no_signal"] <= 1 and row["sampled_per_second"] > 0
     assert log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 1e-3
     assert {"reward_std", "answer_tokens", "truncated", "entropy", "grad_norm"} <= set(log[0])
     shown = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
-    assert len(shown) == 3 * 20 and {"question", "answer", "total"} <= set(shown[0])
+    test, metrics = on_test_split(tmp_path), json.loads((tmp_path / "final" / "metrics.json").read_text())
+    assert test["reward"]["n"] == 6 and test["reward"]["value"] > test["reward_before"]["value"]
+    assert test["kl_per_answer"]["value"] > 0.05
+    gain, sampled = metrics["gain"]
+    assert sampled["metric"] == "sampled_reward" and sampled["difference"] > 0
+    assert gain["difference"] == pytest.approx(test["reward"]["value"] - test["reward_before"]["value"])
+    assert gain["low"] < gain["difference"] < gain["high"]
+    assert len(metrics["shown"]) == 3 and metrics["shown"][0]["wanted"] == "finding 60"
+    assert len(shown) == 3 * STEPS and {"question", "answer", "total"} <= set(shown[0])
     assert check_checkpoint_dir(tmp_path / "final") == tmp_path / "final"
 
 
@@ -99,8 +77,8 @@ def test_the_reward_rises_and_everything_is_logged(tiny_llama, data, tmp_path):
     ],
     ids=lambda changes: "-".join(map(str, changes))[:30],
 )
-def test_every_variant_trains(tiny_llama, data, tmp_path, changes):
-    log = align(tiny_llama, data, tmp_path, **changes)
+def test_every_variant_trains(tiny_llama, questions, tmp_path, changes):
+    log = align(tiny_llama, questions, tmp_path, **changes)
     assert len(log) == TRAIN.max_steps and all(row["grad_norm"] >= 0 for row in log)
     assert any(row["grad_norm"] > 0 for row in log)
     if changes.get("updates") == 2:
@@ -110,13 +88,31 @@ def test_every_variant_trains(tiny_llama, data, tmp_path, changes):
         assert max(row["log_ratio"] for row in log) < 1e-4
 
 
-def test_groups_without_signal_teach_nothing_and_are_counted(tiny_llama, data, tmp_path):
-    log = align(tiny_llama, data, tmp_path, rewards=[WeightedReward(f"{__name__}.indifferent")], beta=0.0)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_groups_without_signal_teach_nothing_and_are_counted(tiny_llama, questions, tmp_path, beta):
+    log = align(tiny_llama, questions, tmp_path, rewards=[WeightedReward(f"{__name__}.indifferent")], beta=beta)
     assert all(row["no_signal"] == 1 and row["grad_norm"] == 0 for row in log)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, data, tmp_path, monkeypatch):
-    align(tiny_llama, data, tmp_path / "whole", updates=2)
+def test_a_large_group_is_learned_from_in_rows_that_are_not_larger_than_asked_for(tiny_llama, questions, tmp_path):
+    logs = [
+        align(tiny_llama, questions, tmp_path / str(room), train=replace(TRAIN, row_tokens=room, max_steps=2))
+        for room in (64, 1024)
+    ]
+    for small, large in zip(*logs, strict=True):
+        assert small["loss"] == pytest.approx(large["loss"], abs=1e-5)
+        assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-3)
+
+
+def test_rows_of_any_shape_are_shown_with_what_is_right():
+    turns = [{"role": "assistant", "content": "b"}]
+    assert right_answer({"choices": ["a", "b"], "answer": 1}) == right_answer({"chosen": turns}) == "b"
+    assert right_answer({"answers": ["b", "c"]}) == right_answer({"messages": turns}) == "b"
+    assert right_answer({"prompt": [], "answer": "72"}) == right_answer({"completion": turns, "label": False}) == ""
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, questions, tmp_path, monkeypatch):
+    align(tiny_llama, questions, tmp_path / "whole", updates=2)
     original = GRPO.batches
 
     def stopping(self: GRPO, step: int, rank: int, world_size: int) -> Any:
@@ -126,11 +122,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, data, tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(GRPO, "batches", stopping)
-        align(tiny_llama, data, tmp_path / "stopped", updates=2)
-    align(tiny_llama, data, tmp_path / "stopped", updates=2)
+        align(tiny_llama, questions, tmp_path / "stopped", updates=2)
+    align(tiny_llama, questions, tmp_path / "stopped", updates=2)
     files = [tmp_path / run / "final" / "lit_model.pth.lora" for run in ("whole", "stopped")]
     whole, stopped = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    texts = [(tmp_path / run / "completions.jsonl").read_text() for run in ("whole", "stopped")]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
@@ -154,23 +152,27 @@ def test_advantages_are_trls(tiny_llama_hf, tmp_path, scale):
     torch.testing.assert_close(found["advantages"], group_advantages(rewards, scale).flatten(), atol=1e-5, rtol=0)
 
 
-def test_all_problems_are_told_at_once(tiny_llama, data, tmp_path):
+def test_all_problems_are_told_at_once(tiny_llama, questions, tmp_path):
     with pytest.raises(UserError, match="6 problems") as e:
         align(
-            tiny_llama, data, tmp_path, group_size=1, max_new_tokens=128, temperature=0.0, beta=-1.0, updates=3,
+            tiny_llama, questions, tmp_path, group_size=1, max_new_tokens=128, temperature=0.0, beta=-1.0, updates=3,
             max_val_rows=0,
         )  # fmt: skip
     for option in ("--group_size", "--max_new_tokens", "--temperature", "--beta", "--updates", "--max_val_rows"):
         assert option in str(e.value)
+    with pytest.raises(UserError, match="3 problems") as e:
+        align(tiny_llama, questions, tmp_path, updates=0, lora_r=0, strategy="fsdp")
+    for option in ("--updates", "--beta", "--strategy"):
+        assert option in str(e.value)
 
 
-def test_rows_without_what_the_rewards_read_are_refused(tiny_llama, data, tmp_path):
+def test_rows_without_what_the_rewards_read_are_refused(tiny_llama, questions, tmp_path):
     with pytest.raises(UserError, match=r"train.jsonl has no rows with \"answer\""):
-        align(tiny_llama, data, tmp_path, rewards=[WeightedReward("letter")])
+        align(tiny_llama, questions, tmp_path, rewards=[WeightedReward("letter")])
     with pytest.raises(UserError, match=r"of kind name"):
-        align(tiny_llama, data, tmp_path, kinds=["name"])
+        align(tiny_llama, questions, tmp_path, kinds=["name"])
 
 
-def test_prompts_that_leave_no_room_are_counted(tiny_llama, data, tmp_path, capsys):
-    with pytest.raises(UserError, match="No question is left to ask"):
-        align(tiny_llama, data, tmp_path, train=replace(TRAIN, max_seq_length=20), max_new_tokens=15)
+def test_prompts_that_leave_no_room_are_counted(tiny_llama, questions, tmp_path):
+    with pytest.raises(UserError, match=r"0 of 16 questions; 16 dropped: over 5 tokens\nRaise"):
+        align(tiny_llama, questions, tmp_path, train=replace(TRAIN, max_seq_length=20), max_new_tokens=15)

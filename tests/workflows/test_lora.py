@@ -25,6 +25,8 @@ from workflows.training.batch import Tree, pack_row
 from workflows.training.loop import TrainArgs
 from workflows.training.model import LoRAArgs, load_model
 
+pytestmark = pytest.mark.long
+
 TRAIN = TrainArgs(
     max_steps=6,
     global_batch_size=4,

@@ -95,6 +95,25 @@ def test_every_step_explains_itself(step, capsys):
     assert "usage: python -m workflows " + step in capsys.readouterr().out
 
 
+RECIPES = sorted(Path("workflows/recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_is_understood_by_its_step(recipe, capsys):
+    step = recipe.stem.partition("-")[0]
+    needed = {"evaluate": ["--tasks", "[hpo_mcq]"], "export": ["--name", "x"]}.get(step, [])
+    if step == "ppo":
+        needed = ["--rewards", "[{reward: out/x/reward/final}]"]
+    command = [step, "--config", str(recipe), "--checkpoint_dir", "x", *needed, "--print_config"]
+    with pytest.raises(SystemExit) as e:
+        main(command)
+    assert e.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(recipe.read_text())
+    assert all(shown[name] == value for name, value in given.items() if not isinstance(value, dict | list))
+    assert f"make {step}" in recipe.read_text().splitlines()[0]
+
+
 def test_unknown_step_lists_the_known_ones(capsys):
     assert main(["trian"]) == 2
     assert "no step 'trian'" in (said := capsys.readouterr().err) and "lora" in said
@@ -102,6 +121,7 @@ def test_unknown_step_lists_the_known_ones(capsys):
     assert main(["--help"]) == 0
 
 
+@pytest.mark.long
 def test_users_mistake_is_one_message_without_traceback(tmp_path):
     command = [sys.executable, "-m", "workflows", "lora", "--checkpoint_dir", str(tmp_path / "nowhere")]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -28,6 +28,7 @@ def test_peak_sees_an_allocation_that_is_gone_again():
     assert 190 * MIB < peak.bytes - before.bytes < 260 * MIB
 
 
+@pytest.mark.long
 def test_peak_counts_children():
     script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); import time; time.sleep(1.5)"
     with PeakMemory() as before:

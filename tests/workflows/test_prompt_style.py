@@ -66,6 +66,7 @@ def make_checkpoint(folder: Path, family: str) -> Path:
     return output
 
 
+@pytest.mark.long
 def test_litgpt_generate_uses_the_templates_ids_for_every_family(tmp_path):
     checkpoint_dirs = [make_checkpoint(tmp_path, family) for family in FAMILIES]
     got = litgpt_prompt_ids(checkpoint_dirs, PROMPTS, tmp_path)

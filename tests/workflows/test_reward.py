@@ -1,50 +1,27 @@
 """The reward model on a tiny model: it tells pairs apart, is read back as it was, and can be a reward."""
 
-import csv
-import json
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from tests.workflows.test_dpo import TRAIN, pair, write
-from workflows import grpo, reward
+from tests.workflows.alignment import log_of, on_test_split, pair
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training.batch import Tree, pack_row
 from workflows.training.model import LoRAArgs, load_model
-from workflows.training.rewards import WeightedReward
 from workflows.training.scalar_heads import LearnedReward, RewardModel, ends, with_head
 
-
-def log_of(out_dir: Path) -> list[dict[str, float]]:
-    rows = csv.DictReader((out_dir / "metrics.csv").read_text().splitlines())
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(
-        tmp_path_factory.mktemp("data") / "pairs", [pair(n) for n in range(20)], [pair(n) for n in range(50, 56)]
-    )
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_llama, pairs, tmp_path_factory) -> Path:
-    """A reward model that has learned what a chosen answer is like."""
-    out_dir = tmp_path_factory.mktemp("reward")
-    reward.setup(tiny_llama, pairs, out_dir, train=replace(TRAIN, max_steps=12), precision="32-true", lora_r=4)
-    return out_dir / "final"
+pytestmark = pytest.mark.long
 
 
 def test_a_reward_model_learns_to_tell_pairs_apart(judge, pairs):
     log = log_of(judge.parent)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["accuracy"] == 0.5
     assert log[-1]["loss"] < 0.4 and log[-1]["val_accuracy"] > 0.9
+    assert on_test_split(judge.parent)["pair_accuracy"]["value"] > 0.9
     assert check_checkpoint_dir(judge) == judge
     head = safetensors.torch.load_file(judge / "reward_head.safetensors")
     assert head["weight"].abs().sum() > 0 and head["std"] > 0
@@ -83,23 +60,3 @@ def test_the_state_that_is_judged_has_seen_all_but_the_last_token():
 def test_what_is_no_reward_model_is_refused(tiny_llama):
     with pytest.raises(UserError, match="is no reward model"):
         LearnedReward(tiny_llama, "32-true")
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data") / "questions"
-    directory.mkdir()
-    for split, numbers in (("train", range(16)), ("validation", range(50, 54))):
-        rows = [{"prompt": pair(n)["prompt"], "answers": ["x"]} for n in numbers]
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "manifest.json").write_text("{}")
-    return directory
-
-
-def test_a_reward_model_can_be_grpos_reward(tiny_llama, judge, questions, tmp_path):
-    grpo.setup(
-        tiny_llama, questions, tmp_path, rewards=[WeightedReward(str(judge))], group_size=4, max_new_tokens=12,
-        precision="32-true", train=replace(TRAIN, max_steps=2), lora_r=4,
-    )  # fmt: skip
-    log = log_of(tmp_path)
-    assert log[0]["reward_std"] > 0 and f"reward_{judge}" in log[0]

@@ -17,6 +17,7 @@ class Labelled:
 
     tree: Tree
     desirable: list[bool]
+    row: Row
 
 
 def encode_answers(
@@ -62,7 +63,7 @@ def encode_answers(
             dropped["chosen and rejected answer are the same, as far as they fit"] += 1
         else:
             truncated += sum(len(chat.completion) > room for chat in chats)
-            answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides]))
+            answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides], row))
     told = f"{name}: {len(answers):,} of {len(rows):,} rows; {truncated:,} answers truncated"
     told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())
     if not answers:

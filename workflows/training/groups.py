@@ -5,11 +5,12 @@ tree: its prompt is computed once, in sampling as in training. Log-probabilities
 the sampling temperature, on both sides of every ratio; the old ones are those that sampling recorded.
 """
 
-import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ import torch
 
 from data_prep.rows import Row
 from workflows.chat_template import ChatTemplate
+from workflows.checkpoint import metric
+from workflows.evaluation.compare import compare
 from workflows.training import losses
+from workflows.training.answer_log import AnswerLog
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import Objective, TrainArgs, step_indices
+from workflows.training.held_out import SHOWN, answered, bare, before_and_after, text_of
+from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.losses import Normalisation, Scale
-from workflows.training.model import GPT, adapters_off
+from workflows.training.model import adapters_off
+from workflows.training.questions import Question
 from workflows.training.rewards import Rewards, Sample
 from workflows.training.rollouts import Rollout, generate
+from workflows.training.step import RunArgs
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,14 @@ class GroupSettings:
     mask_truncated: bool = False
     sampling_batch: int = 64
 
-    def problems(self, train: TrainArgs) -> list[str]:
+    def problems(self, train: TrainArgs, run: RunArgs, least_group: int = 2) -> list[str]:
         """Everything that is wrong with them, as messages."""
         found = []
-        if self.group_size < 2:
+        if run.strategy == "fsdp":
+            found.append("--strategy fsdp: answers are sampled from a whole model; use ddp.")
+        if run.lora_r == 0 and self.beta:
+            found.append("--beta needs adapters (--lora_r): the reference is the model without them. Or use --beta 0.")
+        if self.group_size < least_group:
             found.append(
                 f"--group_size must be at least 2, not {self.group_size}: one answer is no better than its mean."
             )
@@ -71,20 +82,12 @@ class GroupSettings:
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --train.max_seq_length "
                 f"{train.max_seq_length}."
             )
-        if train.save_interval % self.updates or train.max_steps % self.updates:
+        if self.updates >= 1 and (train.save_interval % self.updates or train.max_steps % self.updates):
             found.append(
                 f"--train.max_steps and --train.save_interval must be multiples of --updates {self.updates}: "
                 "checkpoints do not keep answers."
             )
         return found
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row that can be asked, and its prompt's ids."""
-
-    row: Row
-    prompt: list[int]
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ Judged = list[tuple[Question, list[tuple[Rollout, float]]]]
 class GRPO(Objective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its later variants."""
 
+    may_rest = True
+
     def __init__(
         self,
         train_questions: list[Question],
@@ -136,6 +141,7 @@ class GRPO(Objective):
         train: TrainArgs,
         seed: int,
         settings: GroupSettings,
+        test_questions: Sequence[Question] = (),
     ) -> None:
         """Keep what a run needs.
 
@@ -147,48 +153,79 @@ class GRPO(Objective):
             train: Training settings; a sample is a question.
             seed: Of the order of questions and of sampling.
             settings: The rest.
+            test_questions: What is asked at the end, greedily, of the trained model and the one it was.
         """
-        self.questions, self.validation = train_questions, validation_questions
+        self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings = train, seed, settings
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
+        self._largest = 0.0
 
     def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:
         """Keep the model: a step samples from it."""
-        self._model, self._device = model, fabric.device
-        self._log = out_dir / "completions.jsonl" if fabric.global_rank == 0 else None
+        self._fabric, self._model, self._device = fabric, model, fabric.device
+        self._log = AnswerLog(out_dir / "completions.jsonl") if fabric.global_rank == 0 else None
 
     def batches(self, step: int, rank: int, world_size: int) -> list[GroupBatch]:
         """The rows of one step: sampled anew where the updates on the last ones are done."""
+        self._largest = 0.0
         if step % self.settings.updates == 0:
             indices = step_indices(
                 step // self.settings.updates, len(self.questions), self.train.global_batch_size, self.seed
             )
-            self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, rank)
+            draws = self._draws(len(indices) * self.settings.group_size, step)
+            mine = draws.view(len(indices), self.settings.group_size, -1)[rank::world_size].flatten(0, 1)
+            self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, mine)
         return self._current
 
-    def _sampled(self, questions: Sequence[Question], step: int, rank: int) -> list[GroupBatch]:
+    def _draws(self, answers: int, step: int) -> torch.Tensor:
+        """The numbers that decide a step's samples, (answers, max_new_tokens): the same for any number of processes."""
+        generator = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        return torch.rand(answers, self.settings.max_new_tokens, generator=generator, dtype=torch.float64)
+
+    def _sampled(self, questions: Sequence[Question], step: int, draws: torch.Tensor) -> list[GroupBatch]:
         """Sample a group for each question, reward it, and pack what can be learned from."""
-        settings, size = self.settings, self.settings.group_size
+        size = self.settings.group_size
         began = time.perf_counter()
-        rollouts = generate(
-            bare(self._model),
-            [question.prompt for question in questions for _ in range(size)],
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=self.template.stop_ids,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seed=hash((self.seed, step, rank)) % 2**63,
-            batch_size=settings.sampling_batch,
-        )
+        prompts = [question.prompt for question in questions for _ in range(size)]
+        rollouts = self._sample_answers(prompts, draws)
         seconds = time.perf_counter() - began
         rows = [question.row for question in questions for _ in range(size)]
         given = self.rewards([self._sample(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)])
         totals = torch.tensor([found["total"] for found in given]).view(-1, size)  # (questions, G)
         self._describe(step, rollouts, given, totals, rows, seconds)
-        return self._packed(self._judged(questions, rollouts, totals))
+        if judged := self._judged(questions, rollouts, totals):
+            return self._packed(judged)
+        # Nothing to learn from: an answer that weighs nothing keeps the step, and its processes, together.
+        rest = self._packed([(questions[0], [(rollouts[0], 0.0)])])
+        return [replace(batch, weights=torch.zeros_like(batch.weights), units=0) for batch in rest]
+
+    def _sample_answers(self, prompts: Sequence[Sequence[int]], draws: torch.Tensor) -> list[Rollout]:
+        """An answer to each prompt, decided by draws of (prompts, max_new_tokens)."""
+        settings = self.settings
+        return generate(
+            bare(self._model),
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=self.template.stop_ids,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            draws=draws,
+            batch_size=settings.sampling_batch,
+        )
+
+    def _greedy_answers(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[Rollout]:
+        """The likeliest answer to each prompt, token by token."""
+        settings = self.settings
+        return generate(
+            bare(model),
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=self.template.stop_ids,
+            batch_size=settings.sampling_batch,
+        )
 
     def _judged(self, questions: Sequence[Question], rollouts: list[Rollout], totals: torch.Tensor) -> Judged:
         """Questions with their answers and these answers' advantages; groups without signal are left out.
@@ -207,22 +244,19 @@ class GRPO(Objective):
             learned = [(rollout, advantage) for rollout, advantage in answers if self._learns(rollout)]
             if signal[g] and learned:
                 groups.append((question, learned))
-        if not groups:  # nothing to learn from: one answer with no advantage keeps the step, and its processes, whole
-            groups = [(questions[0], [(rollouts[0], 0.0)])]
         return groups
 
     def _learns(self, rollout: Rollout) -> bool:
         return rollout.stopped or not self.settings.mask_truncated
 
     def _sample(self, row: Row, rollout: Rollout) -> Sample:
-        ids = rollout.ids[:-1] if rollout.ids[-1] in self.template.stop_ids else rollout.ids
-        return Sample(
-            row, self.template.decode(ids), len(rollout.ids), not rollout.stopped, self.settings.max_new_tokens
-        )
+        text = text_of(rollout, self.template)
+        return Sample(row, text, len(rollout.ids), not rollout.stopped, self.settings.max_new_tokens)
 
     def _packed(self, groups: Judged) -> list[GroupBatch]:
-        """Pack questions with answers and advantages into rows."""
+        """Pack questions with answers and advantages into rows; of a large group some answers to a tree."""
         settings = self.settings
+        groups = [part for group in groups for part in _parts(*group, self.train.row_tokens)]
         trees = [Tree(question.prompt, [rollout.ids for rollout, _ in answers]) for question, answers in groups]
         batches = []
         for row, packed in pack(trees, self.train.row_tokens):
@@ -254,7 +288,7 @@ class GRPO(Objective):
         """The row's weighted sum over tokens of the clipped policy loss and the KL to the reference."""
         logprobs = model(batch.rows, temperature=self.settings.temperature)  # (N,)
         loss, told = self.policy_loss(logprobs, batch)
-        if batch.reference is not None and self.settings.beta:
+        if batch.reference is not None:
             kl = losses.k3(logprobs, batch.reference)
             loss = loss + self.settings.beta * (batch.weights * kl).sum()
         return loss, told
@@ -264,6 +298,7 @@ class GRPO(Objective):
         settings, rows = self.settings, batch.rows
         log_ratio = logprobs - batch.old
         gap = log_ratio.detach().abs()
+        self._largest = max(self._largest, float(gap.max()))
         if settings.sequence_ratio:
             log_ratio = losses.sequence_log_ratio(log_ratio, rows.owners, rows.completions)
         clip = (settings.clip_low, settings.clip_high)
@@ -278,8 +313,8 @@ class GRPO(Objective):
         return (batch.weights * loss).sum(), told
 
     def step_metrics(self) -> dict[str, float]:
-        """What sampling found."""
-        return self._metrics
+        """What sampling found, and the largest log-ratio of a token to what sampling recorded."""
+        return {**self._metrics, "log_ratio_max": self._largest}
 
     def _describe(
         self,
@@ -294,71 +329,100 @@ class GRPO(Objective):
         count = len(rollouts)
         tokens = sum(len(rollout.ids) for rollout in rollouts)
         parts = {f"reward_{name}": sum(found[name] for found in given) / count for name in given[0] if name != "total"}
+        groups = {"no_signal": 1 - float(_signal(totals).float().mean())} if totals.size(1) > 1 else {}
         self._metrics = {
             "reward": float(totals.mean()),
-            "reward_std": float(totals.std(dim=1, correction=0).mean()),
+            "reward_std": float((totals if groups else totals.T).std(dim=1, correction=0).mean()),
             **parts,
-            "no_signal": 1 - float(_signal(totals).float().mean()),
+            **groups,
             "answer_tokens": tokens / count,
             "truncated": sum(not rollout.stopped for rollout in rollouts) / count,
             # of the untruncated policy at the sampling temperature, by its own samples
             "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / tokens,
-            "sampled_per_second": tokens / seconds,
+            "sampled_per_second": tokens / seconds * self._fabric.world_size,  # the mean over processes is logged
         }
-        if self._log is not None and step % self.train.log_interval == 0:
-            with open(self._log, "a", encoding="utf-8") as f:
-                for row, rollout, found in list(zip(rows, rollouts, given, strict=True))[:3]:
-                    text = self.template.decode(rollout.ids, skip_special_tokens=False)
-                    asked = row["prompt"][-1]["content"]
-                    f.write(
-                        json.dumps({"step": step, "question": asked, "answer": text, **found}, ensure_ascii=False)
-                        + "\n"
-                    )
+        number = step + 1  # as in metrics.csv
+        if self._log is not None and number % self.train.log_interval == 0:
+            shown = list(zip(rows, rollouts, given, strict=True))[:SHOWN]
+            self._log.write(
+                number,
+                [
+                    {
+                        "question": row["prompt"][-1]["content"],
+                        "answer": self.template.decode(rollout.ids, skip_special_tokens=False),
+                        **found,
+                    }
+                    for row, rollout, found in shown
+                ],
+            )
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Mean reward of greedy answers to the validation questions; every process asks all of them."""
-        return {"val_reward": sum(self.held_out(model, self.validation)) / len(self.validation)}
+        rollouts = self._greedy_answers(model, [question.prompt for question in self.validation])
+        return {"val_reward": statistics.fmean(self._worth(self.validation, rollouts))}
 
-    def held_out(self, model: Any, questions: Sequence[Question]) -> list[float]:
-        """The reward of the greedy answer to each question."""
-        rollouts = generate(
-            bare(model),
-            [question.prompt for question in questions],
-            max_new_tokens=self.settings.max_new_tokens,
-            stop_ids=self.template.stop_ids,
-            batch_size=self.settings.sampling_batch,
-        )
+    def _worth(self, questions: Sequence[Question], rollouts: Sequence[Rollout]) -> list[float]:
+        """The reward of one answer to each question."""
         samples = [self._sample(question.row, rollout) for question, rollout in zip(questions, rollouts, strict=True)]
         return [found["total"] for found in self.rewards(samples)]
+
+    @torch.no_grad()
+    def report(self, model: Any) -> Report:
+        """The mean reward of greedy and of sampled answers to the test questions, before and after; how far the policy
+        is from the reference; and the first greedy answers."""
+        if not self.test:
+            return Report()
+        prompts = [question.prompt for question in self.test]
+        draws = self._draws(len(prompts), 0)  # the same before and after
+        answers = {
+            "reward": before_and_after(model, partial(self._greedy_answers, model, prompts)),
+            "sampled_reward": before_and_after(model, partial(self._sample_answers, prompts, draws)),
+        }
+        found = Report()
+        for name, (before, after) in answers.items():
+            now = self._worth(self.test, after)
+            if bare(model).has_adapters:
+                was = self._worth(self.test, before)  # type: ignore[arg-type]
+                found.metrics.append(_mean_row(f"{name}_before", was))
+                found.gain.append(compare("test", name, was, now).row())
+            found.metrics.append(_mean_row(name, now))
+        if bare(model).has_adapters:
+            found.metrics.append(_mean_row("kl_per_answer", self._distances(answers["sampled_reward"][1])))
+        shown = zip((question.row for question in self.test), *answers["reward"], strict=True)
+        found.shown.extend([answered(*each, self.template) for each in shown][:SHOWN])
+        return found
+
+    def _distances(self, rollouts: list[Rollout]) -> list[float]:
+        """log pi - log pi_ref of sampled answers to the test questions, in nats; their mean is the KL."""
+        trees = [Tree(question.prompt, [rollout.ids]) for question, rollout in zip(self.test, rollouts, strict=True)]
+        found = [sum(rollout.logprobs) for rollout in rollouts]
+        for indices, packed in pack(trees, self.train.row_tokens):
+            reference = losses.per_completion(self._reference(packed), packed.owners, packed.completions)
+            for i, value in zip(indices, reference.tolist(), strict=True):
+                found[i] -= value
+        return found
+
+
+def _parts(question: Question, answers: list[tuple[Rollout, float]], room: int) -> Judged:
+    """A group's answers in parts that fit, each with the prompt, into so many tokens (one answer may exceed them)."""
+    parts: Judged = []
+    used = 0
+    for answer in answers:
+        length = len(answer[0].ids)
+        if not parts or used + length > room:
+            parts.append((question, []))
+            used = len(question.prompt)
+        parts[-1][1].append(answer)
+        used += length
+    return parts
+
+
+def _mean_row(name: str, values: list[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return metric(name, statistics.fmean(values), stderr=spread, n=len(values), split="test")
 
 
 def _signal(totals: torch.Tensor) -> torch.Tensor:
     """Whether a group's rewards differ, (groups,), from rewards (groups, G)."""
     return totals.amax(dim=1) > totals.amin(dim=1)
-
-
-def bare(model: Any) -> GPT:
-    """The model itself, out of Fabric's wrapper."""
-    inner: GPT = getattr(model, "module", model)
-    return inner
-
-
-def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: str) -> tuple[list[Question], str]:
-    """Encode prompts.
-
-    Args:
-        rows: Rows with a "prompt".
-        template: The checkpoint's.
-        room: The most tokens of a prompt; longer ones are dropped, and counted.
-        name: What the rows are.
-
-    Returns:
-        The questions, and what became of the rows, in words.
-    """
-    questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
-    kept = [question for question in questions if len(question.prompt) <= room]
-    return (
-        kept,
-        f"{name}: {len(kept):,} of {len(rows):,} questions; {len(rows) - len(kept):,} dropped: over {room} tokens",
-    )

@@ -35,7 +35,8 @@ class TrainArgs:
     global_batch_size: int = 8
     """Samples per optimizer step, over all devices."""
     row_tokens: int = 512
-    """Capacity of a packed row in tokens. A row is one forward and backward pass, so this bounds the memory."""
+    """Capacity of a packed row in tokens. A row is one forward and backward pass, so this bounds the memory; a single
+    sample (a pair) that is longer gets a row of its own."""
     max_seq_length: int = 512
     """Longest sample in tokens; longer ones are truncated (and counted) before training."""
     learning_rate: float = 1e-3
@@ -103,6 +104,9 @@ B = TypeVar("B", bound=Batch, contravariant=True)
 class Objective(ABC):
     """What a step trains on. The loss of a step is the sum over its units divided by their number."""
 
+    may_rest = False
+    """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
+
     def adapt(self, model: Any) -> Any:
         """The loaded model with what the objective needs besides: a head, say."""
         return model
@@ -136,6 +140,25 @@ class Objective(ABC):
     def validate(self, model: Any) -> dict[str, float]:
         """Validation metrics, the same on every process."""
 
+    def report(self, model: Any) -> "Report":
+        """What the trained model does with the test split; measured once, at the end."""
+        return Report()
+
+
+@dataclass
+class Report:
+    """What a step says of itself at its end.
+
+    Attributes:
+        metrics: Rows of metrics.json.
+        gain: Rows of `evaluation.compare`, the trained model against the one it started from.
+        shown: A few held-out questions with greedy answers: {"question", "before", "after", "wanted"}.
+    """
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    gain: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, str]] = field(default_factory=list)
+
 
 @dataclass
 class FitResult:
@@ -147,6 +170,7 @@ class FitResult:
         real_tokens: Tokens trained on, without padding or sharing.
         metrics: The last validation's metrics.
         losses: Training loss of each step since the start or the resume.
+        report: What the objective says of the trained model.
     """
 
     steps: int
@@ -154,6 +178,7 @@ class FitResult:
     real_tokens: int
     metrics: dict[str, float]
     losses: list[float] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -270,6 +295,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, train)
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
+            waited = time.perf_counter() - began  # where answers are sampled and judged first
             logged = _accumulate(fabric, wrapped, objective, batches) | _mean(fabric, objective.step_metrics())
             require_finite("loss", logged["loss"], step)
             # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
@@ -294,9 +320,8 @@ def fit(
                     require_finite(name, value, step)
                 logged |= result.metrics
             if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
-                log.write(
-                    result.steps, {**logged, "lr": learning_rate(step, train), "tokens_per_second": tokens / seconds}
-                )
+                rates = {"tokens_per_second": tokens / seconds, "updated_per_second": tokens / (seconds - waited)}
+                log.write(result.steps, {**logged, "lr": learning_rate(step, train), **rates})
             if last or result.steps % train.save_interval == 0:
                 saver.save(result.counters())
             bar.set_postfix_str(
@@ -304,6 +329,7 @@ def fit(
                 + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
             )
             bar.update()
+    result.report = objective.report(wrapped)
     return result
 
 
@@ -331,9 +357,10 @@ def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: lis
         gathered: Any = fabric.all_gather(torch.tensor([units, real_tokens, rounds], device=device))  # (processes, 3)
         units, real_tokens = gathered[:, :2].sum(dim=0).tolist()
         rounds = int(gathered[:, 2].max())
-    if not units:
+    if not units and not objective.may_rest:
         raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
 
+    units = max(1, units)
     sums: dict[str, torch.Tensor] = {}
     for index in range(rounds):
         idle = index >= len(batches)

@@ -10,9 +10,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from workflows.checkpoint import metric, share_metric
 from workflows.training import losses
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import Objective, TrainArgs, rows_used, step_indices
+from workflows.training.held_out import HeldOut
+from workflows.training.loop import Objective, Report, TrainArgs, rows_used, step_indices
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
 from workflows.training.reference import key_of, reference_logprobs
@@ -81,6 +83,7 @@ class DPO(Objective):
         seed: int,
         settings: PairSettings,
         model_identity: dict[str, Any],
+        test: HeldOut | None = None,
     ) -> None:
         """Keep what a run needs.
 
@@ -91,16 +94,21 @@ class DPO(Objective):
             seed: Of the order of pairs.
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the pairs.
+            test: What the trained model is tested on at the end.
         """
-        self.pairs, self.trained = [*train_pairs, *validation_pairs], len(train_pairs)
+        self.test = test or HeldOut()
+        self.pairs = [*train_pairs, *validation_pairs, *(pair.tree for pair in self.test.labelled)]
+        self.trained, self.validated = len(train_pairs), len(train_pairs) + len(validation_pairs)
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
-        self.reference: dict[int, torch.Tensor] | None = None
+        self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
         """Get the reference's log-probabilities of all pairs that the run meets."""
-        if self.settings.loss in WITHOUT_REFERENCE:
+        met = [*range(self.validated, len(self.pairs))]
+        if self.settings.loss not in WITHOUT_REFERENCE:
+            met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, self.validated), *met]
+        if not met:
             return
-        met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, len(self.pairs))]
         trees = [self.pairs[i] for i in met]
         key, file = key_of(trees, self.identity), out_dir / "reference.safetensors"
         found = reference_logprobs(fabric, model, trees, self.train.row_tokens, file, key)
@@ -114,9 +122,8 @@ class DPO(Objective):
     def _packed(self, indices: Sequence[int]) -> list[PairBatch]:
         found = []
         for row, batch in pack([self.pairs[i] for i in indices], self.train.row_tokens):
-            reference = None
-            if self.reference is not None:
-                reference = torch.cat([self.reference[indices[i]] for i in row])
+            needed = self.settings.loss not in WITHOUT_REFERENCE
+            reference = torch.cat([self.reference[indices[i]] for i in row]) if needed else None
             found.append(PairBatch(batch, reference))
         return found
 
@@ -161,15 +168,39 @@ class DPO(Objective):
     @torch.no_grad()
     def validate(self, model: GPT) -> dict[str, float]:
         """Means over the validation pairs; every process computes all of them."""
+        means = self._means(model, range(self.trained, self.validated))
+        return {f"val_{name}": means[name] for name in ("loss", "margin", "accuracy", "logprob_accuracy")}
+
+    def _means(self, model: GPT, indices: Sequence[int]) -> dict[str, float]:
+        """Loss and what else is logged, the mean over some pairs."""
         model.eval()
         device = next(model.parameters()).device
         totals: Counter[str] = Counter()
-        count = len(self.pairs) - self.trained
-        for batch in self._packed(range(self.trained, len(self.pairs))):
+        for batch in self._packed(indices):
             loss, told = self.loss(model, batch.to(device))
             totals.update({"loss": float(loss), **{name: float(value) for name, value in told.items()}})
         model.train()
-        return {f"val_{name}": totals[name] / count for name in ("loss", "margin", "accuracy", "logprob_accuracy")}
+        return {name: total / len(indices) for name, total in totals.items()}
+
+    @torch.no_grad()
+    def report(self, model: GPT) -> Report:
+        """The share of held-out pairs that are the right way round, and answers to their prompts before and after."""
+        indices = range(self.validated, len(self.pairs))
+        if not indices:
+            return Report()
+        means, count = self._means(model, indices), len(indices)
+        before = 0.0
+        for i in indices:
+            chosen, rejected = self.reference[i].split([sum(mask) for mask in self.pairs[i].loss_masks or []])
+            before += float(losses.pairs_won(chosen.sum()[None], rejected.sum()[None]))
+        shares = {
+            "pair_accuracy": means["accuracy"],
+            "logprob_accuracy_before": before / count,
+            "logprob_accuracy": means["logprob_accuracy"],
+        }
+        rows = [share_metric(name, share, count) for name, share in shares.items()]
+        rows += [metric(name, means[name], n=count, split="test") for name in ("margin", "kl") if name in means]
+        return Report(rows, shown=self.test.answers(model))
 
 
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, settings: PairSettings) -> torch.Tensor:

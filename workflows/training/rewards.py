@@ -50,7 +50,11 @@ Reward = Callable[[Sample], float]
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
 _LETTER = re.compile(
-    r"\b(?:answer|option|choice)\b\W*(?:is\W*)?\(?([A-Z])\b|^\W*([A-Z])\b(?![a-z' ]\w)|\(([A-Z])\)", re.MULTILINE
+    r"\\boxed\{(?:\\text\{)?\W*([A-Z])\b"
+    r"|\b(?i:answer|option|choice)\b\W*(?i:is\b\W*)?\(?([A-Z])\b"
+    r"|^\W*([A-Z])\b(?:(?= is\b)|(?![a-z' ]\w))"
+    r"|\(([A-Z])\)",
+    re.MULTILINE,
 )
 
 
@@ -215,17 +219,20 @@ class Rewards:
         """One reward of each answer."""
         if name in self.models:
             prompts = [sample.row["prompt"] for sample in samples]
-            return self.models[name](prompts, [sample.text for sample in samples])
-        found = []
-        for sample in samples:
-            try:
-                value = float(self.functions[name](sample))
-            except Exception as e:  # a function of the user's may raise anything
-                raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}. {_shown(sample)}") from None
+            found = self.models[name](prompts, [sample.text for sample in samples])
+        else:
+            found = [self._value(name, sample) for sample in samples]
+        for sample, value in zip(samples, found, strict=True):
             if not math.isfinite(value):
                 raise UserError(f"The reward {name} gave {value}. {_shown(sample)}")
-            found.append(value)
         return found
+
+    def _value(self, name: str, sample: Sample) -> float:
+        """What a function says of one answer."""
+        try:
+            return float(self.functions[name](sample))
+        except Exception as e:  # a function of the user's may raise anything
+            raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}. {_shown(sample)}") from None
 
 
 def _shown(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""LitGPT's GPT with a number for an output: a reward for each answer.
+"""LitGPT's GPT with a number for an output: a reward for each answer, or a value before each of its tokens.
 
 A reward model is a checkpoint directory with one file more, `reward_head.safetensors`: the head's weight, and the mean
 and standard deviation of its rewards over the answers that it was validated on, by which they are normalised.
@@ -43,6 +43,29 @@ class RewardModel(GPT):
         return self.reward_head(states.float())[:, 0]
 
 
+class ActorCritic(GPT):
+    """A policy that also values the state before each token.
+
+    The value head reads the trunk's states and does not move them: at first its gradient is larger than the policy's.
+    """
+
+    value_head: torch.nn.Linear
+
+    def forward(self, idx: torch.Tensor | PackedBatch, *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities and values of a packed row's learned tokens, float32, (N,) each.
+
+        Args:
+            idx: A packed row, or token ids for LitGPT's own forward.
+            *args: LitGPT's.
+            **kwargs: LitGPT's, or `temperature` for a packed row.
+        """
+        if not isinstance(idx, PackedBatch):
+            return super().forward(idx, *args, **kwargs)
+        states = self.hidden(idx)[0].index_select(0, idx.predictors)  # (N, n_embd)
+        logprobs = self.head_logprobs(states, idx.targets, **kwargs)
+        return logprobs, self.value_head(states.detach().float())[:, 0]
+
+
 def with_head(model: GPT, kind: type[GPT], name: str) -> Any:
     """Turn a loaded model into one of the above; the new head begins at zero, in float32, and is trained."""
     model.__class__ = kind
@@ -82,13 +105,13 @@ class LearnedReward:
             weight, mean, std = tensors["weight"], float(tensors["mean"]), float(tensors["std"])
         except FileNotFoundError:
             raise UserError(
-                f"{directory} is no reward model, without {REWARD_HEAD}; `python -m workflows reward` makes one."
+                f"{directory} is no reward model, without {REWARD_HEAD}; `make reward` makes one."
             ) from None
         except (safetensors.SafetensorError, KeyError, ValueError) as e:
-            raise UserError(f"{file} cannot be read ({e}). Run `python -m workflows reward` again.") from None
+            raise UserError(f"{file} cannot be read ({e}). Run `make reward` again.") from None
         model = load_model(directory, None, precision, device=device)
         if weight.shape != (1, model.config.n_embd) or not std > 0:
-            raise UserError(f"{file} does not fit the model beside it. Run `python -m workflows reward` again.")
+            raise UserError(f"{file} does not fit the model beside it. Run `make reward` again.")
         self.model: RewardModel = with_head(model, RewardModel, "reward_head").eval().requires_grad_(False)
         self.model.reward_head.weight.copy_(weight.to(device))
         self.mean, self.std, self.device = mean, std, torch.device(device)

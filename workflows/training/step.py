@@ -32,7 +32,7 @@ from workflows.checkpoint import (
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
-from workflows.training.loop import FitResult, Objective, TrainArgs, fit
+from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.model import LoRAArgs, Precision, load_model
 from workflows.training.processes import (
     Accelerator,
@@ -133,6 +133,12 @@ class RunArgs:
         return problems
 
 
+def row_limit_problems(max_val_rows: int, max_test_rows: int = 0) -> list[str]:
+    """What is wrong with the limits on rows that a step is validated and tested on, as messages."""
+    found = [] if max_val_rows >= 1 else [f"--max_val_rows must be at least 1, not {max_val_rows}."]
+    return found + ([] if max_test_rows >= 0 else [f"--max_test_rows must be at least 0, not {max_test_rows}."])
+
+
 def run_step(
     step: str, settings: dict[str, Any], run: RunArgs, make_objective: Callable[[L.Fabric], Objective]
 ) -> None:
@@ -187,8 +193,27 @@ def _train(
             write_final(final, step, base, trained, run.lora, settings, result, seconds, peak, objective)
             shutil.rmtree(checkpoints)
     fabric.barrier()
+    fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     fabric.print(f"{told}, checkpoint: {final}")
+
+
+def report_text(report: Report) -> str:
+    """A step's last words: answers before and after it, and what was measured on the test split."""
+    lines = []
+    for answer in report.shown:
+        lines += ["", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items())]
+    lines += ["", *(f"test {row['name']}: {row['value']:.4f}" + _spread(row) for row in report.metrics)]
+    lines += [
+        f"test {row['metric']}, after - before: {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to "
+        f"{row['high']:+.4f}, n = {row['n']}"
+        for row in report.gain
+    ]
+    return "\n".join(lines[:-1] if not lines[-1] else lines)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
 
 
 def write_final(
@@ -233,12 +258,14 @@ def write_final(
         write_hyperparameters(temporary, settings)
         write_metrics(
             temporary / "metrics.json",
-            [metric(name, value, split="validation") for name, value in result.metrics.items()],
+            [metric(name, value, split="validation") for name, value in result.metrics.items()] + result.report.metrics,
             seconds=seconds,
             tokens_per_second=result.real_tokens / result.seconds,
             peak_bytes=peak.bytes,
             train_seconds=result.seconds,
             steps=result.steps,
+            gain=result.report.gain,
+            shown=result.report.shown,
         )
         write_provenance(temporary, step, sources(settings), settings)
 
@@ -273,7 +300,13 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's result, as plain values: settings, data and base, not where the latter two are."""
     data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
     base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
-    return {**_deciding(settings), "data": data, "base_files": base_files}
+    judges = {name: source.get("files") for name, source in _reward_models(settings).items()}
+    return {
+        **_deciding(settings),
+        "data": data,
+        "base_files": base_files,
+        **({"reward_files": judges} if judges else {}),
+    }
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +321,14 @@ def sources(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "base": describe_source(Path(settings["checkpoint_dir"])),
         "data": describe_source(Path(settings["data"])),
+        **_reward_models(settings),
     }
+
+
+def _reward_models(settings: dict[str, Any]) -> dict[str, Any]:
+    """The reward models among a step's rewards, by their folder."""
+    names = [entry.reward for entry in settings.get("rewards", []) if "/" in entry.reward]
+    return {name: describe_source(Path(name)) for name in names}
 
 
 def decided(own: dict[str, Any], run: RunArgs) -> dict[str, Any]:

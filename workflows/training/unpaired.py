@@ -6,6 +6,7 @@ has one such answer, the next prompt's, so that the reference's log-probabilitie
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from workflows.training import losses
 from workflows.training.answers import Labelled
-from workflows.training.batch import ROW_MULTIPLE, PackedBatch, Tree, pack, pack_row
+from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.loop import Objective, TrainArgs, rows_used, step_indices
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
@@ -39,15 +40,13 @@ class AnswerBatch:
         rows: The row.
         desirable: Whether each of its completions is a good one, shape (completions,).
         reference: log pi_ref of its learned tokens, shape (N,).
-        strangers: The same prompts, each with an answer of another.
-        strangers_reference: log pi_ref of these answers, shape (strangers,).
+        kl: The policy's KL to the reference, estimated on all of the step's strangers, a scalar.
     """
 
     rows: PackedBatch
     desirable: torch.Tensor
     reference: torch.Tensor
-    strangers: PackedBatch
-    strangers_reference: torch.Tensor
+    kl: torch.Tensor
 
     @property
     def real_tokens(self) -> int:
@@ -83,13 +82,14 @@ class KTO(Objective):
         """
         self.answers = [*train_answers, *validation_answers]
         self.trained = len(train_answers)
-        self.strangers = [*_with_strangers(train_answers), *_with_strangers(validation_answers)]
+        both = (train_answers, validation_answers)
+        self.strangers = [tree for answers in both for tree in _with_strangers(answers, train.max_seq_length)]
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
         """Get the reference's log-probabilities of all answers that the run meets, and of their prompts' strangers."""
-        count = len(self.answers)
+        self._model, self._device, count = model, fabric.device, len(self.answers)
         met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, count)]
         trees = [*(self.answers[i].tree for i in met), *(self.strangers[i] for i in met)]
         key, file = key_of(trees, self.identity), out_dir / "reference.safetensors"
@@ -98,20 +98,28 @@ class KTO(Objective):
 
     def batches(self, step: int, rank: int, world_size: int) -> list[AnswerBatch]:
         """The rows of one step for one process; prompts are dealt out in turn."""
-        return self._packed(step_indices(step, self.trained, self.train.global_batch_size, self.seed)[rank::world_size])
+        indices = step_indices(step, self.trained, self.train.global_batch_size, self.seed)
+        return self._packed(indices[rank::world_size], self._kl(indices))
 
-    def _packed(self, indices: list[int]) -> list[AnswerBatch]:
+    @torch.no_grad()
+    def _kl(self, indices: Sequence[int]) -> torch.Tensor:
+        """The mean log-ratio of the prompts' strangers, at least 0; every process computes all of a step's."""
+        total = torch.zeros((), device=self._device)
+        for row, batch in pack([self.strangers[i] for i in indices], self.train.row_tokens):
+            reference = sum(self.reference[len(self.answers) + indices[i]].sum() for i in row)
+            total += self._model(batch.to(self._device)).sum() - reference
+        return (total / len(indices)).clamp_min(0).cpu()
+
+    def _packed(self, indices: list[int], kl: torch.Tensor) -> list[AnswerBatch]:
         found = []
         for row, batch in pack([self.answers[i].tree for i in indices], self.train.row_tokens):
             chosen = [indices[i] for i in row]
-            strange = [self.reference[len(self.answers) + i].sum() for i in chosen]
             found.append(
                 AnswerBatch(
                     batch,
                     torch.tensor([good for i in chosen for good in self.answers[i].desirable]),
                     torch.cat([self.reference[i] for i in chosen]),
-                    pack_row([self.strangers[i] for i in chosen], ROW_MULTIPLE),
-                    torch.stack(strange),
+                    kl,
                 )
             )
         return found
@@ -122,20 +130,17 @@ class KTO(Objective):
 
     def loss(self, model: GPT, batch: AnswerBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's losses summed over its answers, and what tells how training goes, likewise."""
-        rows, strangers = batch.rows, batch.strangers
-        with torch.no_grad():
-            strange = per_completion(model(strangers), strangers.owners, strangers.completions)
-            kl = (strange - batch.strangers_reference).mean().clamp_min(0)
+        rows = batch.rows
         logprobs = model(rows)  # (N,)
         ratios = per_completion(logprobs - batch.reference, rows.owners, rows.completions)  # (completions,)
         settings = self.settings
         loss = losses.kto(
-            ratios, batch.desirable, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight
+            ratios, batch.desirable, batch.kl, settings.beta, settings.desirable_weight, settings.undesirable_weight
         )
         rewards = settings.beta * ratios.detach()
         told = {
             "signed_reward": torch.where(batch.desirable, rewards, -rewards).sum(),  # to rise
-            "kl_strangers": kl * rows.completions,
+            "kl_strangers": batch.kl * rows.completions,
             # a good answer should have gained on the reference, a bad one lost
             "accuracy": ((rewards > 0) == batch.desirable).float().sum(),
             "kl": losses.k2(logprobs.detach(), batch.reference).sum(),
@@ -149,7 +154,8 @@ class KTO(Objective):
         device = next(model.parameters()).device
         totals: Counter[str] = Counter()
         count = 0
-        for batch in self._packed(list(range(self.trained, len(self.answers)))):
+        indices = list(range(self.trained, len(self.answers)))
+        for batch in self._packed(indices, self._kl(indices)):
             loss, told = self.loss(model, batch.to(device))
             totals.update({"loss": float(loss), "accuracy": float(told["accuracy"])})
             count += self.units(batch)
@@ -157,11 +163,11 @@ class KTO(Objective):
         return {f"val_{name}": total / count for name, total in totals.items()}
 
 
-def _with_strangers(answers: list[Labelled]) -> list[Tree]:
-    """Each prompt with the first answer of the next one."""
+def _with_strangers(answers: list[Labelled], longest: int) -> list[Tree]:
+    """Each prompt with the first answer of the next one, as far as both together fit into so many tokens."""
     following = [*answers[1:], *answers[:1]]
     trees = []
     for answer, other in zip(answers, following, strict=True):
-        masks = other.tree.loss_masks[:1] if other.tree.loss_masks else None
-        trees.append(Tree(answer.tree.prompt, other.tree.completions[:1], masks))
+        room = longest - len(answer.tree.prompt)
+        trees.append(Tree(answer.tree.prompt, [other.tree.completions[0][:room]]))
     return trees

@@ -15,6 +15,8 @@ from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.evaluation.lm import LitGPTLM, load_for_evaluation, model_hash
 
+pytestmark = pytest.mark.long
+
 CHOICES = ["Tachypnea", "Anemia of the blood", "Leiomyoma — 子宮", "A"]
 QUESTIONS = [
     "Which clinical finding does this describe? An abnormally increased rate of breathing.",

@@ -14,6 +14,8 @@ from workflows.errors import UserError
 from workflows.evaluation import tasks
 from workflows.evaluation.tasks import MMLU_MEDICAL, LocalTask, load_tasks, split_of
 
+pytestmark = pytest.mark.long
+
 ROWS = [
     {"prompt": [{"role": "user", "content": "Fast breathing?"}], "choices": ["Tachypnea", "Anemia"], "answer": 0},
     {"prompt": [{"role": "user", "content": "Few red cells?"}], "choices": ["Fever", "Anemia", "Rash"], "answer": 1},

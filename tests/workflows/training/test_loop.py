@@ -162,7 +162,16 @@ def test_only_the_newest_two_checkpoints_are_kept_and_no_parts(tmp_path):
 def test_metrics_csv_has_loss_extras_and_validation(tmp_path):
     run(tmp_path, train=replace(TRAIN, max_norm=1.0))
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert set(rows[0]) == {"step", "loss", "mean_y", "grad_norm", "lr", "tokens_per_second", "val_loss"}
+    assert set(rows[0]) == {
+        "step",
+        "loss",
+        "mean_y",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "updated_per_second",
+        "val_loss",
+    }
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     assert float(rows[0]["lr"]) == pytest.approx(0.05)
 

@@ -5,16 +5,25 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from tests.workflows import alignment
 from tests.workflows.test_lora import write_rows
+from workflows import dpo as dpo_step
+from workflows import grpo as grpo_step
 from workflows import lora as lora_step
+from workflows import ppo as ppo_step
 from workflows.training.loop import TrainArgs
 from workflows.training.processes import device_problems
+from workflows.training.rewards import WeightedReward
+
+pytestmark = pytest.mark.long
 
 STEPS = 40
 TRAIN = TrainArgs(
@@ -97,6 +106,32 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
     assert losses(tmp_path)[:20] == pytest.approx(alone[:20], abs=1e-4)
     assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
     assert (tmp_path / "final" / "lit_model.pth").is_file()
+
+
+@pytest.mark.parametrize("step", ["dpo", "grpo", "ppo"])
+def test_alignment_in_two_processes_follows_one(step, tiny_llama, pairs, questions, tmp_path):
+    # small steps: a number that rounds the other way must not sample another token
+    train = replace(alignment.TRAIN, max_steps=6, max_seq_length=128, learning_rate=1e-3)
+    data = pairs if step == "dpo" else questions
+    options: dict[str, Any] = {"precision": "32-true", "lora_r": 4, "max_new_tokens": 10}
+    if step != "dpo":
+        options["rewards"] = [WeightedReward(f"{alignment.__name__}.early_letters")]
+    if step == "grpo":
+        options["group_size"] = 4
+    module = {"dpo": dpo_step, "grpo": grpo_step, "ppo": ppo_step}[step]
+    module.setup(checkpoint_dir=tiny_llama, data=data, out_dir=tmp_path / "one", train=train, **options)
+    command = [sys.executable, "-m", "workflows", step, "--devices", "2", "--strategy", "ddp"]
+    given = {**options, "checkpoint_dir": tiny_llama, "data": data, "out_dir": tmp_path / "two"}
+    if "rewards" in given:
+        given["rewards"] = json.dumps([vars(entry) for entry in options["rewards"]])
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    run = subprocess.run([*command, "--train", json.dumps(vars(train))], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    one, two = (alignment.on_test_split(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) >= 3
+    for name, row in one.items():
+        assert two[name]["value"] == pytest.approx(row["value"], abs=5e-3)
 
 
 def test_device_problems_are_all_told(monkeypatch):

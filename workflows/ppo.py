@@ -1,0 +1,109 @@
+"""`make ppo`: align a checkpoint with a reward model (RLHF), by PPO with a value head.
+
+Beside it stands `make grpo` with the same reward model, which needs no critic. The reference policy of the KL is the
+model without its adapters.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from workflows.checkpoint import check_checkpoint_dir
+from workflows.errors import report_all
+from workflows.training.actor_critic import PPO, CriticSettings
+from workflows.training.groups import GroupSettings
+from workflows.training.loop import TrainArgs
+from workflows.training.questions import questions_of
+from workflows.training.rewards import Rewards, WeightedReward
+from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_step
+
+
+def setup(
+    checkpoint_dir: Path,
+    rewards: list[WeightedReward],
+    data: Path = Path("data/hpo_pairs"),
+    out_dir: Path = Path("out/ppo"),
+    kinds: list[str] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    beta: float = 0.05,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    value_weight: float = 0.1,
+    value_clip: float = 0.2,
+    updates: int = 2,
+    sampling_batch: int = 64,
+    max_val_rows: int = 100,
+    max_test_rows: int = 100,
+    train: TrainArgs = TrainArgs(global_batch_size=16, learning_rate=1e-4, max_norm=1.0),
+    **run: Any,
+) -> None:
+    """Align a checkpoint with rewards, token by token.
+
+    Args:
+        checkpoint_dir: The LitGPT checkpoint directory to start from; it is the reference, too.
+        rewards: What an answer is worth, e.g. [{reward: out/demo/reward/final}].
+        data: A data directory whose rows have a prompt (preferences, say), and what the rewards read.
+        out_dir: Where logs and checkpoints go; the result is its `final` folder.
+        kinds: Ask only rows whose `kind` is one of these; all that have what the rewards read if null.
+        max_new_tokens: The most tokens of an answer.
+        temperature: Sampling's; log-probabilities are of the policy at this temperature.
+        beta: What a nat of log-ratio to the reference costs.
+        clip_low: How far below 1 a ratio still counts.
+        clip_high: How far above 1.
+        gamma: Discount of later rewards.
+        lam: How far to trust rewards over values (GAE's lambda). With less than 1 an untrained critic makes late tokens
+            matter more than early ones (Yuan et al. 2025, arXiv 2503.01491).
+        value_weight: Weight of the value head's loss.
+        value_clip: How far a value may move from that at sampling before it stops to count.
+        updates: Optimizer steps on the same answers.
+        sampling_batch: Answers that are sampled side by side.
+        max_val_rows: At most this many validation questions are asked each time, greedily.
+        max_test_rows: At most this many test questions are asked at the end, before and after training; 0 for none.
+        train: Training settings; a sample is a question, with one answer.
+        **run: What all training steps take (`workflows.training.step.RunArgs`).
+
+    Raises:
+        UserError: If an argument, the checkpoint, the data or a reward is not usable.
+    """
+    own = {name: value for name, value in locals().items() if name != "run"}
+    own["checkpoint_dir"] = checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
+    common = RunArgs(**run)
+    group_settings = GroupSettings(
+        group_size=1,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        beta=beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        updates=updates,
+        sampling_batch=sampling_batch,
+    )
+    critic = CriticSettings(gamma, lam, value_weight, value_clip)
+    problems = common.problems(train, checkpoint_dir) + critic.problems()
+    problems += group_settings.problems(train, common, least_group=1)
+    problems += row_limit_problems(max_val_rows, max_test_rows)
+    report_all(problems)
+    settings = decided(own, common)
+    if done_before(settings):
+        return
+
+    def make_objective(fabric: L.Fabric) -> PPO:
+        composed = Rewards(rewards, settings["precision"], fabric.device)
+        template, questions = questions_of(fabric, settings, composed)
+        return PPO(
+            questions["train"],
+            questions["validation"],
+            template,
+            composed,
+            train,
+            common.seed,
+            group_settings,
+            questions["test"],
+            critic=critic,
+        )
+
+    run_step("ppo", settings, common, make_objective)

@@ -1,0 +1,94 @@
+"""Rows that are asked: read, checked for what the rewards need, and encoded as prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from data_prep.rows import Row, iterate_jsonl, row_problem
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.training.rewards import Rewards
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that can be asked, and its prompt's ids."""
+
+    row: Row
+    prompt: list[int]
+
+
+def questions_of(
+    fabric: L.Fabric, settings: dict[str, Any], rewards: Rewards
+) -> tuple[ChatTemplate, dict[str, list[Question]]]:
+    """A step's chat template, and its questions for training, validation and test; says what was left out.
+
+    Raises:
+        UserError: If the data is not usable, or no question is left.
+    """
+    template = ChatTemplate.from_checkpoint(settings["checkpoint_dir"])
+    room = settings["train"].max_seq_length - settings["max_new_tokens"]
+    questions: dict[str, list[Question]] = {}
+    limits = {"train": None, "validation": settings["max_val_rows"], "test": settings["max_test_rows"]}
+    for split, most in limits.items():
+        path = Path(settings["data"]) / f"{split}.jsonl"
+        if split == "test" and (not most or not path.is_file()):
+            questions[split] = []
+            continue
+        rows = read_questions(path, rewards, settings["kinds"])[:most]
+        questions[split], told = encode_questions(rows, template, room, str(path))
+        fabric.print(told)
+        if not questions[split]:
+            raise UserError(f"No question is left to ask. {told}\nRaise --train.max_seq_length.")
+    return template, questions
+
+
+def read_questions(path: Path, rewards: Rewards, kinds: list[str] | None) -> list[Row]:
+    """Rows that can be asked and judged: verifiable or scoring rows, or conversations that carry "answers".
+
+    Args:
+        path: A `.jsonl` file.
+        rewards: What is to be read of them.
+        kinds: Only rows of these kinds.
+
+    Raises:
+        UserError: If the file is missing, a line is malformed, or no row has what the rewards read.
+    """
+    rows = []
+    for number, row in iterate_jsonl(path):
+        if isinstance(row, dict) and "messages" in row:
+            if problem := row_problem(row, "messages"):
+                raise UserError(f"{path}, line {number}: {problem}.")
+            row = {**row, "prompt": row["messages"][:-1]}
+        shape = "scoring" if isinstance(row, dict) and "choices" in row else "verifiable"
+        judged = isinstance(row, dict) and all(field in row for field in rewards.fields)
+        if judged and (problem := row_problem({"answers": ["-"], **row}, shape)):
+            raise UserError(f"{path}, line {number}: {problem}.")
+        if judged and (kinds is None or row.get("kind") in kinds):
+            rows.append(row)
+    if not rows:
+        needed = " and ".join(f'"{field}"' for field in rewards.fields) or "a prompt"
+        raise UserError(f"{path} has no rows with {needed}" + (f" of kind {', '.join(kinds)}." if kinds else "."))
+    return rows
+
+
+def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: str) -> tuple[list[Question], str]:
+    """Encode prompts.
+
+    Args:
+        rows: Rows with a "prompt".
+        template: The checkpoint's.
+        room: The most tokens of a prompt; longer ones are dropped, and counted.
+        name: What the rows are.
+
+    Returns:
+        The questions, and what became of the rows, in words.
+    """
+    questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
+    kept = [question for question in questions if len(question.prompt) <= room]
+    return (
+        kept,
+        f"{name}: {len(kept):,} of {len(rows):,} questions; {len(rows) - len(kept):,} dropped: over {room} tokens",
+    )
