@@ -31,30 +31,54 @@ INSTALLED := .venv/.installed
 OUT       := out/$(RUN)
 # The folder of a downloaded model is known to Python only, so this small file holds its path.
 BASE      := checkpoints/.paths/$(call filename,$(MODEL))
-LORA      := $(OUT)/lora/final/provenance.json
+trained    = $(OUT)/$(1)/final/provenance.json
 EXPORT    := $(OUT)/ollama/verification.json
 # The name under which the registry first lists MODEL's weights, whether MODEL is a name (in any case) or a Hub id.
 KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1; sub(/:.*/, "", name)} \
   $$1 == "hub_id:" {id = tolower($$2); id_of[name] = id; if (!(id in first)) first[id] = name} \
   END {id = tolower(model); if (id in id_of) id = id_of[id]; print (id in first) ? first[id] : id}' checkpoints/registry.yaml)
-# A step's settings: the model's own recipe if there is one, else the one that suits any small model.
-recipe     = $(firstword $(wildcard workflows/recipes/$(KNOWN_AS)/$(1).yaml) workflows/recipes/default/$(1).yaml)
+# A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
+recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
+  workflows/recipes/default/$(1).yaml)
 # What make can prepare by itself, and what is scored: data sets with questions that have options.
-PREPARED  := hpo pubmedqa medquad medqa medmcqa
+COLLECTIONS := instruction_preference orca ultrafeedback_binarized ultramedical_preference
+PREPARED  := hpo hpo_thoughts pubmedqa medquad medqa medmcqa $(COLLECTIONS)
 TASKS     ?= $(or $(addsuffix _mcq,$(filter hpo,$(DATA))),$(addsuffix _local,$(filter pubmedqa medqa medmcqa,$(DATA))),\
   $(if $(wildcard data/$(DATA)_mcq/test.jsonl),$(DATA)_mcq))
-# hpo's shortest kind of row, definition -> name, is what its questions ask for; KINDS= trains on all kinds.
-KINDS     ?= $(if $(filter hpo,$(DATA)),name)
+# The kind of row that a data set's questions ask for (hpo: definition -> name); KINDS= trains on all kinds.
+KINDS     ?= $(if $(filter hpo,$(DATA)),name,$(if $(filter medqa medmcqa,$(DATA)),answer))
+# Preferences about the same questions, or a collection of preferences that was named itself.
+PAIRS     ?= $(or $(filter $(COLLECTIONS),$(DATA)),$(addsuffix _pairs,$(if $(wildcard data/$(DATA)_pairs/train.jsonl),$(DATA),\
+  $(filter hpo,$(DATA)))))
+# The training of a run, step by step: each goes on from the one before it, the first from MODEL. lora is part of it, unless
+# DATA is preferences; of the others those that are named now or have run, and for a demo whatever the data is good for.
+goes       = $(or $(filter $(1),$(MAKECMDGOALS)),$(if $(filter demo,$(MAKECMDGOALS)),$(2),$(wildcard $(call trained,$(1)))))
+STAGES    ?= $(if $(filter $(COLLECTIONS),$(DATA)),,lora) \
+  $(if $(and $(or $(PAIRS),$(filter dpo,$(MAKECMDGOALS))),$(call goes,dpo,$(PAIRS))),dpo) \
+  $(if $(call goes,ppo),ppo) $(if $(call goes,grpo,$(filter hpo,$(DATA))),grpo)
+STAGES    := $(strip $(STAGES))
+# What a step goes on from: its predecessor among the stages, a reward model from the lora stage; nothing stands for MODEL.
+upto       = $(if $(filter $(1),$(firstword $(2))),,$(firstword $(2)) $(if $(2),$(call upto,$(1),$(wordlist 2,$(words $(2)),$(2)))))
+from       = $(if $(filter reward,$(1)),$(filter lora,$(STAGES)),$(lastword $(call upto,$(1),$(STAGES))))
+input      = $(if $(call from,$(1)),$(call trained,$(call from,$(1))),$(BASE))
+input_dir  = $(if $(call from,$(1)),$(OUT)/$(call from,$(1))/final,"$$(cat $(BASE))")
+LAST      := $(lastword $(STAGES))
 
 # A step that has run keeps in OUT/.settings/STEP what it ran with; it is stale when that has changed. DEVICES and NODES
 # are not part of it: they change how fast a result comes, not which.
 variables_of_lora     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) TRAINER=$(TRAINER)
+variables_of_dpo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,dpo)
+variables_of_reward   = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,reward)
+variables_of_ppo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,ppo)
+variables_of_grpo     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) FROM=$(call from,grpo)
 variables_of_evaluate = MODEL=$(MODEL) DATA=$(DATA) TASKS=$(TASKS)
-variables_of_export   = NAME=$(NAME)
+variables_of_export   = NAME=$(NAME) FROM=$(LAST)
 # ARGS belong to the step that is named on the command line. One that runs on the way to another keeps those it had, and
-# `make demo` means the recipes as they are.
-args_for   = $(if $(filter $(1) demo,$(MAKECMDGOALS)),$(ARGS),$(shell \
-  sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null))
+# `make demo` means the recipes as they are, but for those that would take too long for a demo.
+args_for   = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(if $(filter demo,$(MAKECMDGOALS)),$(demo_args_$(1)),$(shell \
+  sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null)))
+demo_args_dpo  := --max_test_rows 200
+demo_args_grpo := --train.max_steps 24 --max_test_rows 200
 settings   = $(variables_of_$(1)) ARGS=$(call args_for,$(1))
 # FORCE if a step is to run although its files are new: its settings are others, or ARGS ask for it again.
 changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
@@ -62,15 +86,16 @@ changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
 announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
 remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
 
-BENCHES   := bench-lora bench-eval bench-export
+BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo
 # Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
 BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
-TAKE_ARGS := download data lora merge evaluate export chat test test-fast test-slow soak $(BENCHES)
+TRAINING  := lora dpo reward ppo grpo
+TAKE_ARGS := download data $(TRAINING) merge evaluate export chat test test-fast test-slow soak $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
-$(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, TASKS, TRAINER, RUN and \
-  NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
+$(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
+  RUN and NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
 endif
 ifneq ($(and $(ARGS),$(filter-out help,$(MAKECMDGOALS)),$(filter-out 1,$(words $(filter $(TAKE_ARGS),$(MAKECMDGOALS))))),)
 $(error ARGS are options of one step, so with them `make` takes exactly one of: $(TAKE_ARGS))
@@ -80,16 +105,24 @@ $(error $(DATA) has no questions with options to score a model on; `make lora` r
   To score on something else name it, e.g. make evaluate DATA=$(DATA) TASKS=medical)
 endif
 
+ifneq ($(or $(filter dpo ppo,$(STAGES)),$(filter reward,$(MAKECMDGOALS))),)
+ifeq ($(PAIRS),)
+$(error $(DATA) has no preferences to learn from. Name some: PAIRS=orca (or another of $(COLLECTIONS)), or your own, \
+  prepared by make data DATA=jsonl ARGS="--file pairs.jsonl --name mine_pairs")
+endif
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data lora merge evaluate export chat clean FORCE
+.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
-	@echo 'Less often: TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name (rows to train on), TRAINER=litgpt,'
-	@echo '            NAME=mine (in Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS"'
+	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
+	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, NAME=mine (in Ollama), PYTHON=python3.12,'
+	@echo '            PIP_ARGS="--extra-index-url ADDRESS"'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -114,12 +147,20 @@ download: $(INSTALLED)  ## get MODEL and bring it into LitGPT's form
 data: $(INSTALLED)  ## prepare DATA as JSONL with a manifest
 	@$(STEP) data --data $(DATA) $(ARGS)
 
-lora: $(LORA)  ## fine-tune MODEL on DATA with LoRA (TRAINER=litgpt: by LitGPT's own command)
+lora: $(call trained,lora)  ## fine-tune MODEL on DATA with LoRA (TRAINER=litgpt: by LitGPT's own command)
 
-merge: $(LORA)  ## fold the adapters of RUN into a plain checkpoint
-	@$(STEP) merge --checkpoint_dir $(OUT)/lora/final $(ARGS)
+dpo: $(call trained,dpo)  ## align it with preferences, PAIRS: better answers against worse ones
 
-evaluate: $(OUT)/evaluate/lora/metrics.json  ## score base and tuned model, and test the difference
+grpo: $(call trained,grpo)  ## align it with rewards: answers of its own, of which the better ones become likelier
+
+reward: $(call trained,reward)  ## train a reward model on PAIRS
+
+ppo: $(call trained,ppo)  ## align it with that reward model (RLHF)
+
+merge: $(call trained,$(LAST))  ## fold the adapters of RUN's last training step into a plain checkpoint
+	@$(STEP) merge --checkpoint_dir $(OUT)/$(LAST)/final $(ARGS)
+
+evaluate: $(STAGES:%=$(OUT)/evaluate/%/metrics.json)  ## score MODEL and what each training step made of it, and test the difference
 
 export: $(EXPORT)  ## write GGUF and Modelfile, create the model in Ollama, verify it
 
@@ -130,8 +171,8 @@ chat: $(INSTALLED)  ## talk to the exported model
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest $(ARGS)
 
-test-fast: $(INSTALLED)  ## tests without a real checkpoint or Ollama: half the time
-	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough" $(ARGS)
+test-fast: $(INSTALLED)  ## most of the tests, in a minute: no checkpoint, no Ollama, nothing trained
+	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough and not long" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the long tests
 	$(PY) -m pytest -m slow $(ARGS)
@@ -157,6 +198,14 @@ bench-eval: $(BASE)  ## scoring: ours and lm-eval's hf in turn
 bench-export: $(BASE)  ## memory and time of an export at two model sizes
 	$(PY) -m bench.export --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
 
+bench-dpo: $(BASE)  ## alignment with pairs: ours and TRL in turn
+	@test -f data/hpo_pairs/manifest.json || $(STEP) data --data hpo
+	$(PY) -m bench.dpo --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
+
+bench-grpo: $(BASE)  ## whole steps of alignment with rewards: ours and TRL in turn
+	@test -f data/hpo/manifest.json || $(STEP) data --data hpo
+	$(PY) -m bench.grpo --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
+
 # ---- the files behind the targets ----
 
 $(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INSTALLED)
@@ -165,34 +214,56 @@ $(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INS
 
 data/$(DATA)/manifest.json: | $(INSTALLED)
 ifneq ($(filter $(PREPARED),$(DATA)),)
-	@$(STEP) data --data $(DATA)
+	@$(STEP) data --data $(patsubst hpo_%,hpo,$(DATA))
 else
 	@echo 'error: there is no data/$(DATA). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(DATA)"' >&2; exit 1
 endif
 
-$(LORA): data/$(DATA)/manifest.json $(BASE) $(call recipe,lora) $(call changed,lora) | $(INSTALLED)
-	$(call announce,lora)
-	@$(STEP) lora --config $(call recipe,lora) --checkpoint_dir "$$(cat $(BASE))" --data data/$(DATA) \
-	  --out_dir $(OUT)/lora --devices $(DEVICES) --num_nodes $(NODES) $(if $(KINDS),--kinds $(call list,$(KINDS))) \
-	  $(if $(TRAINER),--trainer $(TRAINER)) $(call args_for,lora)
-	$(call remember,lora)
+# The pairs of a prepared data set are written together with it.
+ifneq ($(PAIRS),$(DATA))
+data/$(PAIRS)/manifest.json: | $(INSTALLED) $(if $(filter hpo_pairs,$(PAIRS)),$(if $(filter hpo,$(DATA)),data/hpo/manifest.json))
+ifneq ($(filter $(COLLECTIONS),$(PAIRS)),)
+	@$(STEP) data --data $(PAIRS)
+else ifeq ($(PAIRS),hpo_pairs)
+	@test -f $@ || $(STEP) data --data hpo
+else
+	@echo 'error: there is no data/$(PAIRS). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(PAIRS)"' >&2; exit 1
+endif
+endif
+
+rows_of      = $(if $(filter dpo reward ppo,$(1)),data/$(PAIRS),data/$(DATA))
+asked_kinds := $(if $(KINDS),--kinds $(call list,$(KINDS)))
+options_of_lora := $(asked_kinds) $(if $(TRAINER),--trainer $(TRAINER))
+options_of_grpo := $(asked_kinds)
+options_of_ppo  := --rewards '[{reward: $(OUT)/reward/final}]'
+
+define training_step
+$(call trained,$(1)): $(call rows_of,$(1))/manifest.json $(call input,$(1)) $(call recipe,$(1)) $(call changed,$(1)) | $(INSTALLED)
+	$$(call announce,$(1))
+	@$$(STEP) $(1) --config $$(call recipe,$(1)) --checkpoint_dir $$(call input_dir,$(1)) --data $(call rows_of,$(1)) \
+	  --out_dir $(OUT)/$(1) --devices $(DEVICES) --num_nodes $(NODES) $$(options_of_$(1)) $$(call args_for,$(1))
+	$$(call remember,$(1))
+endef
+$(foreach step,$(TRAINING),$(eval $(call training_step,$(step))))
+$(call trained,ppo): $(call trained,reward)
 
 $(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) | $(INSTALLED)
 	$(call announce,evaluate)
 	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks $(call list,$(TASKS)) \
 	  --out_dir $(@D) $(call args_for,evaluate)
-
-$(OUT)/evaluate/lora/metrics.json: $(LORA) $(OUT)/evaluate/base/metrics.json | $(INSTALLED)
-	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/lora/final --tasks $(call list,$(TASKS)) \
-	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(call args_for,evaluate)
 	$(call remember,evaluate)
 
-$(EXPORT): $(LORA) data/$(DATA)/manifest.json $(call recipe,export) $(call changed,export) | $(INSTALLED)
+$(OUT)/evaluate/%/metrics.json: $(OUT)/%/final/provenance.json $(OUT)/evaluate/base/metrics.json | $(INSTALLED)
+	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/$*/final --tasks $(call list,$(TASKS)) \
+	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(call args_for,evaluate)
+
+$(EXPORT): $(call trained,$(LAST)) data/$(DATA)/manifest.json $(call recipe,export) $(call changed,export) | $(INSTALLED)
 	$(call announce,export)
-	@$(STEP) export --config $(call recipe,export) --checkpoint_dir $(OUT)/lora/final --name $(NAME) --data data/$(DATA) \
+	@$(STEP) export --config $(call recipe,export) --checkpoint_dir $(OUT)/$(LAST)/final --name $(NAME) --data data/$(DATA) \
 	  --out_dir $(@D) $(call args_for,export)
 	$(call remember,export)
 
 # Without tasks the summary has validation losses only.
-$(OUT)/summary.json: $(if $(TASKS),$(OUT)/evaluate/base/metrics.json $(OUT)/evaluate/lora/metrics.json) $(EXPORT) | $(INSTALLED)
-	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME) $(if $(TASKS),,--scored false)
+$(OUT)/summary.json: $(if $(TASKS),$(STAGES:%=$(OUT)/evaluate/%/metrics.json)) $(EXPORT) | $(INSTALLED)
+	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME) --stages $(call list,$(STAGES)) \
+	  $(if $(TASKS),,--scored false)

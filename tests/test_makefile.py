@@ -19,6 +19,8 @@ import yaml
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.long
+
 STAND_IN = """
 import json, sys
 from pathlib import Path
@@ -31,12 +33,17 @@ if "--fail" in args:
     sys.exit(1)
 made = {
     "download": ("--path_file", ""),
-    "lora": ("--out_dir", "final/provenance.json"),
+    **{name: ("--out_dir", "final/provenance.json") for name in ("lora", "dpo", "reward", "ppo", "grpo")},
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
 if step == "data":
-    file = Path("data", args[args.index("--data") + 1], "manifest.json")
+    name = args[args.index("--data") + 1]
+    file = Path("data", name, "manifest.json")
+    if name == "hpo":
+        pairs = Path("data", "hpo_pairs", "manifest.json")
+        pairs.parent.mkdir(parents=True, exist_ok=True)
+        pairs.touch()
 elif step == "demo" and "--show" not in args:
     file = Path(args[args.index("--run_dir") + 1], "summary.json")
 elif step in made:
@@ -103,12 +110,67 @@ def option(call: list[str], name: str) -> str:
     return call[call.index(name) + 1]
 
 
-DEMO = ["data", "download", "evaluate", "lora", "evaluate", "export", "demo", "demo"]
+DEMO = ["data", "download", "lora", "dpo", "grpo", *["evaluate"] * 4, "export", "demo", "demo"]
 
 
 def test_the_demo_runs_each_step_once_and_then_only_shows_its_summary(project: Project):
-    assert sorted(project.steps("demo")) == sorted(DEMO)
+    calls = project.calls("demo")
+    assert sorted(call[0] for call in calls) == sorted(DEMO)
+    by_step = {call[0]: call for call in calls}
+    assert option(by_step["dpo"], "--checkpoint_dir") == "out/demo/lora/final"
+    assert option(by_step["dpo"], "--data") == "data/hpo_pairs"
+    assert option(by_step["grpo"], "--checkpoint_dir") == "out/demo/dpo/final"
+    assert option(by_step["grpo"], "--data") == "data/hpo" and option(by_step["grpo"], "--kinds") == "[name]"
+    assert option(by_step["export"], "--checkpoint_dir") == "out/demo/grpo/final"
+    assert option(calls[-2], "--stages") == "[lora,dpo,grpo]"
     assert project.calls("demo") == [["demo", "--run_dir", "out/demo", "--show", "true"]]
+
+
+def test_a_later_step_of_a_demo_keeps_its_short_settings_until_it_is_asked_for_itself(project: Project):
+    short = next(call for call in project.calls("demo") if call[0] == "grpo")
+    assert "--train.max_steps" in short
+    assert project.steps("evaluate") == project.steps("export") == []
+    (again,) = project.calls("grpo")
+    assert again[0] == "grpo" and "--train.max_steps" not in again
+
+
+@pytest.mark.parametrize(
+    ("goals", "steps", "origins"),
+    [
+        (["dpo"], ["lora", "dpo"], {"dpo": "out/demo/lora/final"}),
+        (["dpo", "STAGES=dpo"], ["dpo"], {"dpo": "checkpoints/made/up"}),
+        (["grpo"], ["lora", "grpo"], {"grpo": "out/demo/lora/final"}),
+        (["dpo", "grpo"], ["lora", "dpo", "grpo"], {"grpo": "out/demo/dpo/final"}),
+        (["reward"], ["lora", "reward"], {"reward": "out/demo/lora/final"}),
+        (["ppo"], ["lora", "reward", "ppo"], {"ppo": "out/demo/lora/final"}),
+        (["dpo", "PAIRS=orca"], ["lora", "dpo"], {}),
+        (["dpo", "DATA=orca"], ["dpo"], {"dpo": "checkpoints/made/up"}),
+        (["merge", "STAGES=lora dpo"], ["lora", "dpo", "merge"], {"merge": "out/demo/dpo/final"}),
+    ],
+)
+def test_a_training_step_goes_on_from_the_one_before_it(project: Project, goals, steps, origins):
+    calls = {call[0]: call for call in project.calls(*goals)}
+    assert [step for step in calls if step not in ("data", "download")] == steps
+    for step, origin in origins.items():
+        assert option(calls[step], "--checkpoint_dir") == origin
+
+
+def test_a_step_that_has_run_stays_part_of_its_run(project: Project):
+    project.calls("dpo")
+    assert project.steps("evaluate") == ["evaluate"] * 3
+    assert option(project.calls("export")[0], "--checkpoint_dir") == "out/demo/dpo/final"
+
+
+def test_ppo_is_judged_by_the_runs_reward_model(project: Project):
+    calls = project.calls("ppo")
+    assert option(calls[-1], "--rewards") == "[{reward: out/demo/reward/final}]"
+    assert option(calls[-1], "--data") == "data/hpo_pairs"
+
+
+def test_without_preferences_dpo_says_where_they_come_from(project: Project):
+    for goal in ("dpo", "ppo", "reward"):
+        message = project.refusal(goal, "DATA=medquad")
+        assert "medquad has no preferences" in message and "PAIRS=orca" in message
 
 
 @pytest.mark.parametrize("step", ["lora", "evaluate", "export"])
@@ -132,9 +194,9 @@ def test_a_dry_run_shows_the_same(project: Project):
 @pytest.mark.parametrize(
     ("goals", "message"),
     [
-        (["demo"], r"`make demo` takes no ARGS.*MODEL, DATA, KINDS, TASKS.*make lora ARGS="),
+        (["demo"], r"`make demo` takes no ARGS.*MODEL, DATA, KINDS, PAIRS, STAGES, TASKS.*make lora ARGS="),
         (["lora", "demo"], r"`make demo` takes no ARGS"),
-        (["lora", "evaluate"], r"exactly one of: download data lora merge evaluate"),
+        (["lora", "evaluate"], r"exactly one of: download data lora dpo reward ppo grpo merge evaluate"),
         (["clean"], r"exactly one of: download data lora"),
     ],
 )
@@ -160,8 +222,10 @@ def test_several_goals_share_variables(project: Project):
         ("lora", "MODEL=llama-3.2-1b-instruct", ["lora"]),
         ("lora", "DEVICES=2", []),
         ("lora", "KINDS=name", []),
-        ("evaluate", "TASKS=medical", ["evaluate", "evaluate"]),
-        ("evaluate", "MODEL=llama-3.2-1b-instruct", ["lora", "evaluate", "evaluate"]),
+        ("evaluate", "TASKS=medical", ["evaluate"] * 4),
+        ("evaluate", "MODEL=llama-3.2-1b-instruct", ["lora", "dpo", "grpo", *["evaluate"] * 4]),
+        ("evaluate", "KINDS=name", []),
+        ("grpo", "KINDS=", ["lora", "dpo", "grpo"]),
         ("export", "NAME=other", ["export"]),
         ("demo", "DATA=medquad", ["lora", "export", "demo", "demo"]),
     ],
@@ -186,7 +250,7 @@ def test_args_of_a_step_hold_until_it_is_asked_for_without_them(project: Project
     assert [call[0] for call in calls] == ["lora", "export"] and calls[0][-2:] == ["--train.max_steps", "50"]
     calls = project.calls("demo")
     assert [call[0] for call in calls].count("lora") == 1
-    assert not any("--train.max_steps" in call for call in calls)
+    assert not any("--train.max_steps" in call for call in calls if call[0] == "lora")
     assert project.steps("demo") == ["demo"]
     project.calls("lora", fewer)
     assert project.steps("lora") == ["lora"]
