@@ -261,14 +261,13 @@ def _own_test(stage: dict[str, Any]) -> list[str]:
     rows = {row["name"]: row for row in stage["metrics"] if row["split"] == "test" and "task" not in row}
     if not rows:
         return []
-    told = []
+    lines = ["", f"{stage['name']}, {max(row['n'] for row in rows.values())} held-out rows"]
     for name, row in rows.items():
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-        told.append(f"{name.replace('_', ' ')} {row['value']:.3f}{error}")
-    lines = ["", f"{stage['name']}, {max(row['n'] for row in rows.values())} held-out rows", f"  {', '.join(told)}"]
+        lines.append(f"  {name.replace('_', ' '):<26}{row['value']:>8.3f}{error}")
     for gain in stage.get("gain", []):
-        interval = f"95% interval {gain['low']:+.3f} to {gain['high']:+.3f}"
-        lines.append(f"  {gain['metric']}, after - before: {gain['difference']:+.3f}, {interval}")
+        what, interval = f"{gain['metric'].replace('_', ' ')} gained", f"{gain['low']:+.3f} to {gain['high']:+.3f}"
+        lines.append(f"  {what:<26}{gain['difference']:>+8.3f}, 95% interval {interval}")
     for answer in stage.get("shown", [])[:1]:
         lines += [f"  {name + ':':<10}{_short(text)}" for name, text in answer.items()]
     return lines

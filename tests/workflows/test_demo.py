@@ -1,6 +1,7 @@
 """The end of the demo: one summary out of the stages' files, and held-out questions put to a stand-in for Ollama."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,8 +254,8 @@ def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp
     found = stage_summary(tmp_path, "grpo", scored=False)
     assert (found["gain"], found["shown"], found["seconds"]) == ([gain], shown, 9.0)
     told = "\n".join(_own_test(found))
-    assert "grpo, 200 held-out rows\n  reward 0.560 ± 0.020" in told
-    assert "reward, after - before: +0.060, 95% interval +0.040 to +0.080" in told
+    assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 ± 0\.020\n", told)
+    assert re.search(r"reward gained +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
     assert "before:   This" in told and "after:    That" in told
     assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []
 
