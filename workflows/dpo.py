@@ -67,17 +67,18 @@ def setup(
     own["checkpoint_dir"] = checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
     common = RunArgs(**run)
     problems = common.problems(train, checkpoint_dir)
-    if loss != "kto":
+    kto_settings = KTOSettings(beta, desirable_weight, undesirable_weight)
+    if loss == "kto":
+        problems += kto_settings.problems()
+        if label_smoothing or per_token or sft_weight:
+            problems.append("--label_smoothing, --per_token and --sft_weight belong to losses of pairs, not to kto.")
+    else:
         pair_settings = PairSettings(loss, beta, label_smoothing, per_token, gamma, sft_weight)
         problems += pair_settings.problems()
-    if loss == "kto" and (label_smoothing or per_token or sft_weight):
-        problems.append("--label_smoothing, --per_token and --sft_weight belong to losses of pairs, not to kto.")
-    if loss != "kto" and (desirable_weight, undesirable_weight) != (1.0, 1.0):
-        problems.append("--desirable_weight and --undesirable_weight belong to --loss kto.")
-    if loss != "simpo" and gamma != 0.5:
+        if (desirable_weight, undesirable_weight) != (1.0, 1.0):
+            problems.append("--desirable_weight and --undesirable_weight belong to --loss kto.")
+    if loss != "simpo" and gamma != PairSettings.gamma:
         problems.append("--gamma belongs to --loss simpo.")
-    if loss == "kto" and (not beta > 0 or not desirable_weight > 0 or not undesirable_weight > 0):
-        problems.append("--beta, --desirable_weight and --undesirable_weight must be positive.")
     problems += row_limit_problems(max_val_rows, max_test_rows)
     if max_new_tokens < 1:
         problems.append(f"--max_new_tokens must be at least 1, not {max_new_tokens}.")
@@ -100,7 +101,6 @@ def setup(
         splits = (encoded("train", None), encoded("validation", max_val_rows))
         identity = {name: run_identity(settings)[name] for name in ("base_files", "precision", "quantize")}
         if loss == "kto":
-            kto_settings = KTOSettings(beta, desirable_weight, undesirable_weight)
             return KTO(*splits, train, common.seed, kto_settings, identity)
         test = HeldOut()
         if max_test_rows and (data / "test.jsonl").is_file():

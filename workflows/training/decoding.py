@@ -47,13 +47,9 @@ def laid_out(model: torch.nn.Module, steps: int) -> Iterator[None]:
         model: Bare, on a CPU for this to do anything.
         steps: How many times about as many rows as there are answers will go through it.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, litgpt.lora.LoRALinear | litgpt.lora.LoRAQKVLinear) and _is_plain(module)
-    ]
-    if steps < WORTH_STEPS or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        layers = []
+    layers: list[Any] = []
+    if steps >= WORTH_STEPS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        layers = [m for m in model.modules() if isinstance(m, litgpt.lora.LoRALinear) and _is_plain(m)]
     try:
         for layer in layers:
             layer.packed = PackedLinear(layer)
@@ -63,16 +59,9 @@ def laid_out(model: torch.nn.Module, steps: int) -> Iterator[None]:
             layer.packed = None
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products for this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _is_plain(layer: Any) -> bool:
-    weight = getattr(layer.linear, "weight", None)
-    return (
-        type(layer.linear) is torch.nn.Linear
-        and weight is not None
-        and weight.device.type == "cpu"
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bfloat16()))
-    )
+    """Whether the weights are torch's own, not 4-bit ones, on a CPU that multiplies in their precision."""
+    if type(layer.linear) is not torch.nn.Linear or layer.linear.weight.device.type != "cpu":
+        return False
+    dtype = layer.linear.weight.dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -69,11 +69,6 @@ def lora_linear(
     Returns:
         Shape (..., out_features).
     """
-    if not torch.is_grad_enabled():
-        rows = x.flatten(0, -2)  # (N, in)
-        down = F.linear(rows, lora_A.to(x.dtype)).mul_(scaling)  # (N, r)
-        y = F.linear(rows, weight, bias).addmm_(down, lora_B.to(x.dtype).T)  # (N, out)
-        return y.view(*x.shape[:-1], -1)
     return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling)
 
 

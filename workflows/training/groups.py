@@ -153,7 +153,7 @@ class GRPO(Objective):
             train: Training settings; a sample is a question.
             seed: Of the order of questions and of sampling.
             settings: The rest.
-            test_questions: What is asked at the end, greedily, of the trained model and the one it was.
+            test_questions: What the trained model and the one it was are asked at the end, greedily and by sampling.
         """
         self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards

@@ -31,6 +31,12 @@ class KTOSettings:
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
+    def problems(self) -> list[str]:
+        """Everything that is wrong with them, as messages."""
+        if min(self.beta, self.desirable_weight, self.undesirable_weight) > 0:
+            return []
+        return ["--beta, --desirable_weight and --undesirable_weight must be positive."]
+
 
 @dataclass(frozen=True)
 class AnswerBatch:
@@ -169,5 +175,6 @@ def _with_strangers(answers: list[Labelled], longest: int) -> list[Tree]:
     trees = []
     for answer, other in zip(answers, following, strict=True):
         room = longest - len(answer.tree.prompt)
-        trees.append(Tree(answer.tree.prompt, [other.tree.completions[0][:room]]))
+        masks = [other.tree.loss_masks[0][:room]] if other.tree.loss_masks else None
+        trees.append(Tree(answer.tree.prompt, [other.tree.completions[0][:room]], masks))
     return trees
