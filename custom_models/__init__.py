@@ -1,0 +1,1 @@
+"""The transformer family from scratch, each piece checked against the real thing."""
