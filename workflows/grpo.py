@@ -15,6 +15,7 @@ from workflows.training.groups import GRPO, GroupSettings
 from workflows.training.loop import TrainArgs
 from workflows.training.losses import Normalisation, Scale
 from workflows.training.questions import questions_of
+from workflows.training.reference import frozen_reference_of
 from workflows.training.rewards import Rewards, WeightedReward
 from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_step
 
@@ -39,6 +40,7 @@ def setup(
     updates: int = 1,
     mask_truncated: bool = False,
     sampling_batch: int = 64,
+    frozen_reference: bool = False,
     max_val_rows: int = 100,
     max_test_rows: int = 1000,
     train: TrainArgs = TrainArgs(global_batch_size=4, learning_rate=1e-4, max_norm=1.0),
@@ -67,6 +69,7 @@ def setup(
         updates: Optimizer steps on the same answers.
         mask_truncated: Learn nothing from answers that did not end.
         sampling_batch: Answers that are sampled side by side.
+        frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
         max_test_rows: At most this many test questions are asked at the end, before and after training; 0 for none.
         train: Training settings; a sample is a question.
@@ -91,6 +94,7 @@ def setup(
         composed = Rewards(chosen, settings["precision"], fabric.device)
         template, questions = questions_of(fabric, settings, composed)
         asked = (questions["train"], questions["validation"])
-        return GRPO(*asked, template, composed, train, common.seed, group_settings, questions["test"])
+        frozen = frozen_reference_of(settings, fabric)
+        return GRPO(*asked, template, composed, train, common.seed, group_settings, questions["test"], frozen)
 
     run_step("grpo", settings, common, make_objective)

@@ -15,6 +15,7 @@ from workflows.training.actor_critic import PPO, CriticSettings
 from workflows.training.groups import GroupSettings
 from workflows.training.loop import TrainArgs
 from workflows.training.questions import questions_of
+from workflows.training.reference import frozen_reference_of
 from workflows.training.rewards import Rewards, WeightedReward
 from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_step
 
@@ -36,6 +37,7 @@ def setup(
     value_clip: float = 0.2,
     updates: int = 2,
     sampling_batch: int = 64,
+    frozen_reference: bool = False,
     max_val_rows: int = 100,
     max_test_rows: int = 100,
     train: TrainArgs = TrainArgs(global_batch_size=16, learning_rate=1e-4, max_norm=1.0),
@@ -61,6 +63,7 @@ def setup(
         value_clip: How far a value may move from that at sampling before it stops to count.
         updates: Optimizer steps on the same answers.
         sampling_batch: Answers that are sampled side by side.
+        frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
         max_test_rows: At most this many test questions are asked at the end, before and after training; 0 for none.
         train: Training settings; a sample is a question, with one answer.
@@ -81,6 +84,7 @@ def setup(
         clip_high=clip_high,
         updates=updates,
         sampling_batch=sampling_batch,
+        frozen_reference=frozen_reference,
     )
     critic = CriticSettings(gamma, lam, value_weight, value_clip)
     problems = common.problems(train, checkpoint_dir) + critic.problems()
@@ -103,6 +107,7 @@ def setup(
             common.seed,
             group_settings,
             questions["test"],
+            frozen_reference_of(settings, fabric),
             critic=critic,
         )
 

@@ -40,7 +40,9 @@ class BradleyTerry(Objective):
         )
 
     def adapt(self, model: Any) -> RewardModel:
-        """The model with a reward head."""
+        """The model with a reward head. A matrix that only predicts tokens stays as it is: no reward depends on it."""
+        if not model.has_tied_head:
+            model.lm_head.linear.weight.requires_grad_(False)
         adapted: RewardModel = with_head(model, RewardModel, "reward_head")
         return adapted
 

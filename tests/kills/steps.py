@@ -8,7 +8,7 @@ from tests.kills.engine import Step
 
 WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding")
 SIZES = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}  # files take long enough to be cut
-STEPS = ("lora", "dpo", "grpo", "evaluate", "export", "download", "data")
+STEPS = ("lora", "dpo", "reward", "ppo", "grpo", "evaluate", "export", "download", "data")
 
 
 def make_steps(work: Path) -> dict[str, Step]:
@@ -30,7 +30,8 @@ def make_steps(work: Path) -> dict[str, Step]:
         command += ["--train.eval_interval", "3", "--train.global_batch_size", "4", "--train.row_tokens", "256"]
         return [*command, "--train.max_seq_length", "256", "--train.lr_warmup_steps", "2", "--train.learning_rate"]
 
-    lora, dpo = train("lora", chats, "--lora_dropout", "0.1"), train("dpo", pairs)
+    lora, dpo, reward = train("lora", chats, "--lora_dropout", "0.1"), train("dpo", pairs), train("reward", pairs)
+    ppo = train("ppo", asked, "--rewards", "[{reward: finding}]", "--max_new_tokens", "8", "--updates", "2")
     grpo = train("grpo", asked, "--group_size", "3", "--max_new_tokens", "8")
     evaluate = ["evaluate", "--tasks", "[toy_mcq]", "--data_dir", str(questions), "--out_dir", str(work / "evaluate")]
     evaluate += ["--precision", "32-true", "--row_tokens", "128", "--checkpoint_dir"]
@@ -54,6 +55,22 @@ def make_steps(work: Path) -> dict[str, Step]:
             [*dpo, "2e-2"],
             whole=("final",),
             working=("metrics.csv", "checkpoints/step-*.pth", "reference.safetensors"),
+        ),
+        Step(
+            "reward",
+            work / "reward",
+            [*reward, "1e-2"],
+            [*reward, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth"),
+        ),
+        Step(
+            "ppo",
+            work / "ppo",
+            [*ppo, "1e-2"],
+            [*ppo, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth", "completions.jsonl"),
         ),
         Step(
             "grpo",

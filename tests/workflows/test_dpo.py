@@ -23,6 +23,7 @@ from workflows.training.loop import fit, step_indices
 from workflows.training.model import LoRAArgs, adapters_off, load_model
 from workflows.training.pairs import DPO, PairSettings
 from workflows.training.processes import make_fabric
+from workflows.training.unpaired import KTO
 
 pytestmark = pytest.mark.long
 
@@ -105,11 +106,16 @@ def test_every_loss_teaches_the_chosen_answers(tiny_llama, pairs, tmp_path, chan
 
 @pytest.mark.parametrize("make", [pair, labelled])
 def test_kto_learns_from_pairs_and_from_labels(tiny_llama, tmp_path, make):
-    data = write(tmp_path / "data", train=[make(n) for n in range(20)], validation=[make(n) for n in range(50, 56)])
+    splits = {"train": range(20), "validation": range(50, 56), "test": range(60, 66)}
+    data = write(tmp_path / "data", **{split: [make(n) for n in numbers] for split, numbers in splits.items()})
     log = align(tiny_llama, data, tmp_path / "out", loss="kto", train=replace(TRAIN, max_steps=10))
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-5)  # no answer differs from the reference yet
     assert log[-1]["loss"] < 0.49 and log[-1]["signed_reward"] > 0.01
     assert log[-1]["val_loss"] < 0.45
+    test = on_test_split(tmp_path / "out")
+    assert test["signed_reward"]["value"] > 0.01 and test["kl"]["value"] > 0
+    assert test["accuracy"]["n"] == (12 if make is pair else 6)
+    assert json.loads((tmp_path / "out" / "final" / "metrics.json").read_text())["shown"][0]["before"]
 
 
 def test_losses_of_five_steps_are_trls(tiny_llama, tiny_llama_hf, pairs, tmp_path):
@@ -170,19 +176,20 @@ def test_with_adapters_off_a_model_is_its_base(tiny_llama):
     assert not torch.allclose(model(row), base, atol=1e-3)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, pairs, tmp_path, monkeypatch):
-    align(tiny_llama, pairs, tmp_path / "whole")
-    original = DPO.batches
+@pytest.mark.parametrize(("loss", "objective"), [("sigmoid", DPO), ("kto", KTO)])
+def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, pairs, tmp_path, monkeypatch, loss, objective):
+    align(tiny_llama, pairs, tmp_path / "whole", loss=loss)
+    original = objective.batches
 
-    def stopping(self: DPO, step: int, rank: int, world_size: int) -> Any:
+    def stopping(self: Any, step: int, rank: int, world_size: int) -> Any:
         if step == 3:
             raise KeyboardInterrupt
         return original(self, step, rank, world_size)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DPO, "batches", stopping)
-        align(tiny_llama, pairs, tmp_path / "stopped")
-    align(tiny_llama, pairs, tmp_path / "stopped")
+        patch.setattr(objective, "batches", stopping)
+        align(tiny_llama, pairs, tmp_path / "stopped", loss=loss)
+    align(tiny_llama, pairs, tmp_path / "stopped", loss=loss)
     files = [tmp_path / run / "final" / "lit_model.pth.lora" for run in ("whole", "stopped")]
     whole, stopped = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)

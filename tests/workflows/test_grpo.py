@@ -88,6 +88,16 @@ def test_every_variant_trains(tiny_llama, questions, tmp_path, changes):
         assert max(row["log_ratio"] for row in log) < 1e-4
 
 
+def test_full_weights_keep_a_frozen_copy_as_the_reference(tiny_llama, questions, tmp_path):
+    train = replace(TRAIN, learning_rate=1e-3)
+    log = align(tiny_llama, questions, tmp_path, lora_r=0, beta=0.1, frozen_reference=True, train=train)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 1e-3
+    test = on_test_split(tmp_path)
+    assert test["sampled_reward"]["value"] != test["sampled_reward_before"]["value"] and test["kl_per_answer"]["value"]
+    with pytest.raises(UserError, match="frozen_reference is for full weights"):
+        align(tiny_llama, questions, tmp_path / "other", frozen_reference=True)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_groups_without_signal_teach_nothing_and_are_counted(tiny_llama, questions, tmp_path, beta):
     log = align(tiny_llama, questions, tmp_path, rewards=[WeightedReward(f"{__name__}.indifferent")], beta=beta)

@@ -1,14 +1,16 @@
 """The reward model on a tiny model: it tells pairs apart, is read back as it was, and can be a reward."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
-from tests.workflows.alignment import log_of, on_test_split, pair
+from tests.workflows.alignment import TRAIN, log_of, on_test_split, pair
+from workflows import reward
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import check_checkpoint_dir
+from workflows.checkpoint import check_checkpoint_dir, load_weights
 from workflows.errors import UserError
 from workflows.training.batch import Tree, pack_row
 from workflows.training.model import LoRAArgs, load_model
@@ -55,6 +57,17 @@ def test_the_saved_head_gives_the_rewards_of_training(judge, tiny_llama):
 def test_the_state_that_is_judged_has_seen_all_but_the_last_token():
     row = pack_row([Tree([5, 6, 7], [[8, 9, 10], [11, 12]]), Tree([5, 6, 8], [[13]])])
     assert row.input_ids[0, ends(row)].tolist() == [9, 11, 8]
+
+
+def test_full_weights_of_a_model_with_a_head_of_its_own(tiny_qwen2, pairs, tmp_path):
+    """Nothing depends on that head: it is not trained, and stays in the checkpoint as it was."""
+    train = replace(TRAIN, max_steps=8, learning_rate=1e-3)
+    reward.setup(tiny_qwen2, pairs, tmp_path, train=train, precision="32-true", lora_r=0)
+    assert log_of(tmp_path)[-1]["loss"] < log_of(tmp_path)[0]["loss"]
+    before, after = (load_weights(folder) for folder in (tiny_qwen2, tmp_path / "final"))
+    assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not torch.equal(before["transformer.wte.weight"], after["transformer.wte.weight"])
+    LearnedReward(tmp_path / "final", "32-true")
 
 
 def test_what_is_no_reward_model_is_refused(tiny_llama):

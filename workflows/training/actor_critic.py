@@ -16,7 +16,6 @@ from workflows.training import losses
 from workflows.training.batch import PackedBatch
 from workflows.training.groups import GRPO, GroupBatch, Judged
 from workflows.training.held_out import bare
-from workflows.training.model import adapters_off
 from workflows.training.questions import Question
 from workflows.training.rollouts import Rollout
 from workflows.training.scalar_heads import ActorCritic, with_head
@@ -110,10 +109,8 @@ class PPO(GRPO):
         logprobs, values = policy(rows.to(self._device), temperature=self.settings.temperature)
         return logprobs.cpu(), values.cpu()
 
-    @torch.no_grad()
-    def _reference(self, rows: PackedBatch) -> torch.Tensor:
-        with adapters_off(self._model):
-            return self._forward(rows)[0]
+    def _logprobs(self, rows: PackedBatch) -> torch.Tensor:
+        return self._forward(rows)[0]
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the value head's."""

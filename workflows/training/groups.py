@@ -27,7 +27,7 @@ from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.held_out import SHOWN, answered, bare, before_and_after, text_of
 from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.losses import Normalisation, Scale
-from workflows.training.model import adapters_off
+from workflows.training.model import GPT, adapters_off
 from workflows.training.questions import Question
 from workflows.training.rewards import Rewards, Sample
 from workflows.training.rollouts import Rollout, generate
@@ -52,14 +52,22 @@ class GroupSettings:
     updates: int = 1
     mask_truncated: bool = False
     sampling_batch: int = 64
+    frozen_reference: bool = False
 
     def problems(self, train: TrainArgs, run: RunArgs, least_group: int = 2) -> list[str]:
         """Everything that is wrong with them, as messages."""
         found = []
         if run.strategy == "fsdp":
             found.append("--strategy fsdp: answers are sampled from a whole model; use ddp.")
-        if run.lora_r == 0 and self.beta:
-            found.append("--beta needs adapters (--lora_r): the reference is the model without them. Or use --beta 0.")
+        if run.lora_r == 0 and self.beta and not self.frozen_reference:
+            found.append(
+                "--beta needs a reference. With adapters (--lora_r) it is the model without them; for full weights ask "
+                "for a frozen copy, a second model in memory: --frozen_reference true. Or use --beta 0."
+            )
+        if run.lora_r and self.frozen_reference:
+            found.append(
+                "--frozen_reference is for full weights: with adapters the model without them is the reference."
+            )
         if self.group_size < least_group:
             found.append(
                 f"--group_size must be at least 2, not {self.group_size}: one answer is no better than its mean."
@@ -142,6 +150,7 @@ class GRPO(Objective):
         seed: int,
         settings: GroupSettings,
         test_questions: Sequence[Question] = (),
+        frozen: GPT | None = None,
     ) -> None:
         """Keep what a run needs.
 
@@ -154,10 +163,11 @@ class GRPO(Objective):
             seed: Of the order of questions and of sampling.
             settings: The rest.
             test_questions: What the trained model and the one it was are asked at the end, greedily and by sampling.
+            frozen: The reference, where it is not the trained model without its adapters.
         """
         self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards
-        self.train, self.seed, self.settings = train, seed, settings
+        self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
         self._largest = 0.0
@@ -189,7 +199,7 @@ class GRPO(Objective):
         size = self.settings.group_size
         began = time.perf_counter()
         prompts = [question.prompt for question in questions for _ in range(size)]
-        rollouts = self._sample_answers(prompts, draws)
+        rollouts = self._sample_answers(prompts, draws, bare(self._model))
         seconds = time.perf_counter() - began
         rows = [question.row for question in questions for _ in range(size)]
         given = self.rewards([self._sample(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)])
@@ -201,11 +211,11 @@ class GRPO(Objective):
         rest = self._packed([(questions[0], [(rollouts[0], 0.0)])])
         return [replace(batch, weights=torch.zeros_like(batch.weights), units=0) for batch in rest]
 
-    def _sample_answers(self, prompts: Sequence[Sequence[int]], draws: torch.Tensor) -> list[Rollout]:
+    def _sample_answers(self, prompts: Sequence[Sequence[int]], draws: torch.Tensor, policy: GPT) -> list[Rollout]:
         """An answer to each prompt, decided by draws of (prompts, max_new_tokens)."""
         settings = self.settings
         return generate(
-            bare(self._model),
+            policy,
             prompts,
             max_new_tokens=settings.max_new_tokens,
             stop_ids=self.template.stop_ids,
@@ -216,11 +226,11 @@ class GRPO(Objective):
             batch_size=settings.sampling_batch,
         )
 
-    def _greedy_answers(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[Rollout]:
+    def _greedy_answers(self, prompts: Sequence[Sequence[int]], policy: GPT) -> list[Rollout]:
         """The likeliest answer to each prompt, token by token."""
         settings = self.settings
         return generate(
-            bare(model),
+            policy,
             prompts,
             max_new_tokens=settings.max_new_tokens,
             stop_ids=self.template.stop_ids,
@@ -277,8 +287,16 @@ class GRPO(Objective):
 
     @torch.no_grad()
     def _reference(self, rows: PackedBatch) -> torch.Tensor:
+        """log pi_ref of a row's learned tokens, (N,)."""
+        if self.frozen is not None:
+            logprobs: torch.Tensor = self.frozen(rows.to(self._device), temperature=self.settings.temperature)
+            return logprobs.cpu()
         with adapters_off(self._model):
-            return bare(self._model)(rows.to(self._device), temperature=self.settings.temperature).cpu()
+            return self._logprobs(rows)
+
+    def _logprobs(self, rows: PackedBatch) -> torch.Tensor:
+        logprobs: torch.Tensor = bare(self._model)(rows.to(self._device), temperature=self.settings.temperature)
+        return logprobs.cpu()
 
     def units(self, batch: GroupBatch) -> int:
         """Tokens, or answers, by `normalisation`."""
@@ -359,7 +377,7 @@ class GRPO(Objective):
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Mean reward of greedy answers to the validation questions; every process asks all of them."""
-        rollouts = self._greedy_answers(model, [question.prompt for question in self.validation])
+        rollouts = self._greedy_answers([question.prompt for question in self.validation], bare(model))
         return {"val_reward": statistics.fmean(self._worth(self.validation, rollouts))}
 
     def _worth(self, questions: Sequence[Question], rollouts: Sequence[Rollout]) -> list[float]:
@@ -376,21 +394,22 @@ class GRPO(Objective):
         prompts = [question.prompt for question in self.test]
         draws = self._draws(len(prompts), 0)  # the same before and after
         answers = {
-            "reward": before_and_after(model, partial(self._greedy_answers, model, prompts)),
-            "sampled_reward": before_and_after(model, partial(self._sample_answers, prompts, draws)),
+            "reward": before_and_after(model, partial(self._greedy_answers, prompts), self.frozen),
+            "sampled_reward": before_and_after(model, partial(self._sample_answers, prompts, draws), self.frozen),
         }
         found = Report()
         for name, (before, after) in answers.items():
             now = self._worth(self.test, after)
-            if bare(model).has_adapters:
-                was = self._worth(self.test, before)  # type: ignore[arg-type]
+            if before is not None:
+                was = self._worth(self.test, before)
                 found.metrics.append(_mean_row(f"{name}_before", was))
                 found.gain.append(compare("test", name, was, now).row())
             found.metrics.append(_mean_row(name, now))
-        if bare(model).has_adapters:
+        if self.frozen is not None or bare(model).has_adapters:
             found.metrics.append(_mean_row("kl_per_answer", self._distances(answers["sampled_reward"][1])))
-        shown = zip((question.row for question in self.test), *answers["reward"], strict=True)
-        found.shown.extend([answered(*each, self.template) for each in shown][:SHOWN])
+        before, after = answers["reward"]
+        for i, question in enumerate(self.test[:SHOWN]):
+            found.shown.append(answered(question.row, before[i] if before else None, after[i], self.template))
         return found
 
     def _distances(self, rollouts: list[Rollout]) -> list[float]:

@@ -38,9 +38,9 @@ class HeldOut:
             return []
         prompts = [pair.tree.prompt for pair in chosen]
         limits: Any = {"max_new_tokens": self.max_new_tokens, "stop_ids": self.template.stop_ids}
-        before, after = before_and_after(model, partial(generate, bare(model), prompts, **limits))
-        asked = zip((pair.row for pair in chosen), before, after, strict=True)
-        return [answered(*each, self.template) for each in asked]
+        before, after = before_and_after(model, partial(generate, prompts=prompts, **limits))
+        pairs = enumerate(chosen)
+        return [answered(pair.row, before[i] if before else None, after[i], self.template) for i, pair in pairs]
 
 
 def answered(row: Row, before: Rollout | None, after: Rollout, template: ChatTemplate) -> dict[str, str]:
@@ -70,22 +70,25 @@ def text_of(rollout: Rollout, template: ChatTemplate) -> str:
 
 
 def before_and_after(
-    model: Any, answer: Callable[[], list[Rollout]]
-) -> tuple[Sequence[Rollout] | Sequence[None], list[Rollout]]:
-    """What a model answers without and with its adapters.
+    model: Any, answer: Callable[[GPT], list[Rollout]], frozen: GPT | None = None
+) -> tuple[list[Rollout] | None, list[Rollout]]:
+    """What a model answers as it was before training and as it is.
 
     Args:
         model: A model, bare or as Fabric set it up, whole in this process.
-        answer: Lets it answer some prompts.
+        answer: Lets a policy answer some prompts.
+        frozen: The model as it was; without it, it is the model without its adapters.
 
     Returns:
-        One for each prompt, before and after; before is None where all weights were trained.
+        One for each prompt, before and after; before is None where all weights were trained and no copy is kept.
     """
-    after = answer()
+    after = answer(bare(model))
+    if frozen is not None:
+        return answer(frozen), after
     if not bare(model).has_adapters:
-        return [None] * len(after), after
+        return None, after
     with adapters_off(model):
-        return answer(), after
+        return answer(bare(model)), after
 
 
 def bare(model: Any) -> GPT:

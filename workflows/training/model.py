@@ -220,6 +220,11 @@ class GPT(litgpt.lora.GPT):
         return self.config.lora_r > 0
 
     @property
+    def has_tied_head(self) -> bool:
+        """Whether one matrix embeds tokens and predicts them."""
+        return self.lm_head.linear.weight is self.transformer.wte.weight
+
+    @property
     def has_plain_attention(self) -> bool:
         """Whether attention is Llama's: full rotary embeddings in halves, no norms or caps inside."""
         config = self.config

@@ -1,13 +1,15 @@
 """The reference policy's log-probabilities, computed once for each data set and kept on the disk.
 
 The reference is the model before training: with adapters the same model with them switched off, with full weights the
-one that training begins with. A file made from other weights or other rows is told by its key and made anew.
+one that training begins with (or a frozen copy of it, for answers that are sampled on the way). A file made from other
+weights or other rows is told by its key and made anew.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import safetensors
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from workflows.files import atomic_file
 from workflows.training.batch import Tree, pack
-from workflows.training.model import GPT, adapters_off
+from workflows.training.model import GPT, adapters_off, load_model
 
 
 def key_of(trees: Sequence[Tree], model_identity: dict[str, object]) -> str:
@@ -73,6 +75,18 @@ def reference_logprobs(
                 safetensors.torch.save_file({"logprobs": kept}, temporary, metadata={"key": key})
         fabric.barrier()
     return list(kept.split(lengths))
+
+
+def frozen_reference_of(settings: dict[str, Any], fabric: L.Fabric) -> GPT | None:
+    """The checkpoint that a step starts from as a second, frozen model, where its settings ask for one.
+
+    Adapters make it needless; answers that are sampled on the way leave no log-probabilities to compute beforehand.
+    """
+    if not settings["frozen_reference"]:
+        return None
+    longest = settings["train"].max_seq_length
+    model = load_model(settings["checkpoint_dir"], None, settings["precision"], longest, device=fabric.device)
+    return model.eval().requires_grad_(False)
 
 
 def _read(file: Path, key: str) -> torch.Tensor | None:

@@ -249,7 +249,8 @@ def write_final(
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
             write_merged(base, trained, lora, temporary)
         else:
-            weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
+            now = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
+            weights = {**load_weights(base), **now}  # what the objective has no use for stays as it was
             if is_tied(base):
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]

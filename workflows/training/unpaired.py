@@ -14,10 +14,12 @@ from typing import Any
 import lightning as L
 import torch
 
+from workflows.checkpoint import metric, share_metric
 from workflows.training import losses
 from workflows.training.answers import Labelled
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.loop import Objective, TrainArgs, rows_used, step_indices
+from workflows.training.held_out import HeldOut
+from workflows.training.loop import Objective, Report, TrainArgs, rows_used, step_indices
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
 from workflows.training.reference import key_of, reference_logprobs
@@ -75,6 +77,7 @@ class KTO(Objective):
         seed: int,
         settings: KTOSettings,
         model_identity: dict[str, Any],
+        test: HeldOut,
     ) -> None:
         """Keep what a run needs.
 
@@ -85,11 +88,13 @@ class KTO(Objective):
             seed: Of the order of prompts.
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the answers.
+            test: Answers to be tested on at the end; perhaps none.
         """
-        self.answers = [*train_answers, *validation_answers]
-        self.trained = len(train_answers)
-        both = (train_answers, validation_answers)
-        self.strangers = [tree for answers in both for tree in _with_strangers(answers, train.max_seq_length)]
+        splits = (train_answers, validation_answers, test.labelled)
+        self.answers = [answer for answers in splits for answer in answers]
+        self.trained, self.validated = len(train_answers), len(train_answers) + len(validation_answers)
+        self.test = test
+        self.strangers = [tree for answers in splits for tree in _with_strangers(answers, train.max_seq_length)]
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
         self.reference: dict[int, torch.Tensor] = {}
 
@@ -116,7 +121,7 @@ class KTO(Objective):
             total += self._model(batch.to(self._device)).sum() - reference
         return (total / len(indices)).clamp_min(0).cpu()
 
-    def _packed(self, indices: list[int], kl: torch.Tensor) -> list[AnswerBatch]:
+    def _packed(self, indices: Sequence[int], kl: torch.Tensor) -> list[AnswerBatch]:
         found = []
         for row, batch in pack([self.answers[i].tree for i in indices], self.train.row_tokens):
             chosen = [indices[i] for i in row]
@@ -156,20 +161,34 @@ class KTO(Objective):
     @torch.no_grad()
     def validate(self, model: GPT) -> dict[str, float]:
         """Means over the validation answers; every process computes all of them."""
+        means = self._means(model, range(self.trained, self.validated))
+        return {f"val_{name}": means[name] for name in ("loss", "accuracy")}
+
+    @torch.no_grad()
+    def _means(self, model: GPT, indices: Sequence[int]) -> dict[str, float]:
         model.eval()
         device = next(model.parameters()).device
         totals: Counter[str] = Counter()
         count = 0
-        indices = list(range(self.trained, len(self.answers)))
         for batch in self._packed(indices, self._kl(indices)):
             loss, told = self.loss(model, batch.to(device))
-            totals.update({"loss": float(loss), "accuracy": float(told["accuracy"])})
+            totals.update({"loss": float(loss), **{name: float(value) for name, value in told.items()}})
             count += self.units(batch)
         model.train()
-        return {f"val_{name}": total / count for name, total in totals.items()}
+        return {**{name: total / count for name, total in totals.items()}, "answers": count}
+
+    def report(self, model: GPT) -> Report:
+        """The share of held-out answers that moved the right way from the reference, and answers before and after."""
+        if not self.test.labelled:
+            return Report()
+        means = self._means(model, range(self.validated, len(self.answers)))
+        count = int(means["answers"])
+        rows = [share_metric("accuracy", means["accuracy"], count)]
+        rows += [metric(name, means[name], n=count, split="test") for name in ("signed_reward", "kl")]
+        return Report(rows, shown=self.test.answers(model))
 
 
-def _with_strangers(answers: list[Labelled], longest: int) -> list[Tree]:
+def _with_strangers(answers: Sequence[Labelled], longest: int) -> list[Tree]:
     """Each prompt with the first answer of the next one, as far as both together fit into so many tokens."""
     following = [*answers[1:], *answers[:1]]
     trees = []

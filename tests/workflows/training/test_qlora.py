@@ -5,10 +5,14 @@ import pytest
 import torch
 
 from tests.conftest import convert, make_llama, make_qwen2
+from tests.workflows import alignment
+from workflows import dpo, grpo, reward
+from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training.batch import Tree, pack_row
 from workflows.training.model import LoRAArgs, load_model
 from workflows.training.qlora import quantize_frozen
+from workflows.training.rewards import WeightedReward
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="QLoRA's package, part of the extra `qlora`")
 CPU = torch.device("cpu")
@@ -72,3 +76,17 @@ def test_head_and_embedding_keep_their_precision(tmp_path):
     assert model.lm_head.linear.weight is model.transformer.wte.weight
     assert model.transformer.wte.weight.dtype == torch.float32
     assert all(not p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", ["dpo", "reward", "grpo"])
+def test_alignment_trains_on_quantized_weights(step, pairs, questions, tmp_path):
+    base = convert(make_llama(tmp_path / "hf", hidden_size=64, intermediate_size=128), tmp_path)
+    options = {"lora_r": 4, "precision": "32-true", "train": alignment.TRAIN, "quantize": "bnb.nf4"}
+    module = {"dpo": dpo, "reward": reward, "grpo": grpo}[step]
+    if step == "grpo":
+        options |= {"max_new_tokens": 8, "rewards": [WeightedReward(f"{alignment.__name__}.early_letters")]}
+    module.setup(base, questions if step == "grpo" else pairs, tmp_path / "out", **options)
+    log = alignment.log_of(tmp_path / "out")
+    assert log[-1]["loss"] < log[0]["loss"] if step != "grpo" else log[0]["log_ratio_max"] < 1e-4
+    assert check_checkpoint_dir(tmp_path / "out" / "final")
