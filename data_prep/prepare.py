@@ -4,7 +4,7 @@
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
 `data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
-are such rows themselves.
+are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import exams, hpo, jsonl, medquad, preferences, pubmedqa
+from data_prep import exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -21,6 +21,7 @@ from workflows.measure import step_began
 Name = Literal[
     "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
+    "movie_snippets", "sentence_polarity", "sst2",
     "jsonl",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
@@ -30,6 +31,9 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "medqa": exams.prepare_medqa,
     "medmcqa": exams.prepare_medmcqa,
     **{name: partial(preferences.prepare, name) for name in preferences.COLLECTIONS},
+    "movie_snippets": reviews.prepare_snippets,
+    "sentence_polarity": reviews.prepare_polarity,
+    "sst2": reviews.prepare_sst2,
 }
 _OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
 
@@ -50,7 +54,7 @@ def setup(
     Args:
         data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
             file of your own; for preferences: instruction_preference, orca, ultrafeedback_binarized or
-            ultramedical_preference.
+            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).

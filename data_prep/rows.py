@@ -2,7 +2,8 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison. Further fields ("kind", "id") are kept and ignored by readers that do not know them.
+comparison, `text` + `label` rows are classified. Further fields ("kind", "id") are kept and ignored by readers that do
+not know them.
 """
 
 import json
@@ -23,6 +24,7 @@ SHAPES = {
     "labelled": '{"prompt": [...], "completion": [...], "label": true}',
     "scoring": '{"prompt": [...], "choices": [TEXT, ...], "answer": INDEX}',
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
+    "classified": '{"text": TEXT, "label": NAME}',
 }
 
 
@@ -46,6 +48,9 @@ def row_problem(row: Any, shape: str) -> str | None:
     """What is wrong with a row of the given shape (a key of `SHAPES`), or None."""
     if not isinstance(row, dict):
         return f"is {type_name(row)}, not an object like {SHAPES[shape]}"
+    if shape == "classified":
+        empty = [field for field in ("text", "label") if not isinstance(row.get(field), str) or not row[field].strip()]
+        return f'"{empty[0]}" must be a text that is not empty' if empty else None
     if shape == "messages":
         return _messages_problem(row.get("messages"), "messages", ("assistant",))
     if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):

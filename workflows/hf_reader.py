@@ -13,6 +13,7 @@ from workflows.files import read_json, read_text
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _LONGEST_NAME = 255
+_COUNTED = "position_ids"  # 0, 1, 2, …, which transformers once saved with the weights of BERT and its kin
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 
 
@@ -33,7 +34,7 @@ def read_hf_dir(directory: Path) -> Source:
     return Source(
         place=str(directory),
         config=config,
-        tensors=_lazy_tensors(directory),
+        tensors=lazy_tensors(directory),
         tokenizer_json=read_text(tokenizer_json),
         tokenizer_config=tokenizer_config,
         generation_config=_generation_config(directory, config),
@@ -83,7 +84,8 @@ def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | N
     return template
 
 
-def _lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """The weights of a directory under their names, none read yet; a `UserError` for what is missing or damaged."""
     tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(directory):
         tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
@@ -121,6 +123,8 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
         raise UserError(f"{file} is cut short or not a safetensors file ({e}). Download it again.") from None
     tensors = {}
     for name in opened.keys():  # noqa: SIM118 - not a dict
+        if name.endswith(_COUNTED):
+            continue
         header = opened.get_slice(name)
         if (dtype := _DTYPES.get(header.get_dtype())) is None:
             raise UserError(f"{file}: {name} is stored as {header.get_dtype()}; use the model's 16-bit checkpoint.")

