@@ -183,15 +183,14 @@ def encode_ours() -> Callable[[str], list[int]]:
 
 def encode_tiktoken() -> Callable[[str], list[int]]:
     import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
 
     from custom_models.tokenization.gpt2_files import read_gpt2
 
     gpt2 = read_gpt2()
     ranks = {token: i for i, token in enumerate(gpt2.vocabulary) if i not in gpt2.special_tokens.values()}
-    # The pattern that tiktoken has for GPT-2: the same words, written so that its engine goes back less.
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     encoding = tiktoken.Encoding(
-        "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(gpt2.special_tokens)
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=dict(gpt2.special_tokens)
     )
     return encoding.encode
 
