@@ -6,9 +6,9 @@ one tensor. Each position knows which pair starts there; a table holds each pair
 positions that hold the merged pair and their left neighbours, nothing else. All pairs that arise contain the new token,
 so they get new rows of the table: no pair is ever looked up, and no place is added to a row that there is.
 
-    tokens      |  l  o  w  |  l  o  w  e  r  |      a separator before and after each word
-    pair_at     .  1  2  .  .  1  2  3  4  .      row of the pair that starts here; one with a separator never counts
-    counts      .  7  7  2  2                  "low" five times, "lower" twice
+    tokens      |  l  o  w  |  l  o  w  e  r  |    a separator before and after each word
+    pair_at     .  1  2  .  .  1  2  3  4  .       row of the pair that starts here; one with a separator never counts
+    counts      .  7  7  2  2                      "low" five times, "lower" twice
 
     python -m custom_models.tokenization.bpe_training --merges 1024
 """
