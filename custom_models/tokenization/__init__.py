@@ -1,0 +1,1 @@
+"""From text to ids and back: words, sentences, characters, and byte-pair encoding."""
