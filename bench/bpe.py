@@ -89,7 +89,7 @@ def english(megabytes: float) -> tuple[str, str]:
         path = Path(folder) / "tinyshakespeare" / "input.txt"
         text, source = read_text(path), "tinyshakespeare/input.txt"
     else:
-        from custom_models.tokenization.demo import definitions
+        from custom_models.demo import definitions
 
         text, source = definitions(), "definitions of the Human Phenotype Ontology"
     data = text.encode()

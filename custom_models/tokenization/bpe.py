@@ -17,7 +17,7 @@ from typing import Literal
 
 import regex
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from custom_models.tokenization.bpe_training import learn_merges
 from workflows.errors import UserError
 

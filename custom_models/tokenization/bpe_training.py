@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from workflows.errors import UserError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from workflows.errors import UserError
 
 

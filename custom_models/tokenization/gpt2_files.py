@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from custom_models.tokenization.bpe import GPT2_PATTERN, SpecialBPE
 from workflows.errors import UserError
 from workflows.files import read_json, read_text

@@ -9,7 +9,7 @@ written as visible characters (`ByteLevel`), and the merges.
 from pathlib import Path
 from typing import Any
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from custom_models.tokenization.bpe import GPT2_PATTERN, GPT4_PATTERN, ByteBPE, RegexBPE, SpecialBPE
 from custom_models.tokenization.gpt2_files import merges_by_id, visible
 from workflows.errors import UserError

@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from workflows.errors import UserError
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from workflows.errors import UserError
 
 

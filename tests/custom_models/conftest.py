@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from custom_models.tokenization import demo
+from custom_models import demo
 from custom_models.tokenization.bpe import SpecialBPE
 from custom_models.tokenization.gpt2_files import read_gpt2
 from tests.custom_models.tokenization.varied import varied_strings
