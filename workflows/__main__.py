@@ -20,29 +20,33 @@ from workflows import environment
 from workflows.errors import UserError
 
 STEPS = {
-    "download": ("workflows.download", "get a checkpoint and bring it into LitGPT's form"),
-    "data": ("data_prep.prepare", "prepare a data set as JSONL with a manifest"),
-    "lora": ("workflows.lora", "fine-tune with LoRA, QLoRA or full weights"),
-    "dpo": ("workflows.dpo", "align with preferences: DPO and its kin"),
-    "reward": ("workflows.reward", "train a reward model on preferences"),
-    "ppo": ("workflows.ppo", "align with a reward model, by PPO with a value head"),
-    "grpo": ("workflows.grpo", "align with rewards: sample groups of answers, and learn from the better ones"),
-    "merge": ("workflows.merge", "fold LoRA weights into a plain checkpoint"),
-    "evaluate": ("workflows.evaluate", "score a checkpoint with lm-eval, and compare with another"),
-    "export": ("workflows.export", "write Hugging Face, GGUF and Ollama forms, and verify them"),
-    "chat": ("workflows.chat", "talk to a model in Ollama"),
-    "demo": ("workflows.demo", "the whole road's summary: from a real checkpoint to answers from Ollama"),
+    "download": ("workflows.download", "setup", "get a checkpoint and bring it into LitGPT's form"),
+    "data": ("data_prep.prepare", "setup", "prepare a data set as JSONL with a manifest"),
+    "lora": ("workflows.lora", "setup", "fine-tune with LoRA, QLoRA or full weights"),
+    "dpo": ("workflows.dpo", "setup", "align with preferences: DPO and its kin"),
+    "reward": ("workflows.reward", "setup", "train a reward model on preferences"),
+    "ppo": ("workflows.ppo", "setup", "align with a reward model, by PPO with a value head"),
+    "grpo": ("workflows.grpo", "setup", "align with rewards: sample groups of answers, and learn from the better ones"),
+    "merge": ("workflows.merge", "setup", "fold LoRA weights into a plain checkpoint"),
+    "evaluate": ("workflows.evaluate", "setup", "score a checkpoint with lm-eval, and compare with another"),
+    "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
+    "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
+    "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }
 
 
-def usage() -> str:
+Steps = dict[str, tuple[str, str, str]]
+"""For each step its module, the function in it, and what it does in one line."""
+
+
+def usage(steps: Steps = STEPS, program: str = "workflows") -> str:
     """The list of steps, one line each."""
-    width = max(map(len, STEPS))
-    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in STEPS.items()]
-    return "\n".join(["usage: python -m workflows STEP [--help] [--config FILE] [--key value …]", "", *lines])
+    width = max(map(len, steps))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, _, about) in steps.items()]
+    return "\n".join([f"usage: python -m {program} STEP [--help] [--config FILE] [--key value …]", "", *lines])
 
 
-def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
+def parse_all(function: Callable[..., Any], args: list[str], prog: str, program: str = "workflows") -> Any:
     """Parse a step's arguments; if several are wrong, say all of that at once.
 
     jsonargparse stops at the first problem. The offending argument is then left out and the rest parsed again, until
@@ -51,7 +55,8 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     Args:
         function: The step's `setup` function.
         args: The command line after the step's name.
-        prog: The command's name in messages.
+        prog: The step's name in messages.
+        program: The package's.
 
     Returns:
         The function's keyword arguments, instantiated.
@@ -63,7 +68,7 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str) -> Any:
 
     _bound_yaml()
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_urls_enabled=False)
-    parser = ArgumentParser(prog=f"python -m workflows {prog}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"python -m {program} {prog}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these same keys; later arguments override it.")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
     problems: list[str] = []
@@ -182,27 +187,33 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "workflows") -> int:
     """Run one step.
+
+    Args:
+        argv: The arguments; those of the command line if None.
+        steps: What there is to run.
+        program: The package whose steps they are.
 
     Returns:
         The exit code: 0 if all went well, 1 for a condition the user can mend, 2 for wrong arguments, 130 for Ctrl-C.
     """
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(steps, program))
         return 0 if args else 2
     step, rest = args[0], args[1:]
-    if step not in STEPS:
-        print(f"There is no step {step!r}.\n{usage()}", file=sys.stderr)
+    if step not in steps:
+        print(f"There is no step {step!r}.\n{usage(steps, program)}", file=sys.stderr)
         return 2
 
     environment.prepare()
     warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
     logging.getLogger("lightning").setLevel(logging.WARNING)
     try:
-        function = importlib.import_module(STEPS[step][0]).setup
-        function(**parse_all(function, rest, step))
+        module, name, _ = steps[step]
+        function = getattr(importlib.import_module(module), name)
+        function(**parse_all(function, rest, step, program))
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         if (message := explain(e)) is None:
             raise

@@ -1,0 +1,18 @@
+"""`python -m custom_models PROJECT --key value`: the command line of the projects."""
+
+import sys
+
+from workflows.__main__ import main
+
+PROJECTS = {
+    "sentiment": (
+        "custom_models.projects.sentiment",
+        "setup",
+        "train a classifier of texts, from scratch or from BERT's kin",
+    ),
+    "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
+    "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main(steps=PROJECTS, program="custom_models"))

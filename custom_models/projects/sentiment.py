@@ -1,0 +1,223 @@
+"""`make sentiment`: is a sentence of a movie review for or against the film?
+
+From scratch (`--encoder scratch`): a vocabulary and an encoder of our own, trained on the sentences alone. Or from the
+weights of a pretrained encoder: MiniLM (`--encoder minilm`), or a BERT, RoBERTa or DistilBERT by its folder or Hub id.
+Beside it a linear classifier of words and pairs of words, trained in the same run: what is had without any order.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tokenizers import Tokenizer
+
+from custom_models.encoder import Encoder, EncoderConfig, non_embedding_parameters
+from custom_models.encoder_checkpoint import encoder_directory, load_encoder, tokenizer_of
+from custom_models.projects.classifier import ClassifierTask, TextClassifier
+from custom_models.projects.fitting import fit_best
+from custom_models.projects.pictures import draw_confusion, draw_curves
+from custom_models.projects.texts import encode, loader, read_labelled
+from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
+from workflows.checkpoint import metric, share_metric, write_metrics
+from workflows.errors import report_all
+from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+
+SCRATCH = "scratch"
+
+
+@dataclass
+class Shape:
+    """The encoder that is trained from scratch."""
+
+    vocab_size: int = 6000
+    """Tokens of its vocabulary."""
+    width: int = 128
+    """Of the tokens' vectors."""
+    n_layer: int = 2
+    """Layers."""
+    n_head: int = 4
+    """Attention heads."""
+    inner_width: int = 256
+    """Of the feed-forward layers."""
+    n_position: int = 128
+    """The longest text, in tokens."""
+    dropout: float = 0.3
+    """Share of activations set to zero in training."""
+
+
+def setup(
+    data: Path = Path("data/movie_snippets"),
+    encoder: str = SCRATCH,
+    out_dir: Path = Path("out/sentiment/scratch"),
+    shape: Shape = Shape(),
+    batch_size: int = 64,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.05,
+    warmup: float = 0.1,
+    hidden_tokens: float = 0.15,
+    max_epochs: int = 12,
+    patience: int = 4,
+    seeds: list[int] | None = None,
+    max_rows: int | None = None,
+    accelerator: str = "auto",
+) -> None:
+    """Train a classifier of texts.
+
+    Args:
+        data: A data directory of {"text", "label"} rows, from `make data DATA=sentence_polarity` and its like.
+        encoder: "scratch", "minilm", the folder of a BERT, RoBERTa or DistilBERT, or its id on the Hub.
+        out_dir: Where pictures and numbers go; the model is in its `final` folder.
+        shape: The encoder, if it is trained from scratch.
+        batch_size: Texts in a batch.
+        learning_rate: At its highest.
+        weight_decay: Of matrices.
+        warmup: The share of steps in which the rate rises.
+        hidden_tokens: Share of tokens that are hidden from the model in training.
+        max_epochs: The most epochs.
+        patience: So many epochs without a better validation accuracy end the training.
+        seeds: One training for each; [1] if null. The first one's model is kept.
+        max_rows: Train on the first so many texts only.
+        accelerator: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        UserError: If an argument, the data or the encoder is not usable.
+    """
+    began = step_began()
+    seeds = [1] if seeds is None else seeds
+    problems = [f"--{name} must be at least 1, not {value}."
+                for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience))
+                if value < 1]  # fmt: skip
+    problems += [] if seeds else ["--seeds needs at least one."]
+    problems += [] if 0 <= hidden_tokens < 1 else [f"--hidden_tokens must be from 0 to below 1, not {hidden_tokens}."]
+    problems += [] if 0 <= warmup < 1 else [f"--warmup must be from 0 to below 1, not {warmup}."]
+    problems += [] if learning_rate > 0 else [f"--learning_rate must be positive, not {learning_rate}."]
+    report_all(problems)
+    train_texts, labels = read_labelled(data, "train")
+    texts = {"train": train_texts[:max_rows]}
+    texts |= {split: read_labelled(data, split, labels)[0] for split in ("validation", "test")}
+
+    tokenizer, hidden_id, make = _encoder_maker(encoder, shape, [text for text, _ in texts["train"]])
+    longest = make().config.n_position
+    rows = {}
+    for split, pairs in texts.items():
+        rows[split], cut = encode(pairs, tokenizer, longest)
+        print(f"{data / split}.jsonl: {len(pairs):,} texts; {cut:,} cut: over {longest} tokens")
+
+    runs, accuracies, times = [], [], []
+    steps = -(-len(rows["train"]) // batch_size) * max_epochs
+    with PeakMemory() as peak:
+        for number, seed in enumerate(seeds):
+            L.seed_everything(seed, verbose=False)
+            model = TextClassifier(make(), labels)
+            pad_id = model.encoder.config.pad_id
+            task = ClassifierTask(model, learning_rate, steps, warmup, weight_decay, hidden_tokens, hidden_id)
+            started = time.perf_counter()
+            epochs = fit_best(
+                task,
+                loader(rows["train"], pad_id, batch_size, seed),
+                loader(rows["validation"], pad_id, 4 * batch_size),
+                out_dir,
+                max_epochs=max_epochs,
+                patience=patience,
+                accelerator=accelerator,
+            )
+            times.append(time.perf_counter() - started)
+            model.cpu()
+            taken = model.logits(rows["test"]).argmax(dim=-1)  # (texts,)
+            wanted = torch.tensor([row.label for row in rows["test"]])  # (texts,)
+            runs.append(epochs)
+            accuracies.append(float((taken == wanted).float().mean()))
+            best = max(row["val_accuracy"] for row in epochs)
+            print(f"seed {seed}: validation {best:.1%} (best of {len(epochs)} epochs), test {accuracies[-1]:.1%}, "
+                  f"{times[-1]:.0f} s")  # fmt: skip
+            if number == 0:
+                model.save(tokenizer, out_dir / "final")
+                counts = torch.zeros(len(labels), len(labels)).index_put_(
+                    (wanted, taken), torch.ones(len(wanted)), accumulate=True
+                )  # (n_label, n_label)
+                draw_confusion(counts.long(), labels, out_dir / "confusion.png", f"{data.name}, test, seed {seed}")
+                kept = model
+    draw_curves(runs, out_dir / "curves.png", f"{encoder} on {data.name}")
+    linear = bag_of_bigrams({split: list(pairs) for split, pairs in texts.items()})
+    n = len(rows["test"])
+    told = [share_metric("accuracy", accuracies[0], n), share_metric("accuracy_bag_of_bigrams", linear, n)]
+    if len(seeds) > 1:
+        spread = statistics.stdev(accuracies)
+        told.append(metric("accuracy_mean_of_seeds", statistics.fmean(accuracies), stderr=spread / len(seeds) ** 0.5,
+                           n=len(seeds), split="test"))  # fmt: skip
+    write_metrics(
+        out_dir / "metrics.json",
+        told,
+        seconds=seconds_of_step(began),
+        peak_bytes=peak.bytes,
+        train_seconds=times,
+        seeds=dict(zip(map(str, seeds), accuracies, strict=True)),
+        parameters=sum(p.numel() for p in kept.parameters()),
+        non_embedding_parameters=non_embedding_parameters(kept.encoder),
+        hardware=hardware(),
+    )
+    _tell(encoder, accuracies, linear, kept, tokenizer, out_dir)
+
+
+def _tell(
+    encoder: str, accuracies: list[float], linear: float, model: TextClassifier, tokenizer: Tokenizer, out_dir: Path
+) -> None:
+    spread = (
+        f" (from {min(accuracies):.1%} to {max(accuracies):.1%}, {len(accuracies)} seeds)" if accuracies[1:] else ""
+    )
+    print(f"\ntest accuracy: {encoder} {statistics.fmean(accuracies):.1%}{spread}; bag of bigrams {linear:.1%}")
+    for text in ("a film of rare warmth and wit .", "two hours that i will never get back ."):
+        (found,), _ = model.predict([text], tokenizer)
+        best = max(found, key=found.__getitem__)
+        print(f"  {text}  ->  {best} ({found[best]:.0%})")
+    print(f"{out_dir}/final, curves.png, confusion.png, metrics.json")
+
+
+def _encoder_maker(encoder: str, shape: Shape, texts: list[str]) -> tuple[Tokenizer, int, Any]:
+    """The tokenizer, the id that stands for a hidden token, and a function that makes the encoder anew."""
+    if encoder == SCRATCH:
+        tokenizer = learn_vocabulary(texts, shape.vocab_size)
+        config = EncoderConfig(
+            shape.vocab_size,
+            width=shape.width,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            inner_width=shape.inner_width,
+            n_position=shape.n_position,
+            n_segment=0,
+            pad_id=tokenizer.token_to_id(PAD),
+            norm_first=True,
+            embedding_norm=False,
+            pooler=False,
+            norm_eps=1e-5,
+            dropout=shape.dropout,
+        )
+        return tokenizer, tokenizer.token_to_id(MASK), lambda: Encoder(config)
+    directory = encoder_directory(encoder)
+    tokenizer = tokenizer_of(directory)
+    masks = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>", MASK)]
+    return tokenizer, next((i for i in masks if i is not None), 0), lambda: load_encoder(directory)
+
+
+def bag_of_bigrams(texts: dict[str, list[tuple[str, int]]]) -> float:
+    """Test accuracy of logistic regression over the words and pairs of words that a text has.
+
+    How strongly it is regularised is chosen on the validation texts.
+
+    Args:
+        texts: Texts with their classes, of the splits train, validation and test.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    vectorizer = CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\w+|[^\w\s]")
+    features = {"train": vectorizer.fit_transform([text for text, _ in texts["train"]])}
+    features |= {split: vectorizer.transform([t for t, _ in texts[split]]) for split in ("validation", "test")}
+    classes = {split: [label for _, label in pairs] for split, pairs in texts.items()}
+    fitted = [LogisticRegression(C=c, max_iter=2000).fit(features["train"], classes["train"]) for c in (0.1, 0.3, 1, 3)]
+    best = max(fitted, key=lambda model: float(model.score(features["validation"], classes["validation"])))
+    return float(best.score(features["test"], classes["test"]))
