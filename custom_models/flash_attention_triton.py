@@ -5,8 +5,8 @@ of keys, for dk and dv over the queries of all heads that share these keys. So n
 (Dao 2023, arXiv 2307.08691, section 3.2), and the scores exist for one block at a time.
 
 **No GPU was at hand.** What is tested: in Triton's interpreter, on the CPU, forward and gradients equal SDPA's; and
-the kernels compile for compute capability 8.0 within its shared memory. What is not: that they run on a GPU, how fast,
-and whether the block sizes are good ones.
+the kernels compile for compute capability 8.0, in no more shared memory than 8.6 has. What is not: that they run on a
+GPU, how fast, and whether the block sizes are good ones.
 
 The kernels know one layout, packed texts, (total, heads, head_size). A padded batch is read as such, too: its texts lie
 end to end, and the keys of the padding are passed over. Left out, as in `flash_attention.py`: arbitrary masks, an
@@ -194,10 +194,10 @@ def _backward_kv(
         tl.store(dv_at, dvj.to(dv.dtype.element_ty), mask=k_valid)
 
 
-def constants(n_head: int, n_kv_head: int, head_size: int, causal: bool) -> dict[str, Any]:
-    """What the kernels are compiled for. Larger heads get smaller blocks, since all of them share the fast memory."""
+def constants(n_head: int, n_kv_head: int, head_size: int, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels are compiled for. Blocks are such that 99 KiB of fast memory are enough."""
     padded = max(16, triton.next_power_of_2(head_size))  # a matrix product needs 16 at least
-    block = 64 if padded <= 64 else 32 if padded <= 128 else 16
+    block = (64 if dtype.itemsize == 2 else 32) // (1 if padded * dtype.itemsize <= 256 else 2)
     return {
         "N_HEAD": n_head,
         "N_KV_HEAD": n_kv_head,
@@ -221,7 +221,7 @@ class FlashAttentionTriton(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # (total, heads, head_size) each
         out = torch.zeros_like(q)  # (total_q, n_head, head_size)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)  # (n_head, total_q)
-        sizes = constants(q.shape[1], k.shape[1], q.shape[2], causal)
+        sizes = constants(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype)
         grid = (triton.cdiv(longest[0], sizes["BLOCK_Q"]), q.shape[1], len(sequences))
         if min(grid) > 0:
             _forward[grid](q, k, v, out, lse, sequences, len(q), scale, **sizes)
