@@ -272,8 +272,8 @@ def flash_attention_triton(
     real = torch.full_like(texts, n_keys) if key_lengths is None else key_lengths.to(texts)  # (B,)
     n_q, shift = torch.full_like(texts, n_queries), torch.full_like(texts, n_keys - n_queries)  # (B,) each
     sequences = torch.stack([texts * n_queries, n_q, texts * n_keys, real, shift], dim=1)  # (B, 5), see _text
-    packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # each (B * T, heads, head_size)
-    out = _run(*packed, sequences, (n_queries, n_keys), causal, scale)  # (B * Tq, n_head, head_size)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # each (B * T, heads, head_size)
+    out = _run(q, k, v, sequences, (n_queries, n_keys), causal, scale)  # (B * Tq, n_head, head_size)
     return out.unflatten(0, (batch, n_queries)).transpose(1, 2)  # (B, n_head, Tq, head_size)
 
 

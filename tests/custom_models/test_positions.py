@@ -157,8 +157,8 @@ def test_rope_is_transformers(case, head_size, base, length):
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     our_cos, our_sin = rope_table(positions, head_size, base, scaling)
     # The last bit of theta, 6e-8 of it, becomes visible in an angle of thousands of radians.
-    near(our_cos, cos[0], 1e-5 if length <= 2048 else 1e-4)
-    near(our_sin, sin[0], 1e-5 if length <= 2048 else 1e-4)
+    near(our_cos, cos[0], 1e-5 if length <= 2048 else 5e-4)
+    near(our_sin, sin[0], 1e-5 if length <= 2048 else 5e-4)
     if case != "default":
         theirs, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, seq_len=length)
         ours, our_factor = rope_frequencies(head_size, base, scaling, length)
