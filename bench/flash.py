@@ -115,7 +115,7 @@ def repeat(run: Callable[[], None], seconds: float) -> list[float]:
 
 
 def keep_freed_memory(up_to: int) -> None:
-    """Have malloc keep freed blocks of up to so many bytes for itself, and give larger ones back at once (glibc only)."""
+    """Have malloc keep freed blocks of up to so many bytes in reserve, and give larger ones back (glibc only)."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, up_to)
