@@ -76,7 +76,7 @@ def measure(contender: str, length: int, n_head: int, causal: bool, seconds: flo
         For each pass the fastest repetition's seconds and the extra bytes at the peak; `rate` is tokens per second of
         forward and backward.
     """
-    attend(contender, *inputs(WARM_UP_LENGTH, n_head), causal).sum().backward()  # libraries load, threads start
+    attend(contender, *inputs(WARM_UP_LENGTH, n_head), causal=causal).sum().backward()  # libraries load, threads start
     torch.manual_seed(0)
     q, k, v = inputs(length, n_head)  # (1, n_head, T, HEAD_SIZE) each
     dout = torch.randn_like(q)  # (1, n_head, T, HEAD_SIZE)
@@ -123,9 +123,10 @@ def keep_freed_memory(up_to: int) -> None:
         library.malloc_trim(0)
 
 
-def inputs(length: int, n_head: int) -> list[torch.Tensor]:
+def inputs(length: int, n_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values, (1, n_head, length, HEAD_SIZE) each."""
-    return [torch.randn(1, n_head, length, HEAD_SIZE, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(1, n_head, length, HEAD_SIZE, requires_grad=True) for _ in range(3))
+    return q, k, v
 
 
 def attend(contender: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
