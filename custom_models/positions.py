@@ -301,7 +301,7 @@ def rope_frequencies(
         # Shortest waves stay, the longest is slowed by the whole stretch: that is another base (bloc97, emozilla).
         stretch = scaling.factor * max(length or 0, scaling.original_length) / scaling.original_length
         base *= (stretch - scaling.factor + 1) ** (head_size / (head_size - 2))
-    theta = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)  # (head_size / 2,)
+    theta = 1 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)  # (head_size / 2,)
     if scaling is not None and scaling.kind == "linear":
         theta = theta / scaling.factor  # (head_size / 2,); as if all positions were divided by it
     if scaling is not None and scaling.kind == "llama3":
