@@ -44,18 +44,18 @@ def setup(
         weights = torch.stack(model(torch.tensor([encoded.ids]), return_weights=True).weights)[:, 0]
     draw_heads(weights, encoded.tokens, out_file, f"{directory.name}: {text}")
     kinds = {
-        "previous token": weights.diagonal(-1, -2, -1).mean(-1),
+        "the previous token": weights.diagonal(-1, -2, -1).mean(-1),
         "itself": weights.diagonal(0, -2, -1).mean(-1),
-        "next token": weights.diagonal(1, -2, -1).mean(-1),
-        "first token": weights[..., 0].mean(-1),
-        "last token": weights[..., -1].mean(-1),
+        "the next token": weights.diagonal(1, -2, -1).mean(-1),
+        "the first token": weights[..., 0].mean(-1),
+        "the last token": weights[..., -1].mean(-1),
     }  # each (n_layer, n_head); fmt: skip
     print(
         f"{weights.shape[0]} layers of {weights.shape[1]} heads, {len(encoded.ids)} tokens. The heads that look most at"
     )
     for kind, shares in kinds.items():
         layer, head = divmod(int(shares.argmax()), shares.shape[1])
-        print(f"  the {kind:<15} layer {layer + 1}, head {head + 1}: {float(shares.max()):.0%} of its attention")
+        print(f"  {kind:<19} layer {layer + 1}, head {head + 1}: {float(shares.max()):.0%} of its attention")
     print(out_file)
 
 
