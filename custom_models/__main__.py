@@ -10,6 +10,8 @@ PROJECTS = {
         "setup",
         "train a classifier of texts, from scratch or from BERT's kin",
     ),
+    "pretrain": ("custom_models.projects.pretrain", "setup", "pretrain an encoder: RoBERTa's way or BERT's"),
+    "distill": ("custom_models.projects.distill", "setup", "distil a classifier into one of half its layers"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
 }

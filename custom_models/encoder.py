@@ -320,4 +320,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from custom_models import demo
+
+    demo.run(main)

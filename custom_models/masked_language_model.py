@@ -7,7 +7,7 @@
 
 The heads read the weights of Hugging Face's checkpoints; `projects/pretrain.py` trains.
 
-Run it: python -m custom_models.masked_language_model "the patient has a high [MASK] ."
+Run it: python -m custom_models pretrain
 """
 
 from pathlib import Path
@@ -109,7 +109,7 @@ class MaskedLanguageModel(nn.Module):
 
 
 def mask_tokens(
-    ids: Tensor, maskable: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator, share: float = 0.15
+    ids: Tensor, maskable: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator | None, share: float = 0.15
 ) -> tuple[Tensor, Tensor]:
     """Hide tokens, BERT's way: of those chosen 80% become the mask, 10% a random token, 10% stay.
 
@@ -118,17 +118,17 @@ def mask_tokens(
         maskable: Which of them may be chosen, (B, T): no padding, no special tokens.
         mask_id: The mask's id.
         vocab_size: Random tokens are below it.
-        generator: Decides.
+        generator: Decides; torch's own if None.
         share: How many are chosen.
 
     Returns:
         The ids with some hidden, and the targets, both (B, T).
     """
-    fate = torch.rand(ids.shape, generator=generator)  # (B, T)
+    fate = torch.rand(ids.shape, generator=generator, device=ids.device)  # (B, T)
     chosen = maskable & (fate < share)  # (B, T)
     targets = ids.masked_fill(~chosen, IGNORED)  # (B, T)
     hidden = ids.masked_fill(chosen & (fate < 0.8 * share), mask_id)  # (B, T)
-    other = torch.randint(vocab_size, ids.shape, generator=generator)  # (B, T)
+    other = torch.randint(vocab_size, ids.shape, generator=generator, device=ids.device)  # (B, T)
     return torch.where(chosen & (fate >= 0.9 * share), other, hidden), targets
 
 

@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
 
     environment.prepare()
     warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
-    logging.getLogger("lightning").setLevel(logging.WARNING)
+    for name in ("lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         module, name, _ = steps[step]
         function = getattr(importlib.import_module(module), name)

@@ -1,5 +1,6 @@
 """An encoder that names the class of a text: the mean of its tokens' vectors, and one matrix over that."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from custom_models.encoder import Encoder, mean_over_tokens
 from custom_models.encoder_checkpoint import encoder_directory, fill, read_own, save_encoder, tokenizer_of
+from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.texts import Batch, Labelled, encode, loader
+from workflows.checkpoint import metric
 from workflows.errors import UserError
 
 
@@ -84,32 +87,21 @@ def load_classifier(folder: Path) -> tuple[TextClassifier, Tokenizer]:
 
 
 class ClassifierTask(L.LightningModule):
-    """How a classifier is trained: AdamW, a rate that warms up and then falls to nothing, some tokens hidden.
+    """How a classifier is trained: by the classes' cross-entropy, some tokens hidden from it (word dropout).
 
     Args:
         model: The classifier.
-        learning_rate: At its highest.
+        fit: Rate and schedule.
         total_steps: Optimizer steps in all.
-        warmup: The share of steps in which the rate rises.
-        weight_decay: Of matrices.
-        hidden_tokens: Share of tokens that are hidden from the model in training (word dropout).
+        hidden_tokens: Share of tokens that are hidden from the model in training.
         hidden_id: What they become.
     """
 
     def __init__(
-        self,
-        model: TextClassifier,
-        learning_rate: float,
-        total_steps: int,
-        warmup: float = 0.1,
-        weight_decay: float = 0.01,
-        hidden_tokens: float = 0.0,
-        hidden_id: int = 0,
+        self, model: TextClassifier, fit: FitArgs, total_steps: int, hidden_tokens: float = 0.0, hidden_id: int = 0
     ) -> None:
         super().__init__()
-        self.model = model
-        self.learning_rate, self.total_steps, self.weight_decay = learning_rate, total_steps, weight_decay
-        self.warmup_steps = max(1, round(warmup * total_steps))
+        self.model, self.fit_args, self.total_steps = model, fit, total_steps
         self.hidden_tokens, self.hidden_id = hidden_tokens, hidden_id
 
     def hide(self, ids: Tensor) -> Tensor:
@@ -118,33 +110,72 @@ class ClassifierTask(L.LightningModule):
             return ids
         return ids.masked_fill(torch.rand(ids.shape, device=ids.device) < self.hidden_tokens, self.hidden_id)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """-log p(class), the mean over the batch."""
-        loss = F.cross_entropy(self.model(self.hide(batch.ids), batch.lengths), batch.labels)
+        return F.cross_entropy(self.model(self.hide(batch.ids), batch.lengths), batch.labels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss, logged."""
+        loss = self.loss(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.labels))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same, and the share of right classes."""
+        """The classes' cross-entropy and the share of right classes."""
         logits = self.model(batch.ids, batch.lengths)  # (B, n_label)
         right = (logits.argmax(dim=-1) == batch.labels).float().mean()
         self.log("val_loss", F.cross_entropy(logits, batch.labels), batch_size=len(batch.labels))
         self.log("val_accuracy", right, batch_size=len(batch.labels), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; biases and norms do not decay."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """AdamW with the rate's schedule."""
+        return self.fit_args.optimizer(self, self.total_steps)
 
-    def _share_of_rate(self, step: int) -> float:
-        left = (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
-        return min((step + 1) / self.warmup_steps, max(0.0, left))
+
+Rows = dict[str, list[Labelled]]
+"""Encoded texts of the splits train, validation and test."""
+
+
+def encode_splits(data: Path, texts: dict[str, list[tuple[str, int]]], tokenizer: Tokenizer, longest: int) -> Rows:
+    """Encode the texts of all splits, and say how many had to be cut."""
+    rows = {}
+    for split, pairs in texts.items():
+        rows[split], cut = encode(pairs, tokenizer, longest)
+        print(f"{data / split}.jsonl: {len(pairs):,} texts; {cut:,} cut: over {longest} tokens")
+    return rows
+
+
+def fit_classifier(task: ClassifierTask, rows: Rows, out_dir: Path, seed: int) -> list[dict[str, float]]:
+    """Train a classifier until it gets no better on the validation texts; returns the numbers of each epoch."""
+    fit, pad_id = task.fit_args, task.model.encoder.config.pad_id
+    train = loader(rows["train"], pad_id, fit.batch_size, seed)
+    return fit_best(task, train, loader(rows["validation"], pad_id, 4 * fit.batch_size), out_dir, fit)
+
+
+def steps_of(rows: Rows, fit: FitArgs) -> int:
+    """Optimizer steps of all epochs."""
+    return -(-len(rows["train"]) // fit.batch_size) * fit.max_epochs
+
+
+def confusion(model: TextClassifier, rows: Sequence[Labelled]) -> Tensor:
+    """How many texts of each class the model takes for which, (n_label, n_label), true class by row."""
+    taken = model.eval().logits(rows).argmax(dim=-1)  # (texts,)
+    wanted = torch.tensor([row.label for row in rows])  # (texts,)
+    n_label = len(model.labels)
+    return torch.bincount(wanted * n_label + taken, minlength=n_label**2).view(n_label, n_label)
+
+
+def share_right(counts: Tensor) -> float:
+    """Accuracy, of a table of `confusion`."""
+    return float(counts.diagonal().sum() / counts.sum())
+
+
+def over_seeds(name: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    """The row of `metrics.json` for the mean of a number over several seeds; none for one seed."""
+    if len(values) < 2:
+        return []
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return [metric(f"{name}_mean_of_seeds", statistics.fmean(values), stderr=spread, n=len(values), split="test")]
 
 
 def predict(checkpoint_dir: Path, text: str) -> None:

@@ -2,13 +2,65 @@
 
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+
+@dataclass
+class FitArgs:
+    """How a project trains."""
+
+    batch_size: int = 64
+    """Texts in a batch."""
+    learning_rate: float = 5e-4
+    """At its highest."""
+    warmup: float = 0.1
+    """The share of steps in which the rate rises; then it falls to nothing."""
+    weight_decay: float = 0.01
+    """Of matrices."""
+    max_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    max_epochs: int = 10
+    """The most epochs."""
+    patience: int = 4
+    """So many epochs that are no better than the best one end the training."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What computes."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """What it computes in; "bf16-mixed" is faster where the processor knows bfloat16."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with them, as messages."""
+        found = [f"--fit.{name} must be at least 1, not {getattr(self, name)}."
+                 for name in ("batch_size", "max_epochs", "patience") if getattr(self, name) < 1]  # fmt: skip
+        found += [f"--fit.{name} must be positive, not {getattr(self, name)}."
+                  for name in ("learning_rate", "max_norm") if not getattr(self, name) > 0]  # fmt: skip
+        found += [] if 0 <= self.warmup < 1 else [f"--fit.warmup must be from 0 to below 1, not {self.warmup}."]
+        found += [] if self.weight_decay >= 0 else [f"--fit.weight_decay must be at least 0, not {self.weight_decay}."]
+        return found
+
+    def optimizer(self, module: nn.Module, total_steps: int) -> Any:
+        """AdamW and its schedule for a module's parameters, as Lightning takes them; biases and norms do not decay."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        rising = max(1, round(self.warmup * total_steps))
+
+        def share_of_rate(step: int) -> float:
+            return min((step + 1) / rising, max(0.0, (total_steps - step) / max(1, total_steps - rising)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class _History(Callback):
@@ -27,51 +79,42 @@ def fit_best(
     train: DataLoader[Any],
     validation: DataLoader[Any],
     out_dir: Path,
-    *,
-    max_epochs: int,
-    patience: int,
+    fit: FitArgs,
     monitor: str = "val_accuracy",
-    max_norm: float = 1.0,
-    accelerator: str = "auto",
-    devices: int | str = 1,
 ) -> list[dict[str, float]]:
-    """Train until `patience` epochs in a row were no better; the task is left with the weights of its best epoch.
+    """Train until epochs are no better any more; the task is left with the weights of its best epoch, on the CPU.
 
     Args:
         task: What is trained.
         train: Training batches.
         validation: Validation batches.
         out_dir: Where Lightning keeps its checkpoint meanwhile.
-        max_epochs: The most epochs.
-        patience: So many epochs without a better one end the training.
+        fit: How.
         monitor: The number that decides, to rise if it is an accuracy and to fall if it is a loss.
-        max_norm: Gradients are clipped to this norm.
-        accelerator: "auto", "cpu", "cuda", "mps".
-        devices: How many of them.
 
     Returns:
         The numbers of each epoch.
     """
     mode = "max" if "accuracy" in monitor else "min"
     history, folder = _History(), out_dir / "checkpoints"
-    best = ModelCheckpoint(
-        folder, "best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False
-    )
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
     trainer = L.Trainer(
-        max_epochs=max_epochs,
-        callbacks=[history, best, EarlyStopping(monitor, patience=patience, mode=mode), TQDMProgressBar(leave=True)],
-        gradient_clip_val=max_norm,
-        accelerator=accelerator,
-        devices=devices,
+        max_epochs=fit.max_epochs,
+        callbacks=[history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()],
+        gradient_clip_val=fit.max_norm,
+        accelerator=fit.accelerator,
+        devices=1,
+        precision=fit.precision,
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*exists and is not empty.*|.*LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
         trainer.fit(task, train, validation)
-    task.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-    shutil.rmtree(folder)
+    weights: dict[str, Tensor] = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+    task.cpu().load_state_dict(weights)
     task.eval()
+    shutil.rmtree(folder)
     return history.epochs

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from tokenizers import Tokenizer
 
 from custom_models.encoder import Encoder, EncoderConfig, non_embedding_parameters
 from custom_models.encoder_checkpoint import encoder_directory, load_encoder, tokenizer_of
-from custom_models.projects.classifier import ClassifierTask, TextClassifier
-from custom_models.projects.fitting import fit_best
+from custom_models.projects.classifier import (
+    ClassifierTask,
+    TextClassifier,
+    confusion,
+    encode_splits,
+    fit_classifier,
+    over_seeds,
+    share_right,
+    steps_of,
+)
+from custom_models.projects.fitting import FitArgs
 from custom_models.projects.pictures import draw_confusion, draw_curves
-from custom_models.projects.texts import encode, loader, read_labelled
+from custom_models.projects.texts import read_labelled
 from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
-from workflows.checkpoint import metric, share_metric, write_metrics
+from workflows.checkpoint import share_metric, write_metrics
 from workflows.errors import report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
@@ -54,16 +62,10 @@ def setup(
     encoder: str = SCRATCH,
     out_dir: Path = Path("out/sentiment/scratch"),
     shape: Shape = Shape(),
-    batch_size: int = 64,
-    learning_rate: float = 5e-4,
-    weight_decay: float = 0.05,
-    warmup: float = 0.1,
     hidden_tokens: float = 0.15,
-    max_epochs: int = 12,
-    patience: int = 4,
+    fit: FitArgs = FitArgs(),
     seeds: list[int] | None = None,
     max_rows: int | None = None,
-    accelerator: str = "auto",
 ) -> None:
     """Train a classifier of texts.
 
@@ -72,83 +74,48 @@ def setup(
         encoder: "scratch", "minilm", the folder of a BERT, RoBERTa or DistilBERT, or its id on the Hub.
         out_dir: Where pictures and numbers go; the model is in its `final` folder.
         shape: The encoder, if it is trained from scratch.
-        batch_size: Texts in a batch.
-        learning_rate: At its highest.
-        weight_decay: Of matrices.
-        warmup: The share of steps in which the rate rises.
         hidden_tokens: Share of tokens that are hidden from the model in training.
-        max_epochs: The most epochs.
-        patience: So many epochs without a better validation accuracy end the training.
+        fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
         max_rows: Train on the first so many texts only.
-        accelerator: "auto", "cpu", "cuda" or "mps".
 
     Raises:
         UserError: If an argument, the data or the encoder is not usable.
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = [f"--{name} must be at least 1, not {value}."
-                for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience))
-                if value < 1]  # fmt: skip
-    problems += [] if seeds else ["--seeds needs at least one."]
+    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
     problems += [] if 0 <= hidden_tokens < 1 else [f"--hidden_tokens must be from 0 to below 1, not {hidden_tokens}."]
-    problems += [] if 0 <= warmup < 1 else [f"--warmup must be from 0 to below 1, not {warmup}."]
-    problems += [] if learning_rate > 0 else [f"--learning_rate must be positive, not {learning_rate}."]
+    problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
     report_all(problems)
     train_texts, labels = read_labelled(data, "train")
     texts = {"train": train_texts[:max_rows]}
     texts |= {split: read_labelled(data, split, labels)[0] for split in ("validation", "test")}
-
     tokenizer, hidden_id, make = _encoder_maker(encoder, shape, [text for text, _ in texts["train"]])
-    longest = make().config.n_position
-    rows = {}
-    for split, pairs in texts.items():
-        rows[split], cut = encode(pairs, tokenizer, longest)
-        print(f"{data / split}.jsonl: {len(pairs):,} texts; {cut:,} cut: over {longest} tokens")
+    rows = encode_splits(data, texts, tokenizer, make().config.n_position)
 
-    runs, accuracies, times = [], [], []
-    steps = -(-len(rows["train"]) // batch_size) * max_epochs
+    runs, tables, times, kept = [], [], [], None
     with PeakMemory() as peak:
-        for number, seed in enumerate(seeds):
+        for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model = TextClassifier(make(), labels)
-            pad_id = model.encoder.config.pad_id
-            task = ClassifierTask(model, learning_rate, steps, warmup, weight_decay, hidden_tokens, hidden_id)
             started = time.perf_counter()
-            epochs = fit_best(
-                task,
-                loader(rows["train"], pad_id, batch_size, seed),
-                loader(rows["validation"], pad_id, 4 * batch_size),
-                out_dir,
-                max_epochs=max_epochs,
-                patience=patience,
-                accelerator=accelerator,
-            )
+            task = ClassifierTask(model, fit, steps_of(rows, fit), hidden_tokens, hidden_id)
+            runs.append(fit_classifier(task, rows, out_dir, seed))
             times.append(time.perf_counter() - started)
-            model.cpu()
-            taken = model.logits(rows["test"]).argmax(dim=-1)  # (texts,)
-            wanted = torch.tensor([row.label for row in rows["test"]])  # (texts,)
-            runs.append(epochs)
-            accuracies.append(float((taken == wanted).float().mean()))
-            best = max(row["val_accuracy"] for row in epochs)
-            print(f"seed {seed}: validation {best:.1%} (best of {len(epochs)} epochs), test {accuracies[-1]:.1%}, "
-                  f"{times[-1]:.0f} s")  # fmt: skip
-            if number == 0:
-                model.save(tokenizer, out_dir / "final")
-                counts = torch.zeros(len(labels), len(labels)).index_put_(
-                    (wanted, taken), torch.ones(len(wanted)), accumulate=True
-                )  # (n_label, n_label)
-                draw_confusion(counts.long(), labels, out_dir / "confusion.png", f"{data.name}, test, seed {seed}")
-                kept = model
+            tables.append(confusion(model, rows["test"]))
+            best = max(row["val_accuracy"] for row in runs[-1])
+            print(f"seed {seed}: validation {best:.1%} (best of {len(runs[-1])} epochs), "
+                  f"test {share_right(tables[-1]):.1%}, {times[-1]:.0f} s")  # fmt: skip
+            kept = kept or model
+    assert kept is not None
+    kept.save(tokenizer, out_dir / "final")
+    draw_confusion(tables[0], labels, out_dir / "confusion.png", f"{data.name}, test, seed {seeds[0]}")
     draw_curves(runs, out_dir / "curves.png", f"{encoder} on {data.name}")
-    linear = bag_of_bigrams({split: list(pairs) for split, pairs in texts.items()})
-    n = len(rows["test"])
+    accuracies, n = [share_right(table) for table in tables], len(rows["test"])
+    linear = bag_of_bigrams(texts)
     told = [share_metric("accuracy", accuracies[0], n), share_metric("accuracy_bag_of_bigrams", linear, n)]
-    if len(seeds) > 1:
-        spread = statistics.stdev(accuracies)
-        told.append(metric("accuracy_mean_of_seeds", statistics.fmean(accuracies), stderr=spread / len(seeds) ** 0.5,
-                           n=len(seeds), split="test"))  # fmt: skip
+    told += over_seeds("accuracy", accuracies)
     write_metrics(
         out_dir / "metrics.json",
         told,
