@@ -27,6 +27,7 @@ $(error RUN, DATA and NAME are names of files: no spaces)
 endif
 PY        := .venv/bin/python
 STEP      := $(PY) -m workflows
+PROJECT   := $(PY) -m custom_models
 INSTALLED := .venv/.installed
 OUT       := out/$(RUN)
 # The folder of a downloaded model is known to Python only, so this small file holds its path.
@@ -37,6 +38,11 @@ EXPORT    := $(OUT)/ollama/verification.json
 KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1; sub(/:.*/, "", name)} \
   $$1 == "hub_id:" {id = tolower($$2); id_of[name] = id; if (!(id in first)) first[id] = name} \
   END {id = tolower(model); if (id in id_of) id = id_of[id]; print (id in first) ? first[id] : id}' checkpoints/registry.yaml)
+# Film reviews to learn from: real files where they are, else those that a package has; what reads them; what is read.
+REVIEWS   ?= $(if $(WORKFLOW_DATA),sentence_polarity,movie_snippets)
+ENCODER   ?= scratch
+TEXT      ?=
+project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
 # A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
   workflows/recipes/default/$(1).yaml)
@@ -86,13 +92,14 @@ changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
 announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
 remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
 
-BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo
+BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill
 # Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
 BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-TAKE_ARGS := download data $(TRAINING) merge evaluate export chat test test-fast test-slow soak $(BENCHES)
+PROJECTS  := sentiment pretrain distill predict attention-map
+TAKE_ARGS := download data $(TRAINING) merge evaluate export chat test test-fast test-slow soak $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
   RUN and NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
@@ -115,14 +122,14 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat clean FORCE
+.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) $(PROJECTS) download data $(TRAINING) merge evaluate export chat clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, NAME=mine (in Ollama), PYTHON=python3.12,'
-	@echo '            PIP_ARGS="--extra-index-url ADDRESS"'
+	@echo '            PIP_ARGS="--extra-index-url ADDRESS", TEXT="..." and ENCODER=minilm (projects), REVIEWS=sst2 (what they read)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -167,6 +174,26 @@ export: $(EXPORT)  ## write GGUF and Modelfile, create the model in Ollama, veri
 chat: $(INSTALLED)  ## talk to the exported model
 	@$(STEP) chat --model $(NAME) $(ARGS)
 
+##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
+sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub
+	@$(PROJECT) sentiment --config $(call project_recipe,sentiment-$(ENCODER),sentiment-pretrained) --data data/$(REVIEWS) \
+	  --encoder $(call quoted,$(ENCODER)) --out_dir out/sentiment/$(call filename,$(ENCODER)) $(ARGS)
+
+predict: $(INSTALLED)  ## name the class of TEXT by that classifier
+	@$(PROJECT) predict --checkpoint_dir out/sentiment/$(call filename,$(ENCODER))/final --text $(call quoted,$(TEXT)) $(ARGS)
+
+distill: out/sentiment/minilm/final/config.json  ## distil the fine-tuned MiniLM into a student of half its layers
+	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) $(ARGS)
+
+out/sentiment/minilm/final/config.json:
+	@$(MAKE) --no-print-directory sentiment ENCODER=minilm ARGS=
+
+pretrain: $(INSTALLED)  ## pretrain an encoder by hiding tokens, RoBERTa's way (ARGS="--style bert" for BERT's)
+	@$(PROJECT) pretrain --config custom_models/recipes/pretrain.yaml $(ARGS)
+
+attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
+	@$(PROJECT) attention-map $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
+
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest $(ARGS)
@@ -206,6 +233,15 @@ bench-grpo: $(BASE)  ## whole steps of alignment with rewards: ours and TRL in t
 	@test -f data/hpo/manifest.json || $(STEP) data --data hpo
 	$(PY) -m bench.grpo --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
 
+bench-bpe: $(INSTALLED)  ## learning byte-pair merges: ours, the textbook loop and tokenizers; encoding beside tiktoken
+	$(PY) -m bench.bpe $(ARGS)
+
+bench-flash: $(INSTALLED)  ## attention: our FlashAttention against the textbook's, time and memory, with curves
+	$(PY) -m bench.flash $(ARGS)
+
+bench-distill: $(INSTALLED)  ## the distilled student against its teacher
+	$(PY) -m bench.distill --data data/$(REVIEWS) $(ARGS)
+
 # ---- the files behind the targets ----
 
 $(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INSTALLED)
@@ -217,6 +253,11 @@ ifneq ($(filter $(PREPARED),$(DATA)),)
 	@$(STEP) data --data $(patsubst hpo_%,hpo,$(DATA))
 else
 	@echo 'error: there is no data/$(DATA). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(DATA)"' >&2; exit 1
+endif
+
+ifneq ($(REVIEWS),$(DATA))
+data/$(REVIEWS)/manifest.json: | $(INSTALLED)
+	@$(STEP) data --data $(REVIEWS) $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(REVIEWS)))
 endif
 
 # The pairs of a prepared data set are written together with it.

@@ -1,6 +1,6 @@
 """`make pretrain`: teach an encoder a language by hiding tokens from it, RoBERTa's way or BERT's.
 
-* `--style roberta`: texts one after the other, cut into pieces of equal length, masks drawn anew each time.
+* `--style roberta`: texts one after the other, whole sentences of them in each piece, masks drawn anew each time.
 * `--style bert`: two sentences of a text, half of the time the second one from another text; whether it follows is
 asked,
   too (next-sentence prediction).
@@ -106,18 +106,15 @@ class Texts(IterableDataset[Pieces]):
         if style == "bert" and len(self.pairs) < 2:
             raise UserError("No text has two sentences, so there are no pairs. Use --style roberta.")
 
-    def __len__(self) -> int:
-        if self.style == "bert":
-            return math.ceil(len(self.pairs) / self.batch_size)
-        tokens = sum(len(sentence) for document in self.documents for sentence in document) + len(self.documents)
-        return math.ceil(math.ceil(tokens / (self.longest - 1)) / self.batch_size)
+    def batches(self) -> int:
+        """Batches of one time through, about: the order of texts decides how their sentences fill the pieces."""
+        return math.ceil(sum(1 for _ in self._drawn(random.Random(self.seed))) / self.batch_size)
 
     def __iter__(self) -> Iterator[Pieces]:
         chance = random.Random(f"{self.seed} {0 if self.fixed else self.epoch}")
         self.epoch += 1
-        make = self._pairs if self.style == "bert" else self._pieces
         batch: list[tuple[list[int], int, bool]] = []
-        for piece in make(chance):
+        for piece in self._drawn(chance):
             batch.append(piece)
             if len(batch) == self.batch_size:
                 yield self._padded(batch)
@@ -125,14 +122,26 @@ class Texts(IterableDataset[Pieces]):
         if batch:
             yield self._padded(batch)
 
+    def _drawn(self, chance: random.Random) -> Iterator[tuple[list[int], int, bool]]:
+        return self._pairs(chance) if self.style == "bert" else self._pieces(chance)
+
     def _pieces(self, chance: random.Random) -> Iterator[tuple[list[int], int, bool]]:
-        """All texts in a new order, an end after each, cut into pieces of the full length."""
+        """All texts in a new order, as many whole sentences in a piece as fit, an end after each text.
+
+        RoBERTa's "full sentences" (section 4.2); a sentence that is longer than a piece is cut.
+        """
+        room = self.longest - 1
         row: list[int] = []
         for document in chance.sample(self.documents, len(self.documents)):
-            row += [token for sentence in document for token in sentence] + [self.end]
-            while len(row) >= self.longest - 1:
-                yield [self.start, *row[: self.longest - 1]], 0, True
-                row = row[self.longest - 1 :]
+            for number, sentence in enumerate(document, start=1):
+                left = [*sentence, self.end] if number == len(document) else sentence
+                if row and len(row) + len(left) > room:
+                    yield [self.start, *row], 0, True
+                    row = []
+                while len(left) > room:
+                    yield [self.start, *left[:room]], 0, True
+                    left = left[room:]
+                row += left
         if row:
             yield [self.start, *row], 0, True
 
@@ -251,8 +260,8 @@ def setup(
         pooler=style == "bert",
     )
     model = MaskedLanguageModel(Encoder(config), next_sentence=style == "bert")
-    task = PretrainingTask(model, fit, len(train) * fit.max_epochs, [pad, mask, start, end], mask)
-    print(f"{len(kept):,} texts, {len(train):,} batches an epoch; {len(held):,} texts held out")
+    task = PretrainingTask(model, fit, train.batches() * fit.max_epochs, [pad, mask, start, end], mask)
+    print(f"{len(kept):,} texts, {train.batches():,} batches an epoch; {len(held):,} texts held out")
     with PeakMemory() as peak:
         train_loader, validation_loader = (DataLoader(texts, batch_size=None) for texts in (train, validation))
         epochs = fit_best(task, train_loader, validation_loader, out_dir, fit, monitor="val_loss")
@@ -271,8 +280,8 @@ def setup(
     print(f"\nheld-out masks filled right: {best['val_masked_accuracy']:.1%}; always the commonest token {common:.1%}")
     if style == "bert":
         print(f"whether a sentence follows: right {best['val_next_sentence_accuracy']:.1%} of the time")
-    for text in ("an abnormally high <mask> of the heart.", "a reduced <mask> of platelets in the blood."):
-        print(f"  {text}  ->  {', '.join(fill_mask(model, tokenizer, text))}")
+    for text, hidden in _examples(held, tokenizer, shape.n_position - 2, random.Random(seed)):
+        print(f"  {text}\n    {', '.join(fill_mask(model, tokenizer, text))}; it was {hidden}")
     print(f"{out_dir}/final, metrics.json")
 
 
@@ -289,6 +298,20 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, most:
     with torch.no_grad():
         logits = model.eval()(torch.tensor([ids]))[0, masks[0]]  # (vocab_size,)
     return [tokenizer.decode([i]).strip() for i in logits.topk(most).indices.tolist()]
+
+
+def _examples(texts: list[str], tokenizer: Tokenizer, longest: int, chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Three texts that fit, with a whole word hidden, and that word."""
+    found = 0
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        begins = [i for i, token in enumerate(ids) if tokenizer.decode([token]).startswith(" ")] + [len(ids)]
+        whole = [i for i, end in pairwise(begins) if end == i + 1 and len(tokenizer.decode([ids[i]])) > 4]
+        if len(ids) <= longest and whole and found < 3:
+            i = chance.choice(whole)
+            found += 1
+            parts = (tokenizer.decode(ids[:i]), MASK, tokenizer.decode(ids[i + 1 :]).strip())
+            yield " ".join(parts).strip(), tokenizer.decode([ids[i]]).strip()
 
 
 def _documents(texts: list[str], tokenizer: Tokenizer, learn_from: str) -> list[list[list[int]]]:

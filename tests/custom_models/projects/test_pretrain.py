@@ -17,18 +17,20 @@ PAD, START, END = 0, 1, 2
 def test_pieces_hold_every_token_once():
     texts = Texts(DOCUMENTS, "roberta", 8, 2, (PAD, START, END), seed=1)
     batches = list(texts)
-    assert len(batches) == len(texts)
+    assert len(batches) == texts.batches()
     tokens = [i for batch in batches for row, n in zip(batch.ids, batch.lengths, strict=True) for i in row[:n].tolist()]
     expected = [t for document in DOCUMENTS for sentence in document for t in sentence] + [END] * 5
     assert sorted(t for t in tokens if t != START) == sorted(expected)
-    assert all(int(row[0]) == START for batch in batches for row in batch.ids)
+    for batch in batches:
+        for row, n in zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True):
+            assert row[0] == START and n <= 8
     assert not torch.equal(batches[0].ids, next(iter(texts)).ids)  # another order in the next epoch
 
 
 def test_pairs_are_two_sentences_and_half_of_them_follow():
     texts = Texts(DOCUMENTS * 40, "bert", 16, 8, (PAD, START, END), seed=1)
     batches = list(texts)
-    assert len(batches) == len(texts) == 50
+    assert len(batches) == texts.batches() == 50
     follow = torch.cat([batch.follows for batch in batches]).float().mean()
     assert 0.4 < float(follow) < 0.6
     for batch in batches:
@@ -40,6 +42,13 @@ def test_pairs_are_two_sentences_and_half_of_them_follow():
             assert len(set(a)) == len(set(b)) == 1
             if follows:
                 assert b[0] == a[0] + 1
+
+
+def test_pieces_begin_with_a_sentence_and_long_ones_are_cut():
+    texts = Texts([[[5, 6, 7], [8] * 12, [9, 9]]], "roberta", 8, 1, (PAD, START, END), seed=1)
+    assert [batch.ids[0].tolist() for batch in texts] == [
+        [START, 5, 6, 7], [START, *[8] * 7], [START, *[8] * 5], [START, 9, 9, END]
+    ]  # fmt: skip
 
 
 def test_validation_is_the_same_each_time():
@@ -60,7 +69,12 @@ def test_a_tiny_encoder_learns_to_fill_masks(style, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n".join(lines))
     shape = PretrainingShape(vocab_size=280, width=32, n_layer=1, n_head=2, inner_width=32, n_position=24)
     setup(
-        tmp_path / "text.txt", style, tmp_path, shape, FitArgs(8, learning_rate=5e-3, max_epochs=3), validation_size=20
+        tmp_path / "text.txt",
+        style,
+        tmp_path,
+        shape,
+        FitArgs(8, learning_rate=5e-3, max_epochs=20, patience=20),
+        validation_size=20,
     )
     found = {row["name"]: row["value"] for row in json.loads((tmp_path / "metrics.json").read_text())["metrics"]}
     assert found["masked_accuracy"] > 0.4 > 2 * found["masked_accuracy_of_the_commonest_token"]
