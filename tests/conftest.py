@@ -9,9 +9,12 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does, before torch loads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -66,10 +69,11 @@ def child() -> Iterator[Child]:
 @pytest.fixture(scope="session")
 def embedded_checkpoint() -> Path:
     """The real SmolLM2-135M-Instruct (4-bit weights) as a LitGPT checkpoint; made once, then reused."""
-    if not (EMBEDDED / "provenance.json").is_file():
-        from workflows.download import setup
+    with FileLock(ROOT / ".tools" / "embedded.lock"):
+        if not (EMBEDDED / "provenance.json").is_file():
+            from workflows.download import setup
 
-        setup()
+            setup()
     return EMBEDDED
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from filelock import FileLock
+
 from workflows.errors import UserError
 from workflows.files import sha256
 
@@ -63,20 +65,31 @@ def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:
         UserError: If pip cannot download it, or the file it got is not the pinned one.
     """
     folder = cache / wheel.requirement.replace("==", "-")
-    pattern = "*.tar.gz" if wheel.is_source else "*.whl"
-    for file in folder.glob(pattern):
-        if sha256(file) == wheel.sha256:
-            return file
-        file.unlink()  # a cut download, or a file that is not the pinned one
-
+    if (file := _present(wheel, folder)) is not None:
+        return file
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # a second process waits, and finds the file
+        return _present(wheel, folder) or _download(wheel, folder)
+
+
+def _files(wheel: Wheel, folder: Path) -> list[Path]:
+    return list(folder.glob("*.tar.gz" if wheel.is_source else "*.whl"))
+
+
+def _present(wheel: Wheel, folder: Path) -> Path | None:
+    return next((file for file in _files(wheel, folder) if sha256(file) == wheel.sha256), None)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    for file in _files(wheel, folder):
+        file.unlink()  # a cut download, or a file that is not the pinned one
     with TemporaryDirectory() as temporary:
         pinned = Path(temporary) / "requirements.txt"
         pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
         command += ["--no-binary" if wheel.is_source else "--only-binary", ":all:"]
         result = subprocess.run([*command, "--dest", str(folder), "-r", str(pinned)], capture_output=True, text=True)
-    files = list(folder.glob(pattern))
+    files = _files(wheel, folder)
     if "DO NOT MATCH THE HASHES" in result.stderr or (files and sha256(files[0]) != wheel.sha256):
         for file in files:
             file.unlink()
