@@ -1,6 +1,8 @@
 """Distillation on tiny models: chunks, equal models, the baseline, learning, resuming, teachers that do not fit."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,21 @@ def test_a_stopped_run_goes_on_to_the_same_end(teacher, student, data, tmp_path,
     learn(student, data, tmp_path / "stopped", teacher_dir=teacher)
     whole, stopped = (load_weights(tmp_path / run / "final") for run in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_follow_one(teacher, student, data, tmp_path, strategy):
+    train = replace(FULL, row_tokens=64)  # several rows a step
+    one = learn(student, data, tmp_path / "one", teacher_dir=teacher, train=train)
+    command = [sys.executable, "-m", "workflows", "distill", "--devices", "2", "--strategy", strategy]
+    given = {"checkpoint_dir": student, "teacher_dir": teacher, "data": data, "out_dir": tmp_path / "two"}
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    command += ["--precision", "32-true", "--train", json.dumps(vars(train))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    two = log_of(tmp_path / "two")
+    for name in ("loss", "divergence", "cross_entropy", "val_loss", "val_divergence"):
+        assert [r[name] for r in two if name in r] == pytest.approx([r[name] for r in one if name in r], abs=1e-4)
 
 
 def test_a_finished_run_is_made_anew_only_by_another_teacher(teacher, student, data, tmp_path, capsys):
