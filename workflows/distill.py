@@ -7,6 +7,7 @@ teacher wrote (Kim & Rush 2016, arXiv 1606.07947; DeepSeek-R1's distilled models
 set: with `lora`, or here.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,8 @@ def setup(
 
     Args:
         checkpoint_dir: The student: a LitGPT checkpoint directory (`shrink` makes one of a teacher's layers).
-        teacher_dir: The checkpoint to learn from, with the same vocabulary. It is not read with `--divergence none`.
+        teacher_dir: The checkpoint to learn from, of the same vocabulary; whole on each device, however sharded
+            the student is. It is not read with `--divergence none`.
         data: A data directory with train.jsonl and validation.jsonl of conversations; those of `teach`, too.
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         kinds: Train only on rows whose `kind` is one of these; all rows if null.
@@ -105,7 +107,7 @@ def setup(
     problems = common.problems(train, checkpoint_dir) + row_limit_problems(max_val_rows)
     if not 0 <= alpha <= 1:
         problems.append(f"--alpha must be from 0 to 1, not {alpha}.")
-    if not 0 < temperature < float("inf"):
+    if not 0 < temperature < math.inf:
         problems.append(f"--temperature must be positive, not {temperature}.")
     if divergence == "none":
         own["teacher_dir"] = None

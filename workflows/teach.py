@@ -6,6 +6,7 @@ answers with their thoughts of which a reward had kept the right ones (DeepSeek-
 and 2.4). Teacher and student need no common vocabulary here: what is kept is text.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,24 +87,8 @@ def setup(
     settings = {name: plain(value) for name, value in locals().items()}
     directory, began = check_checkpoint_dir(checkpoint_dir), step_began()
     room = load_config(directory).block_size - max_new_tokens
-    limits: dict[str, int | None] = {"train": max_rows, "validation": max_val_rows}
-    problems = [
-        f"--{name} must be at least 1, not {value}."
-        for name, value in (
-            *zip(("max_rows", "max_val_rows"), limits.values(), strict=True),
-            ("batch_size", batch_size),
-        )
-        if value is not None and value < 1
-    ]
-    if max_new_tokens < 1 or room < 1:
-        problems.append(f"--max_new_tokens must be from 1 to below the model's context, not {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"--temperature must be 0 or more, not {temperature}.")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top_p must be from above 0 to 1, not {top_p}.")
-    if samples < 1 or (samples > 1 and temperature == 0):
-        problems.append(f"--samples must be 1, or with a --temperature above 0 more; not {samples}.")
     target = out_dir or data.with_name(data.name + "_taught")
+    problems = _problems(settings, room)
     if target.resolve() == data.resolve():
         problems.append("--out_dir is the data that the questions are from; it would be written over.")
     report_all(problems)
@@ -113,7 +98,7 @@ def setup(
     judge = Rewards(rewards, precision, device) if rewards else None
     template = ChatTemplate.from_checkpoint(directory)
     asked: dict[str, list[Question]] = {}
-    for split, most in limits.items():
+    for split, most in (("train", max_rows), ("validation", max_val_rows)):
         path = data / f"{split}.jsonl"
         rows = read_questions(path, judge.fields if judge else (), kinds)[:most]
         questions, told = encode_questions(rows, template, room, str(path))
@@ -130,10 +115,8 @@ def setup(
             worth = _worth(judge, questions, answers, template, max_new_tokens)
             taught = _kept(questions, answers, template, worth, threshold, dropped)
             if not taught:
-                reasons = (
-                    "; ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "there is no question"
-                )
-                raise UserError(f"No answer to {data / split}.jsonl is left to learn from: {reasons}.")
+                reasons = [f"{count:,} {reason}" for reason, count in dropped.items()]
+                raise UserError(f"No answer to {data / split}.jsonl is left: {'; '.join(reasons) or 'no question'}.")
             file = temporary / f"{split}.jsonl"
             write_rows(file, taught)
             splits[file.name] = {"rows": len(taught), "asked": len(questions), "sha256": sha256(file)}
@@ -159,6 +142,25 @@ def setup(
         print(f"  {count:,} dropped: {reason}")
 
 
+def _problems(settings: dict[str, Any], room: int) -> list[str]:
+    """What is wrong with a step's settings, as messages; `room` is what an answer leaves of the context."""
+    problems = [
+        f"--{name} must be at least 1, not {settings[name]}."
+        for name in ("max_rows", "max_val_rows", "batch_size")
+        if settings[name] is not None and settings[name] < 1
+    ]
+    tokens, samples, temperature = (settings[name] for name in ("max_new_tokens", "samples", "temperature"))
+    if tokens < 1 or room < 1:
+        problems.append(f"--max_new_tokens must be from 1 to below the model's context, not {tokens}.")
+    if not 0 <= temperature < math.inf:
+        problems.append(f"--temperature must be 0 or more, not {temperature}.")
+    if not 0 < settings["top_p"] <= 1:
+        problems.append(f"--top_p must be from above 0 to 1, not {settings['top_p']}.")
+    if samples < 1 or (samples > 1 and temperature == 0):
+        problems.append(f"--samples must be 1, or with a --temperature above 0 more; not {samples}.")
+    return problems
+
+
 def _answered(
     model: GPT, template: ChatTemplate, questions: list[Question], name: str, draw: torch.Generator, **sampled: Any
 ) -> list[Rollout]:
@@ -182,7 +184,7 @@ def _worth(
 ) -> list[float]:
     """The weighted sum of each answer's rewards; without rewards all are welcome."""
     if judge is None:
-        return [float("inf")] * len(answers)
+        return [math.inf] * len(answers)
     samples = [
         Sample(question.row, text_of(answer, template), len(answer.ids), not answer.stopped, max_new_tokens)
         for question, answer in zip(questions, answers, strict=True)

@@ -155,6 +155,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(teacher, student, data, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill.Distillation, "batches", stopping)
         learn(student, data, tmp_path / "stopped", teacher_dir=teacher)
+    shrink.setup(teacher, tmp_path, layers=3)
+    with pytest.raises(UserError, match="teacher"):  # another one: not the same run
+        learn(student, data, tmp_path / "stopped", teacher_dir=tmp_path / "final")
     learn(student, data, tmp_path / "stopped", teacher_dir=teacher)
     whole, stopped = (load_weights(tmp_path / run / "final") for run in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)

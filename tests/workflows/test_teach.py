@@ -79,7 +79,7 @@ def test_only_answers_that_a_reward_accepts_are_kept(teacher, questions, tmp_pat
     texts = [row["messages"][-1]["content"] for row in read_rows(tmp_path / "strict" / "train.jsonl")]
     assert all(early_letters(Sample({}, text, 1, False, 24)) >= 0.6 for text in texts)
     assert strict["dropped"]["rewards below 0.6"] > 0
-    with pytest.raises(UserError, match=r"No answer to .*train.jsonl is left .* rewards below 2.0"):
+    with pytest.raises(UserError, match=r"No answer to .*train.jsonl is left: .* rewards below 2.0"):
         taught(teacher, questions, tmp_path / "none", **early, threshold=2.0)
     assert not (tmp_path / "none").exists()
 
