@@ -1,7 +1,8 @@
 """`make shrink`: a student made of some of its teacher's layers, which is where distillation best begins.
 
 DistilBERT (Sanh et al. 2019, arXiv 1910.01108, sec. 3) keeps every second layer; so do we, with the first and the last
-one among them, next to the embedding and the head that the student keeps as well.
+one among them, next to the embedding and the head that the student keeps as well. Which layers a model can do without
+is a matter of trial, so they can be named, too.
 """
 
 import re
@@ -55,7 +56,7 @@ def setup(
     directory = check_checkpoint_dir(checkpoint_dir)
     config = load_config(directory)
     if layers is not None and keep is not None:
-        raise UserError("--layers and --keep both say which layers stay; give one of them.")
+        raise UserError("--layers and --keep both say which layers stay; give one of them (--keep null: not a recipe's).")
     report_all(_problems(config.n_layer, layers, keep))
     kept = keep or evenly_spaced(layers or max(1, config.n_layer // 2), config.n_layer)
     empty_model(directory, LoRAArgs(r=0))  # refuses an architecture that could not be trained afterwards
