@@ -56,7 +56,9 @@ def setup(
     directory = check_checkpoint_dir(checkpoint_dir)
     config = load_config(directory)
     if layers is not None and keep is not None:
-        raise UserError("--layers and --keep both say which layers stay; give one of them (--keep null: not a recipe's).")
+        raise UserError(
+            "--layers and --keep both say which layers stay; give one of them (--keep null drops a recipe's)."
+        )
     report_all(_problems(config.n_layer, layers, keep))
     kept = keep or evenly_spaced(layers or max(1, config.n_layer // 2), config.n_layer)
     empty_model(directory, LoRAArgs(r=0))  # refuses an architecture that could not be trained afterwards
