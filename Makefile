@@ -46,6 +46,12 @@ project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) cus
 # A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
   workflows/recipes/default/$(1).yaml)
+# What distill-lm trains on: the answers of the data, beside the teacher's distributions, or such as the teacher wrote.
+ANSWERS   ?= data
+ANSWERS   := $(strip $(ANSWERS))
+ifeq ($(filter data teacher,$(ANSWERS)),)
+$(error ANSWERS is data or teacher, not "$(ANSWERS)")
+endif
 # What make can prepare by itself, and what is scored: data sets with questions that have options.
 COLLECTIONS := instruction_preference orca ultrafeedback_binarized ultramedical_preference
 PREPARED  := hpo hpo_thoughts pubmedqa medquad medqa medmcqa $(COLLECTIONS)
@@ -63,9 +69,11 @@ STAGES    ?= $(if $(filter $(COLLECTIONS),$(DATA)),,lora) \
   $(if $(and $(or $(PAIRS),$(filter dpo,$(MAKECMDGOALS))),$(call goes,dpo,$(PAIRS))),dpo) \
   $(if $(call goes,ppo),ppo) $(if $(call goes,grpo,$(filter hpo,$(DATA))),grpo)
 STAGES    := $(strip $(STAGES))
-# What a step goes on from: its predecessor among the stages, a reward model from the lora stage; nothing stands for MODEL.
+# What a step goes on from: its predecessor among the stages, a reward model and all of distillation from the lora stage,
+# which is the teacher, the student from its layers; nothing stands for MODEL.
 upto       = $(if $(filter $(1),$(firstword $(2))),,$(firstword $(2)) $(if $(2),$(call upto,$(1),$(wordlist 2,$(words $(2)),$(2)))))
-from       = $(if $(filter reward,$(1)),$(filter lora,$(STAGES)),$(lastword $(call upto,$(1),$(STAGES))))
+from       = $(if $(filter distill-lm,$(1)),shrink,$(if $(filter reward shrink teach,$(1)),$(filter lora,$(STAGES)),$(lastword \
+  $(call upto,$(1),$(STAGES)))))
 input      = $(if $(call from,$(1)),$(call trained,$(call from,$(1))),$(BASE))
 input_dir  = $(if $(call from,$(1)),$(OUT)/$(call from,$(1))/final,"$$(cat $(BASE))")
 LAST      := $(lastword $(STAGES))
@@ -77,6 +85,9 @@ variables_of_dpo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,dpo)
 variables_of_reward   = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,reward)
 variables_of_ppo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,ppo)
 variables_of_grpo     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) FROM=$(call from,grpo)
+variables_of_shrink   = MODEL=$(MODEL) FROM=$(call from,shrink)
+variables_of_teach    = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) FROM=$(call from,teach)
+variables_of_distill-lm = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) ANSWERS=$(ANSWERS) FROM=$(call from,teach)
 variables_of_evaluate = MODEL=$(MODEL) DATA=$(DATA) TASKS=$(TASKS)
 variables_of_export   = NAME=$(NAME) FROM=$(LAST)
 # ARGS belong to the step that is named on the command line. One that runs on the way to another keeps those it had, and
@@ -99,7 +110,8 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map
-TAKE_ARGS := download data $(TRAINING) merge evaluate export chat test test-fast test-slow soak $(PROJECTS) $(BENCHES)
+TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
+  $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
   RUN and NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
@@ -122,14 +134,16 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) $(PROJECTS) download data $(TRAINING) merge evaluate export chat clean FORCE
+.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
+  shrink teach distill-lm $(PROJECTS) clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
-	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, NAME=mine (in Ollama), PYTHON=python3.12,'
-	@echo '            PIP_ARGS="--extra-index-url ADDRESS", TEXT="..." and ENCODER=minilm (projects), REVIEWS=sst2 (what they read)'
+	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
+	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
+	@echo '            REVIEWS=sst2 (what they read)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -163,6 +177,12 @@ grpo: $(call trained,grpo)  ## align it with rewards: answers of its own, of whi
 reward: $(call trained,reward)  ## train a reward model on PAIRS
 
 ppo: $(call trained,ppo)  ## align it with that reward model (RLHF)
+
+shrink: $(call trained,shrink)  ## make a student of half the teacher's layers; the teacher is RUN's fine-tuned MODEL
+
+distill-lm: $(call trained,distill-lm)  ## train the student to say what its teacher would (ANSWERS=teacher: on answers that it wrote)
+
+teach: $(OUT)/taught/manifest.json  ## let the teacher write those answers
 
 merge: $(call trained,$(LAST))  ## fold the adapters of RUN's last training step into a plain checkpoint
 	@$(STEP) merge --checkpoint_dir $(OUT)/$(LAST)/final $(ARGS)
@@ -272,11 +292,14 @@ else
 endif
 endif
 
-rows_of      = $(if $(filter dpo reward ppo,$(1)),data/$(PAIRS),data/$(DATA))
+rows_of      = $(if $(filter dpo reward ppo,$(1)),data/$(PAIRS),$(if $(filter distill-lm-teacher,$(1)-$(ANSWERS)),$(OUT)/taught,data/$(DATA)))
 asked_kinds := $(if $(KINDS),--kinds $(call list,$(KINDS)))
 options_of_lora := $(asked_kinds) $(if $(TRAINER),--trainer $(TRAINER))
 options_of_grpo := $(asked_kinds)
 options_of_ppo  := --rewards '[{reward: $(OUT)/reward/final}]'
+
+# On the teacher's own answers the student is fine-tuned as on any other.
+options_of_distill-lm := $(asked_kinds) --teacher_dir $(call input_dir,teach) $(if $(filter teacher,$(ANSWERS)),--divergence none)
 
 define training_step
 $(call trained,$(1)): $(call rows_of,$(1))/manifest.json $(call input,$(1)) $(call recipe,$(1)) $(call changed,$(1)) | $(INSTALLED)
@@ -285,8 +308,20 @@ $(call trained,$(1)): $(call rows_of,$(1))/manifest.json $(call input,$(1)) $(ca
 	  --out_dir $(OUT)/$(1) --devices $(DEVICES) --num_nodes $(NODES) $$(options_of_$(1)) $$(call args_for,$(1))
 	$$(call remember,$(1))
 endef
-$(foreach step,$(TRAINING),$(eval $(call training_step,$(step))))
+$(foreach step,$(TRAINING) distill-lm,$(eval $(call training_step,$(step))))
 $(call trained,ppo): $(call trained,reward)
+
+$(call trained,shrink): $(call input,shrink) $(call recipe,shrink) $(call changed,shrink) | $(INSTALLED)
+	$(call announce,shrink)
+	@$(STEP) shrink --config $(call recipe,shrink) --checkpoint_dir $(call input_dir,shrink) --out_dir $(OUT)/shrink \
+	  $(call args_for,shrink)
+	$(call remember,shrink)
+
+$(OUT)/taught/manifest.json: data/$(DATA)/manifest.json $(call input,teach) $(call recipe,teach) $(call changed,teach) | $(INSTALLED)
+	$(call announce,teach)
+	@$(STEP) teach --config $(call recipe,teach) --checkpoint_dir $(call input_dir,teach) --data data/$(DATA) --out_dir $(@D) \
+	  $(asked_kinds) $(call args_for,teach)
+	$(call remember,teach)
 
 $(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) | $(INSTALLED)
 	$(call announce,evaluate)

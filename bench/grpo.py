@@ -58,7 +58,7 @@ def setup(
         raise UserError("--prompts times --group_size must be a multiple of --trl_micro_batch.")
     if contender is not None:
         rewards = Rewards([WeightedReward(f"{__spec__.name}.early_letters")])
-        rows = read_questions(data / "train.jsonl", Rewards([WeightedReward("finding")]), ["name"])
+        rows = read_questions(data / "train.jsonl", Rewards([WeightedReward("finding")]).fields, ["name"])
         rows = rows[: prompts * (steps + 1)]
         with contextlib.redirect_stdout(sys.stderr):
             options = (steps, prompts, group_size, max_new_tokens)

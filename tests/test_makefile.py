@@ -33,7 +33,8 @@ if "--fail" in args:
     sys.exit(1)
 made = {
     "download": ("--path_file", ""),
-    **{name: ("--out_dir", "final/provenance.json") for name in ("lora", "dpo", "reward", "ppo", "grpo")},
+    **{name: ("--out_dir", "final/provenance.json") for name in "lora dpo reward ppo grpo shrink distill-lm".split()},
+    "teach": ("--out_dir", "manifest.json"),
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
@@ -145,6 +146,15 @@ def test_a_later_step_of_a_demo_keeps_its_short_settings_until_it_is_asked_for_i
         (["ppo"], ["lora", "reward", "ppo"], {"ppo": "out/demo/lora/final"}),
         (["dpo", "PAIRS=orca"], ["lora", "dpo"], {}),
         (["dpo", "DATA=orca"], ["dpo"], {"dpo": "checkpoints/made/up"}),
+        (["shrink"], ["lora", "shrink"], {"shrink": "out/demo/lora/final"}),
+        (["distill-lm"], ["lora", "shrink", "distill-lm"], {"distill-lm": "out/demo/shrink/final"}),
+        (["distill-lm", "STAGES="], ["shrink", "distill-lm"], {"shrink": "checkpoints/made/up"}),
+        (["teach"], ["lora", "teach"], {"teach": "out/demo/lora/final"}),
+        (
+            ["export", "STAGES=lora distill-lm"],
+            ["lora", "shrink", "distill-lm", "export"],
+            {"export": "out/demo/distill-lm/final"},
+        ),
         (["merge", "STAGES=lora dpo"], ["lora", "dpo", "merge"], {"merge": "out/demo/dpo/final"}),
     ],
 )
@@ -165,6 +175,32 @@ def test_ppo_is_judged_by_the_runs_reward_model(project: Project):
     calls = project.calls("ppo")
     assert option(calls[-1], "--rewards") == "[{reward: out/demo/reward/final}]"
     assert option(calls[-1], "--data") == "data/hpo_pairs"
+
+
+def test_a_student_learns_beside_its_teacher_or_from_answers_that_it_wrote(project: Project):
+    calls = {call[0]: call for call in project.calls("distill-lm")}
+    assert option(calls["distill-lm"], "--teacher_dir") == "out/demo/lora/final"
+    assert option(calls["distill-lm"], "--data") == "data/hpo" and option(calls["distill-lm"], "--kinds") == "[name]"
+    assert "--divergence" not in calls["distill-lm"] and project.steps("distill-lm") == []
+    calls = {call[0]: call for call in project.calls("distill-lm", "ANSWERS=teacher")}
+    assert list(calls) == ["teach", "distill-lm"]
+    assert option(calls["teach"], "--data") == "data/hpo" and option(calls["teach"], "--out_dir") == "out/demo/taught"
+    assert (
+        option(calls["distill-lm"], "--data") == "out/demo/taught"
+        and option(calls["distill-lm"], "--divergence") == "none"
+    )
+    assert project.steps("distill-lm", "ANSWERS=teacher") == []
+    assert 'ANSWERS is data or teacher, not "mine"' in project.refusal("distill-lm", "ANSWERS=mine")
+
+
+def test_a_teacher_that_is_no_stage_is_the_model(project: Project):
+    (call,) = (call for call in project.calls("distill-lm", "STAGES=") if call[0] == "distill-lm")
+    assert option(call, "--teacher_dir") == "checkpoints/made/up"
+
+
+def test_a_teacher_that_was_trained_anew_makes_its_student_stale(project: Project):
+    project.calls("distill-lm")
+    assert project.steps("distill-lm", "TRAINER=litgpt") == ["lora", "shrink", "distill-lm"]
 
 
 def test_without_preferences_dpo_says_where_they_come_from(project: Project):

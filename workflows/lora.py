@@ -117,13 +117,22 @@ def setup(
         return
 
     def make_objective(fabric: L.Fabric) -> SFT:
-        chat_data = _chat_data(settings)
-        chat_data.connect(max_seq_length=train.max_seq_length)
-        rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
-        fabric.print("\n".join(map(str, chat_data.reports.values())))
-        return SFT(rows, validation, train, common.seed)
+        return SFT(*conversations(fabric, settings), train, common.seed)
 
     run_step("lora", settings, common, make_objective)
+
+
+def conversations(fabric: L.Fabric, settings: dict[str, Any]) -> tuple[list[EncodedChat], list[EncodedChat]]:
+    """A step's rows for training and for validation, encoded; says what was truncated or dropped.
+
+    Raises:
+        UserError: If the data is not usable.
+    """
+    chat_data = _chat_data(settings)
+    chat_data.connect(max_seq_length=settings["train"].max_seq_length)
+    rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
+    fabric.print("\n".join(map(str, chat_data.reports.values())))
+    return rows, validation
 
 
 def _chat_data(settings: dict[str, Any]) -> ChatData:

@@ -1,7 +1,8 @@
-"""What alignment minimises: pure functions of log-probabilities, one per equation.
+"""What alignment and distillation minimise: pure functions of log-probabilities, one per equation.
 
-In here: losses of pairs (DPO and its kin), of single labelled answers (KTO), of a reward model (Bradley-Terry), and the
-parts of a policy-gradient objective (advantages, ratios, clipping, KL, values), which GRPO and PPO put together.
+In here: losses of pairs (DPO and its kin), of single labelled answers (KTO), of a reward model (Bradley-Terry), the
+parts of a policy-gradient objective (advantages, ratios, clipping, KL, values), which GRPO and PPO put together, and
+the divergences between a student's and a teacher's distribution.
 
 Words: the *log-probability* of a completion is the sum over its tokens; *per token* means that sum divided by their
 number. A *log-ratio* is log pi(y|x) - log pi_ref(y|x). A *margin* is the chosen answer's log-ratio minus the rejected
@@ -302,3 +303,42 @@ def clipped_value_loss(
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
+
+
+# Distillation: two models' logits for the same N tokens, (N, V) each; one divergence per token, (N,).
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(p || q), p and q being the teacher's and the student's softmax at temperature T.
+
+    What Hinton et al. 2015 (arXiv 1503.02531, sec. 2) train with, but for the teacher's entropy, which has no gradient;
+    T^2 keeps the gradient's size when T changes (sec. 2.1). The student is to cover all that its teacher holds likely.
+
+    Args:
+        student: Logits, shape (N, V).
+        teacher: Logits, shape (N, V).
+        temperature: T; above 1 the unlikely tokens count for more.
+
+    Returns:
+        Shape (N,), in nats.
+    """
+    log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)  # (N, V)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(q || p), q and p being the student's and the teacher's softmax at temperature T.
+
+    MiniLLM's divergence (Gu et al. 2023, arXiv 2306.08543, eq. 1) token by token, after the data's own tokens; the
+    paper's is that of whole answers that the student samples. The student is to say nothing that its teacher holds
+    unlikely, and may leave out what it has no room for.
+
+    Args:
+        student: Logits, shape (N, V).
+        teacher: Logits, shape (N, V).
+        temperature: T.
+
+    Returns:
+        Shape (N,), in nats.
+    """
+    return forward_kl(teacher, student, temperature)

@@ -214,6 +214,13 @@ class GPT(litgpt.lora.GPT):
         logprobs = [checkpoint(self._chunk, *chunk, temperature, use_reentrant=False)[0] for chunk in chunks]
         return torch.cat(logprobs)
 
+    def head_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The language-model head: states (n, n_embd). Returns float32 logits, (n, padded_vocab_size)."""
+        logits = self.lm_head(states).float()
+        if self.config.final_logit_softcapping is not None:
+            logits = do_softcapping(logits, self.config.final_logit_softcapping)
+        return logits
+
     @property
     def has_adapters(self) -> bool:
         """Whether the weights have adapters, so that the model before training is still there."""
@@ -254,9 +261,7 @@ class GPT(litgpt.lora.GPT):
         self, states: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """states (n, n_embd), targets (n,) -> log-probabilities (n,) and whether each target is the argmax (n,)."""
-        logits = self.lm_head(states).float()  # (n, padded_vocab_size)
-        if self.config.final_logit_softcapping is not None:
-            logits = do_softcapping(logits, self.config.final_logit_softcapping)
+        logits = self.head_logits(states)  # (n, padded_vocab_size)
         if temperature != 1.0:
             logits = logits / temperature
         chosen = logits.gather(1, targets[:, None])[:, 0]  # (n,)

@@ -1,5 +1,6 @@
 """Rows that are asked: read, checked for what the rewards need, and encoded as prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def questions_of(
         if split == "test" and (not most or not path.is_file()):
             questions[split] = []
             continue
-        rows = read_questions(path, rewards, settings["kinds"])[:most]
+        rows = read_questions(path, rewards.fields, settings["kinds"])[:most]
         questions[split], told = encode_questions(rows, template, room, str(path))
         fabric.print(told)
         if not questions[split]:
@@ -45,12 +46,12 @@ def questions_of(
     return template, questions
 
 
-def read_questions(path: Path, rewards: Rewards, kinds: list[str] | None) -> list[Row]:
+def read_questions(path: Path, fields: Sequence[str], kinds: list[str] | None) -> list[Row]:
     """Rows that can be asked and judged: verifiable or scoring rows, or conversations that carry "answers".
 
     Args:
         path: A `.jsonl` file.
-        rewards: What is to be read of them.
+        fields: What the rewards read of them, besides the prompt.
         kinds: Only rows of these kinds.
 
     Raises:
@@ -63,13 +64,13 @@ def read_questions(path: Path, rewards: Rewards, kinds: list[str] | None) -> lis
                 raise UserError(f"{path}, line {number}: {problem}.")
             row = {**row, "prompt": row["messages"][:-1]}
         shape = "scoring" if isinstance(row, dict) and "choices" in row else "verifiable"
-        judged = isinstance(row, dict) and all(field in row for field in rewards.fields)
+        judged = isinstance(row, dict) and all(field in row for field in fields)
         if judged and (problem := row_problem({"answers": ["-"], **row}, shape)):
             raise UserError(f"{path}, line {number}: {problem}.")
         if judged and (kinds is None or row.get("kind") in kinds):
             rows.append(row)
     if not rows:
-        needed = " and ".join(f'"{field}"' for field in rewards.fields) or "a prompt"
+        needed = " and ".join(f'"{field}"' for field in fields) or "a prompt"
         raise UserError(f"{path} has no rows with {needed}" + (f" of kind {', '.join(kinds)}." if kinds else "."))
     return rows
 

@@ -293,7 +293,8 @@ def is_finished(final: Path, settings: dict[str, Any]) -> bool:
     return made["sources"] == sources(settings) and _deciding(made["settings"]) == _deciding(settings)
 
 
-_NEUTRAL = ("resume", "loggers", "out_dir", "accelerator", "devices", "num_nodes", "strategy", "checkpoint_dir", "data")
+_PLACES = ("checkpoint_dir", "teacher_dir", "data", "out_dir")
+_NEUTRAL = ("resume", "loggers", "accelerator", "devices", "num_nodes", "strategy", *_PLACES)
 _NEUTRAL_TRAIN = ("log_interval", "eval_interval", "save_interval")
 
 
@@ -302,11 +303,13 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
     base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
     judges = {name: source.get("files") for name, source in _reward_models(settings).items()}
+    teacher = {name: source.get("files") for name, source in _teacher(settings).items()}
     return {
         **_deciding(settings),
         "data": data,
         "base_files": base_files,
         **({"reward_files": judges} if judges else {}),
+        **teacher,
     }
 
 
@@ -323,6 +326,7 @@ def sources(settings: dict[str, Any]) -> dict[str, Any]:
         "base": describe_source(Path(settings["checkpoint_dir"])),
         "data": describe_source(Path(settings["data"])),
         **_reward_models(settings),
+        **_teacher(settings),
     }
 
 
@@ -330,6 +334,12 @@ def _reward_models(settings: dict[str, Any]) -> dict[str, Any]:
     """The reward models among a step's rewards, by their folder."""
     names = [entry.reward for entry in settings.get("rewards", []) if "/" in entry.reward]
     return {name: describe_source(Path(name)) for name in names}
+
+
+def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint that a student learns from, if the step has one."""
+    teacher = settings.get("teacher_dir")
+    return {} if teacher is None else {"teacher": describe_source(Path(teacher))}
 
 
 def decided(own: dict[str, Any], run: RunArgs) -> dict[str, Any]:

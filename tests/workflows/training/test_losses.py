@@ -1,4 +1,4 @@
-"""Every loss equals its oracle: TRL's trainers where they compute that very formula, else the paper's in float64."""
+"""Every loss equals its oracle: TRL's or torch's where they compute that very formula, else the paper's in float64."""
 
 import math
 from collections import defaultdict
@@ -331,3 +331,37 @@ def test_a_clipped_value_counts_as_the_worse_of_both():
     near = torch.tensor([0.1, 0.2, 0.2])
     expected = torch.maximum((values - 1) ** 2, (near - 1) ** 2) / 2
     torch.testing.assert_close(losses.clipped_value_loss(values, old, returns, 0.2), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergences_are_torchs_kl_div(temperature):
+    student, teacher = (3 * numbers(7, 50, seed=s).double() for s in (10, 11))
+    q, p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+
+    def kl_div(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """KL(first || second) of each row; torch's takes them the other way round."""
+        return torch.nn.functional.kl_div(second, first, log_target=True, reduction="none").sum(-1)
+
+    for ours, theirs in (
+        (losses.forward_kl(student, teacher, temperature), kl_div(p, q)),
+        (losses.reverse_kl(student, teacher, temperature), kl_div(q, p)),
+    ):
+        torch.testing.assert_close(ours, temperature**2 * theirs, atol=1e-6, rtol=0)
+        assert (ours > 0).all()
+
+
+@pytest.mark.parametrize("divergence", [losses.forward_kl, losses.reverse_kl])
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(divergence):
+    student = numbers(7, 50, seed=12).double().requires_grad_()
+    loss = divergence(student, student.detach().clone(), 2.0)
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros(7).double())
+    torch.testing.assert_close(student.grad, torch.zeros_like(student), atol=1e-15, rtol=0)
+
+
+def test_forward_kls_gradient_keeps_its_size_at_high_temperature():
+    """Hinton et al. 2015, eq. 4: at a high temperature it is (z_i - v_i) / V for logits of mean zero, T^2 included."""
+    student, teacher = (x - x.mean() for x in (numbers(50, seed=s).double() for s in (13, 14)))
+    student.requires_grad_()
+    losses.forward_kl(student, teacher, 1e4).backward()
+    torch.testing.assert_close(student.grad, (student.detach() - teacher) / 50, atol=1e-4, rtol=1e-3)
