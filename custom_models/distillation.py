@@ -1,8 +1,8 @@
 """Knowledge distillation: a small model learns from what a large one thinks, not from the right answers alone.
 
 A teacher that says "positive, 70%" tells more than a label does. DistilBERT (Sanh et al. 2019, arXiv 1910.01108) puts
-three losses together; here each is a function. `projects/distill.py` uses them on a classifier; `workflows/distill_lm.py`
-does the like for language models on LitGPT.
+three losses together; here each is a function. `projects/distill.py` uses them on a classifier;
+`workflows/distill_lm.py` does the like for language models on LitGPT.
 
 Run it: python -m custom_models.distillation
 """

@@ -1,9 +1,9 @@
 """`make teach`: let a teacher answer a data set's questions, and keep that as data to train a student on.
 
-Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947, sec. 3.2): the student is fine-tuned (`lora`, `distill-lm`)
-on what its teacher would say, the most likely answer or sampled ones. So DeepSeek-R1's distilled models were made, from
-answers with their thoughts of which a reward had kept the right ones (DeepSeek-AI 2025, arXiv 2501.12948, sec. 2.3.3
-and 2.4). Teacher and student need no common vocabulary here: what is kept is text.
+Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947, sec. 3.2): the student is fine-tuned (`lora`,
+`distill-lm`) on what its teacher would say, the most likely answer or sampled ones. So DeepSeek-R1's distilled models
+were made, from answers with their thoughts of which a reward had kept the right ones (DeepSeek-AI 2025, arXiv
+2501.12948, sec. 2.3.3 and 2.4). Teacher and student need no common vocabulary here: what is kept is text.
 """
 
 import math
