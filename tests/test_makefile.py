@@ -25,7 +25,7 @@ STAND_IN = """
 import json, sys
 from pathlib import Path
 
-assert sys.argv[1:3] == ["-m", "workflows"], sys.argv
+assert sys.argv[1] == "-m" and sys.argv[2] in ("workflows", "custom_models"), sys.argv
 step, *args = sys.argv[3:]
 with open("calls.jsonl", "a") as f:
     f.write(json.dumps([step, *args]) + "\\n")
@@ -35,6 +35,7 @@ made = {
     "download": ("--path_file", ""),
     **{name: ("--out_dir", "final/provenance.json") for name in "lora dpo reward ppo grpo shrink distill-lm".split()},
     "teach": ("--out_dir", "manifest.json"),
+    "sentiment": ("--out_dir", "final/config.json"),
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
@@ -98,7 +99,8 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     shutil.copy(ROOT / "Makefile", tmp_path)
-    shutil.copytree(ROOT / "workflows" / "recipes", tmp_path / "workflows" / "recipes")
+    for folder in ("workflows", "custom_models"):
+        shutil.copytree(ROOT / folder / "recipes", tmp_path / folder / "recipes")
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(ROOT / "checkpoints" / "registry.yaml", tmp_path / "checkpoints")
     (tmp_path / "stand_in.py").write_text(STAND_IN)
@@ -399,3 +401,26 @@ def test_merge_has_the_run_trained_first(project: Project):
 def test_every_section_of_help_lists_targets(project: Project):
     sections = project.make("help").stdout.strip().split("\n\n")[1:-1]
     assert len(sections) >= 3 and all("\n  make " in section for section in sections)
+
+
+def test_projects_read_reviews_and_write_folders_of_their_own(project):
+    data, scratch = project.calls("sentiment", "TEXT=it's")
+    assert data == ["data", "--data", "movie_snippets"]
+    assert option(scratch, "--config").endswith("sentiment-scratch.yaml")
+    assert (
+        option(scratch, "--out_dir") == "out/sentiment/scratch" and option(scratch, "--data") == "data/movie_snippets"
+    )
+    (bert,) = project.calls("sentiment", "ENCODER=google-bert/bert-base-uncased", "ARGS=--seeds [1,2]")
+    assert option(bert, "--config").endswith("sentiment-pretrained.yaml") and bert[-2:] == ["--seeds", "[1,2]"]
+    assert option(bert, "--out_dir") == "out/sentiment/google-bert--bert-base-uncased"
+    (asked,) = project.calls("predict", "TEXT=it's bad")
+    assert option(asked, "--text") == "it's bad" and option(asked, "--checkpoint_dir") == "out/sentiment/scratch/final"
+
+
+def test_a_student_of_reviews_needs_its_teacher_once(project):
+    calls = project.calls("distill", "WORKFLOW_DATA=/raw", "ARGS=--seeds [1,2]")
+    assert [call[0] for call in calls] == ["data", "sentiment", "distill"]
+    assert option(calls[0], "--raw_dir") == "/raw/sentence_polarity" and option(calls[1], "--encoder") == "minilm"
+    assert "--seeds" not in calls[1] and option(calls[2], "--seeds") == "[1,2]"
+    assert project.steps("distill", "WORKFLOW_DATA=/raw") == ["distill"]
+    assert "exactly one of" in project.refusal("sentiment", "distill", "ARGS=--seeds [1,2]")

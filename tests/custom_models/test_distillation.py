@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from custom_models.distillation import cosine_loss, soft_target_loss, student_of
+from custom_models.distillation import cosine_loss, main, soft_target_loss, student_of
 from custom_models.encoder import Encoder, bert
 from workflows.errors import UserError
 
@@ -53,3 +53,9 @@ def test_a_student_has_every_other_layer():
     for number in (0, 7):
         with pytest.raises(UserError, match=f"from 1 to 6, not {number}"):
             student_of(teacher, number)
+
+
+def test_the_files_command_shows_a_temperature_and_a_student(capsys):
+    main()
+    said = capsys.readouterr().out
+    assert "temperature 5:  52.2%" in said and "student: 3 layers, 5." in said

@@ -1,5 +1,6 @@
 """The encoder is transformers' BERT, RoBERTa and DistilBERT, and torch's Transformer encoder; bad input is told."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from custom_models.encoder import Encoder, EncoderConfig, bert, distilbert, mean_over_tokens, paper, roberta
+from custom_models.encoder import Encoder, EncoderConfig, bert, distilbert, main, mean_over_tokens, paper, roberta
 from custom_models.encoder_checkpoint import (
     MINILM_DIRECTORY,
     load_encoder,
@@ -190,6 +191,14 @@ def test_configurations_have_the_published_sizes():
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in Encoder(c).parameters()) for c in (bert(), roberta(), distilbert())]
     assert sizes == [109_482_240, 124_645_632, 66_362_880]  # as transformers counts them
+
+
+def test_the_files_command_shows_sizes_and_neighbours(capsys):
+    main()
+    said = capsys.readouterr().out
+    assert re.search(r"DistilBERT +6 +768 +66\.4 M +42\.5 M", said)
+    fever, temperature = (line.split()[-4:] for line in said.splitlines()[-4:-2])
+    assert float(fever[1]) == float(temperature[0]) > float(fever[3])
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
