@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from custom_models.demo import read
-from custom_models.encoder import Encoder, EncoderConfig
+from custom_models.encoder import Encoder
 from custom_models.encoder_checkpoint import save_encoder
 from custom_models.masked_language_model import IGNORED, MaskedLanguageModel, mask_tokens
 from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.shape import Shape
 from custom_models.projects.vocabulary import END, MASK, PAD, START, learn_vocabulary
 from custom_models.tokenization.words import sentences
 from workflows.checkpoint import metric, share_metric, write_metrics
@@ -35,24 +36,6 @@ from workflows.errors import UserError, report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
 Style = Literal["roberta", "bert"]
-
-
-@dataclass
-class PretrainingShape:
-    """The encoder."""
-
-    vocab_size: int = 4000
-    """Tokens of its vocabulary."""
-    width: int = 128
-    """Of the tokens' vectors."""
-    n_layer: int = 2
-    """Layers."""
-    n_head: int = 4
-    """Attention heads."""
-    inner_width: int = 512
-    """Of the feed-forward layers."""
-    n_position: int = 64
-    """The longest piece of text, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +188,7 @@ def setup(
     file: Path | None = None,
     style: Style = "roberta",
     out_dir: Path = Path("out/pretrain"),
-    shape: PretrainingShape = PretrainingShape(),
+    shape: Shape = Shape(vocab_size=4000, inner_width=512, n_position=64, dropout=0.1),
     fit: FitArgs = FitArgs(batch_size=64, learning_rate=1e-3, max_epochs=8, patience=2),
     validation_size: int = 500,
     seed: int = 1,
@@ -248,17 +231,7 @@ def setup(
         )
         for part, fixed in ((kept, False), (held, True))
     )
-    config = EncoderConfig(
-        shape.vocab_size,
-        width=shape.width,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        inner_width=shape.inner_width,
-        n_position=shape.n_position,
-        n_segment=2 if style == "bert" else 0,
-        pad_id=pad,
-        pooler=style == "bert",
-    )
+    config = shape.config(n_segment=2 if style == "bert" else 0, pad_id=pad, pooler=style == "bert")
     model = MaskedLanguageModel(Encoder(config), next_sentence=style == "bert")
     task = PretrainingTask(model, fit, train.batches() * fit.max_epochs, [pad, mask, start, end], mask)
     print(f"{len(kept):,} texts, {train.batches():,} batches an epoch; {len(held):,} texts held out")

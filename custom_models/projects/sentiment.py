@@ -7,14 +7,13 @@ Beside it a linear classifier of words and pairs of words, trained in the same r
 
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from tokenizers import Tokenizer
 
-from custom_models.encoder import Encoder, EncoderConfig, non_embedding_parameters
+from custom_models.encoder import Encoder, non_embedding_parameters
 from custom_models.encoder_checkpoint import encoder_directory, load_encoder, tokenizer_of
 from custom_models.projects.classifier import (
     ClassifierTask,
@@ -28,6 +27,7 @@ from custom_models.projects.classifier import (
 )
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.pictures import draw_confusion, draw_curves
+from custom_models.projects.shape import Shape
 from custom_models.projects.texts import read_labelled
 from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
 from workflows.checkpoint import share_metric, write_metrics
@@ -37,33 +37,13 @@ from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 SCRATCH = "scratch"
 
 
-@dataclass
-class Shape:
-    """The encoder that is trained from scratch."""
-
-    vocab_size: int = 6000
-    """Tokens of its vocabulary."""
-    width: int = 128
-    """Of the tokens' vectors."""
-    n_layer: int = 2
-    """Layers."""
-    n_head: int = 4
-    """Attention heads."""
-    inner_width: int = 256
-    """Of the feed-forward layers."""
-    n_position: int = 128
-    """The longest text, in tokens."""
-    dropout: float = 0.3
-    """Share of activations set to zero in training."""
-
-
 def setup(
     data: Path = Path("data/movie_snippets"),
     encoder: str = SCRATCH,
     out_dir: Path = Path("out/sentiment/scratch"),
     shape: Shape = Shape(),
-    hidden_tokens: float = 0.15,
-    fit: FitArgs = FitArgs(),
+    hidden_tokens: float = 0.5,
+    fit: FitArgs = FitArgs(weight_decay=0.05, max_epochs=12, patience=12),
     seeds: list[int] | None = None,
     max_rows: int | None = None,
 ) -> None:
@@ -148,20 +128,13 @@ def _encoder_maker(encoder: str, shape: Shape, texts: list[str]) -> tuple[Tokeni
     """The tokenizer, the id that stands for a hidden token, and a function that makes the encoder anew."""
     if encoder == SCRATCH:
         tokenizer = learn_vocabulary(texts, shape.vocab_size)
-        config = EncoderConfig(
-            shape.vocab_size,
-            width=shape.width,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            inner_width=shape.inner_width,
-            n_position=shape.n_position,
+        config = shape.config(
             n_segment=0,
             pad_id=tokenizer.token_to_id(PAD),
             norm_first=True,
             embedding_norm=False,
             pooler=False,
             norm_eps=1e-5,
-            dropout=shape.dropout,
         )
         return tokenizer, tokenizer.token_to_id(MASK), lambda: Encoder(config)
     directory = encoder_directory(encoder)

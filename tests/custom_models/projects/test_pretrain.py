@@ -7,7 +7,8 @@ import torch
 
 from custom_models.encoder_checkpoint import load_encoder, tokenizer_of
 from custom_models.projects.fitting import FitArgs
-from custom_models.projects.pretrain import PretrainingShape, Texts, setup
+from custom_models.projects.pretrain import Texts, setup
+from custom_models.projects.shape import Shape
 from workflows.errors import UserError
 
 DOCUMENTS = [[[10 * d + s] * (3 + s) for s in range(3)] for d in range(1, 6)]
@@ -67,7 +68,7 @@ def test_texts_of_one_sentence_have_no_pairs():
 def test_a_tiny_encoder_learns_to_fill_masks(style, tmp_path, capsys):
     lines = [f"the {a} {b} is {a}. it {b} a {a} one." for a in ("red", "blue", "cold") for b in ("sun", "sea")] * 30
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    shape = PretrainingShape(vocab_size=280, width=32, n_layer=1, n_head=2, inner_width=32, n_position=24)
+    shape = Shape(dropout=0.1, vocab_size=280, width=32, n_layer=1, n_head=2, inner_width=32, n_position=24)
     setup(
         tmp_path / "text.txt",
         style,
@@ -88,4 +89,4 @@ def test_what_cannot_be_is_told(tmp_path):
     with pytest.raises(UserError, match="from 1 to 1"):
         setup(tmp_path / "text.txt", out_dir=tmp_path, validation_size=2)
     with pytest.raises(UserError, match="n_position must be at least 8"):
-        setup(tmp_path / "text.txt", out_dir=tmp_path, shape=PretrainingShape(n_position=4))
+        setup(tmp_path / "text.txt", out_dir=tmp_path, shape=Shape(n_position=4))

@@ -15,7 +15,8 @@ from custom_models.encoder_checkpoint import encoder_directory, save_encoder, to
 from custom_models.projects import distill, sentiment
 from custom_models.projects.classifier import TextClassifier, load_classifier, predict
 from custom_models.projects.fitting import FitArgs
-from custom_models.projects.sentiment import Shape, bag_of_bigrams
+from custom_models.projects.sentiment import bag_of_bigrams
+from custom_models.projects.shape import Shape
 from tests.custom_models.projects.test_texts import write
 from workflows.__main__ import main
 from workflows.errors import UserError
@@ -93,9 +94,8 @@ def test_weights_of_a_pretrained_encoder_are_where_training_begins(reviews, tmp_
     torch.manual_seed(0)
     encoder = Encoder(bert(width=32, n_layer=2, n_head=2, inner_width=32, n_position=24))
     save_encoder(encoder, encoder.config, tokenizer_of(encoder_directory("minilm")), tmp_path / "encoder")
-    sentiment.setup(
-        reviews, str(tmp_path / "encoder"), tmp_path / "out", fit=FitArgs(16, learning_rate=3e-3, max_epochs=3),
-    )  # fmt: skip
+    fit = FitArgs(16, learning_rate=3e-3, max_epochs=3)
+    sentiment.setup(reviews, str(tmp_path / "encoder"), tmp_path / "out", hidden_tokens=0.0, fit=fit)
     assert numbers(tmp_path / "out")["accuracy"] > 0.8
     assert load_classifier(tmp_path / "out" / "final")[0].encoder.config == encoder.config
 
