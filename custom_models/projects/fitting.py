@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -31,6 +31,8 @@ class FitArgs:
     """The most epochs."""
     patience: int = 4
     """So many epochs that are no better than the best one end the training."""
+    ema_decay: float = 0.0
+    """Above 0, validate and keep a moving average of the weights: so much of it stays in each step."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """What computes."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -42,6 +44,9 @@ class FitArgs:
                  for name in ("batch_size", "max_epochs", "patience") if getattr(self, name) < 1]  # fmt: skip
         found += [f"--fit.{name} must be positive, not {getattr(self, name)}."
                   for name in ("learning_rate", "max_norm") if not getattr(self, name) > 0]  # fmt: skip
+        found += (
+            [] if 0 <= self.ema_decay < 1 else [f"--fit.ema_decay must be from 0 to below 1, not {self.ema_decay}."]
+        )
         found += [] if 0 <= self.warmup < 1 else [f"--fit.warmup must be from 0 to below 1, not {self.warmup}."]
         found += [] if self.weight_decay >= 0 else [f"--fit.weight_decay must be at least 0, not {self.weight_decay}."]
         return found
@@ -99,9 +104,11 @@ def fit_best(
     history, folder = _History(), out_dir / "checkpoints"
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
+    callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]
+    callbacks += [EMAWeightAveraging(decay=fit.ema_decay)] if fit.ema_decay else []
     trainer = L.Trainer(
         max_epochs=fit.max_epochs,
-        callbacks=[history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()],
+        callbacks=callbacks,
         gradient_clip_val=fit.max_norm,
         accelerator=fit.accelerator,
         devices=1,

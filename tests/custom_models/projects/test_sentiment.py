@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 GOOD, BAD = ["warm", "witty", "fresh", "moving"], ["stale", "dull", "silly", "long"]
 REST = ["film", "plot", "scene", "actor", "a", "the", "with", "and"]
 SHAPE = Shape(vocab_size=300, width=32, n_layer=2, n_head=2, inner_width=32, n_position=16, dropout=0.1)
-FIT = FitArgs(batch_size=16, learning_rate=3e-3, max_epochs=6, patience=6)
+FIT = FitArgs(batch_size=16, learning_rate=3e-3, max_epochs=6, patience=6, ema_decay=0.8)
 
 
 def review(chance: random.Random) -> dict[str, str]:
