@@ -9,8 +9,6 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does, before torch loads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
