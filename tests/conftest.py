@@ -12,7 +12,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -67,11 +66,10 @@ def child() -> Iterator[Child]:
 @pytest.fixture(scope="session")
 def embedded_checkpoint() -> Path:
     """The real SmolLM2-135M-Instruct (4-bit weights) as a LitGPT checkpoint; made once, then reused."""
-    with FileLock(ROOT / ".tools" / "embedded.lock"):
-        if not (EMBEDDED / "provenance.json").is_file():
-            from workflows.download import setup
+    if not (EMBEDDED / "provenance.json").is_file():
+        from workflows.download import setup
 
-            setup()
+        setup()
     return EMBEDDED
 
 
