@@ -17,20 +17,21 @@ def draw_curves(rounds: Sequence[Sequence[dict[str, float]]], file: Path, title:
         title: Above it.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     for number, epochs in enumerate(rounds):
         x = [row["epoch"] + 1 for row in epochs]
         named = number == 0
-        losses.plot(x, [row["train_loss"] for row in epochs], "C0--", label="training" if named else None)
-        losses.plot(x, [row["val_loss"] for row in epochs], "C1-", label="validation" if named else None)
-        accuracies.plot(x, [100 * row["val_accuracy"] for row in epochs], "C1-")
+        losses.plot(x, [row["train_loss"] for row in epochs], "C0.--", label="training" if named else None)
+        losses.plot(x, [row["val_loss"] for row in epochs], "C1.-", label="validation" if named else None)
+        accuracies.plot(x, [100 * row["val_accuracy"] for row in epochs], "C1.-")
     losses.set(xlabel="epoch", ylabel="loss (nats a text)")
     accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
     losses.legend()
     for axes in (losses, accuracies):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, {len(rounds)} seed{'s' * (len(rounds) > 1)}")
     with atomic_file(file) as temporary:
@@ -58,7 +59,7 @@ def draw_confusion(counts: Tensor, labels: Sequence[str], file: Path, title: str
             axes.text(
                 j, i, f"{count:,}\n{share:.0%}", ha="center", va="center", color="white" if share > 0.5 else "black"
             )
-    axes.set(xticks=range(len(labels)), yticks=range(len(labels)), xlabel="taken for", ylabel="is")
+    axes.set(xticks=range(len(labels)), yticks=range(len(labels)), xlabel="taken for", ylabel="truth")
     axes.set_xticklabels(labels)
     axes.set_yticklabels(labels, rotation=90, va="center")
     axes.set_title(title, fontsize=10)
