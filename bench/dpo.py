@@ -34,7 +34,7 @@ def setup(
     max_seq_length: int = 512,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true"],  # noqa: B006
-    row_tokens: int = 1024,
+    row_tokens: int = 384,
     trl_micro_batch: int = 2,
     contender: Contender | None = None,
 ) -> None:
@@ -47,7 +47,7 @@ def setup(
         max_seq_length: Longest prompt with an answer in tokens.
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
-        row_tokens: Capacity of our packed rows.
+        row_tokens: Capacity of our packed rows: 1,024 is a quarter faster and takes 0.3 GB more.
         trl_micro_batch: Pairs that TRL computes at once; gradients add up to the batch.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
