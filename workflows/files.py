@@ -168,8 +168,9 @@ def atomic_update(path: Path, last: Sequence[str], kept: str | None = None) -> I
     """
     temporary = path / _UPDATE
     path.mkdir(parents=True, exist_ok=True)
-    for aside in path.glob(".*.old"):
-        recover_dir(path / aside.name[1 : -len(".old")])
+    # a folder that has stepped aside, or one that was being deleted
+    for left in [*path.glob(".*.old"), *(part for part in path.glob(".*.part") if part.is_dir() and part != temporary)]:
+        recover_dir(path / left.stem[1:])
     temporary.mkdir(exist_ok=True)
     for leftover in temporary.iterdir():
         if leftover.is_dir():
