@@ -226,3 +226,15 @@ def test_all_problems_are_reported_at_once():
         report_all(["only one"])
     with pytest.raises(UserError, match=r"2 problems:\n  - a\n  - b"):
         report_all(["a", "b"])
+
+
+def test_an_update_clears_a_replaced_folder_whose_deletion_was_cut_short(tmp_path):
+    for folder in ("hf", ".hf.part"):  # the new one is in its place, of the old one half is deleted
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights").write_text(folder)
+    with atomic_update(tmp_path, last=["done"]) as fresh:
+        (fresh / "hf").mkdir()
+        (fresh / "hf" / "weights").write_text("new")
+        (fresh / "done").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "hf"]
+    assert (tmp_path / "hf" / "weights").read_text() == "new"
