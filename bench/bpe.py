@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.harness import alternate, report, run_bench, run_contender, write_report
-from workflows.errors import UserError
+from bench.harness import alternate, report, run_contender, write_report
+from workflows.errors import UserError, run_file
 from workflows.files import read_text
 
 LEAST_FASTER_THAN_TEXTBOOK, MOST_SLOWER_THAN_TOKENIZERS = 50, 10
@@ -210,4 +210,4 @@ def encode_tokenizers() -> Callable[[str], list[int]]:
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import alternate, report, run_bench, write_report
+from bench.harness import alternate, report, write_report
 from custom_models.encoder import non_embedding_parameters
 from custom_models.projects.classifier import encode_splits, load_classifier
 from custom_models.projects.texts import read_labelled
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 
 def setup(
@@ -72,4 +72,4 @@ def read(directory: Path, data: Path, texts: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, write_report
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 from workflows.training.answers import encode_answers
 from workflows.training.batch import Tree
 
@@ -175,4 +175,4 @@ def run_trl(
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

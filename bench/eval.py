@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
-from workflows.errors import UserError
+from bench.harness import alternate, by_precision, hf_directory, report, write_report
+from workflows.errors import UserError, run_file
 
 TASK = "hpo_mcq"
 TOLERANCE = 1e-3
@@ -101,4 +101,4 @@ def score(
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import REPORTS, alternate, report, run_bench, spread, write_report
-from workflows.errors import UserError
+from bench.harness import REPORTS, alternate, report, spread, write_report
+from workflows.errors import UserError, run_file
 
 LIMIT_BYTES = 1_500_000_000
 SHAPE_1B = {
@@ -130,4 +130,4 @@ def random_checkpoint(like: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.harness import REPORTS, alternate, report, run_bench, spread
+from bench.harness import REPORTS, alternate, report, spread
 from custom_models.attention import causal_mask, scaled_dot_product_attention
 from custom_models.flash_attention import BLOCK_K, BLOCK_Q, flash_attention
+from workflows.errors import run_file
 from workflows.files import atomic_file, write_json
 from workflows.measure import PeakMemory
 
@@ -238,4 +239,4 @@ def show(reported: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

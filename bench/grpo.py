@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, write_report
 from workflows.chat_template import ChatTemplate
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 from workflows.training.questions import read_questions
 from workflows.training.rewards import Rewards, Sample, WeightedReward
 
@@ -201,4 +201,4 @@ def run_trl(
 
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from workflows.files import write_json
 from workflows.measure import PeakMemory, hardware, tree_bytes
 
 REPORTS = Path("out/bench")
-
-
-def run_bench(setup: Callable[..., None]) -> None:
-    """A bench's command line; what goes wrong is one message."""
-    from jsonargparse import auto_cli
-
-    try:
-        auto_cli(setup, as_positional=False)
-    except UserError as e:
-        sys.exit(f"error: {e}")
 
 
 def hf_directory(checkpoint_dir: Path) -> Path:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, run_bench, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, write_report
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate, EncodedChat
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 from workflows.training.model import LoRAArgs
 
 BATCH = 8
@@ -305,4 +305,4 @@ def require_apart(trainer: Any) -> None:
 _RUN: dict[str, Any] = {"ours": run_ours, "litgpt": run_litgpt, "trl": run_trl}
 
 if __name__ == "__main__":
-    run_bench(setup)
+    run_file(setup)

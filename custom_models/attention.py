@@ -88,6 +88,11 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device | None = None)
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)  # (Tq, Tk)
 
 
+def real_tokens(lengths: Tensor, length: int) -> Tensor:
+    """Which tokens are no padding, where each text is padded at its end: lengths (B,) -> (B, length), boolean."""
+    return torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, length)
+
+
 def padding_mask(lengths: Tensor, n_keys: int) -> Tensor:
     """True for the keys that are real, where each text is padded at its end.
 
@@ -98,7 +103,7 @@ def padding_mask(lengths: Tensor, n_keys: int) -> Tensor:
     Returns:
         (B, 1, 1, Tk), boolean.
     """
-    return (torch.arange(n_keys, device=lengths.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, Tk)
+    return real_tokens(lengths, n_keys)[:, None, None]  # (B, 1, 1, Tk)
 
 
 def attend(

@@ -1,22 +1,12 @@
 """What the files' command lines share: a text that every machine has, and tokens one can see."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from workflows.errors import UserError
 
 _BACKGROUNDS = (44, 45, 42, 43, 46)
-
-
-def run(main: Callable[..., None]) -> None:
-    """A file's command line; what goes wrong is one message."""
-    from jsonargparse import auto_cli
-
-    try:
-        auto_cli(main, as_positional=False)
-    except UserError as e:
-        sys.exit(f"error: {e}")
 
 
 def read(file: Path | None) -> str:

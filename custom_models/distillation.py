@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_models.attention import real_tokens
 from custom_models.encoder import Encoder, non_embedding_parameters
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 
 def soft_target_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,8 +44,7 @@ def cosine_loss(states: Tensor, teacher_states: Tensor, lengths: Tensor | None =
     apart = 1 - F.cosine_similarity(states, teacher_states, dim=-1)  # (B, T)
     if lengths is None:
         return apart.mean()
-    real = torch.arange(apart.shape[1], device=apart.device) < lengths[:, None]  # (B, T)
-    return apart[real].mean()
+    return apart[real_tokens(lengths, apart.shape[1])].mean()
 
 
 def student_of(teacher: Encoder, n_layer: int | None = None) -> Encoder:
@@ -90,6 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from custom_models import demo
-
-    demo.run(main)
+    run_file(main)

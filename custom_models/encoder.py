@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom_models.attention import Backend, MultiHeadAttention
+from custom_models.attention import Backend, MultiHeadAttention, real_tokens
 from custom_models.positions import LearnedPositions, SinusoidalPositions
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, report_all, run_file
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -274,7 +274,7 @@ def mean_over_tokens(states: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The mean of a text's vectors, padding left out: (B, T, width), (B,) -> (B, width)."""
     if lengths is None:
         return states.mean(dim=1)  # (B, width)
-    real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # (B, T)
+    real = real_tokens(lengths, states.shape[1])  # (B, T)
     return (states * real[..., None]).sum(dim=1) / lengths.clamp(min=1)[:, None]  # (B, width)
 
 
@@ -320,6 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from custom_models import demo
-
-    demo.run(main)
+    run_file(main)

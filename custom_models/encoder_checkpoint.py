@@ -4,8 +4,7 @@ The three name the same matrices differently; here are the tables. A checkpoint 
 `config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
 """
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def load_hf(directory: Path) -> tuple[Encoder, dict[str, Tensor]]:
         lazy.read_into(tensors[name])
     ours, heads = split_names(tensors, config["model_type"])
     if shape.pooler and "pooler.weight" not in ours:
-        shape = EncoderConfig(**{**asdict(shape), "pooler": False})
+        shape = replace(shape, pooler=False)
     encoder = Encoder(shape)
     fill(encoder, ours, str(directory))
     return encoder, heads
@@ -304,7 +303,7 @@ def tokenizer_of(directory: Path) -> Tokenizer:
     if not file.is_file():
         raise UserError(f"{directory} has no tokenizer.json.")
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(json.loads(file.read_text(encoding="utf-8"))))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # tokenizers raises bare Exception
         raise UserError(f"{file} is no tokenizer ({e}).") from None
     tokenizer.no_truncation()

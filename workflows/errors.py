@@ -1,5 +1,8 @@
 """The one exception that a user is meant to read."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A condition the user can mend: a missing file, a bad row, a port in use.
@@ -27,3 +30,13 @@ def report_all(problems: list[str]) -> None:
 def first_line(error: BaseException) -> str:
     """An exception's message up to its first line break, or its class's name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def run_file(main: Callable[..., None]) -> None:
+    """The command line of a file that is run by itself: its function's arguments; what goes wrong is one message."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(main, as_positional=False)
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -19,7 +19,7 @@ import regex
 
 from custom_models import demo
 from custom_models.tokenization.bpe_training import learn_merges
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's words: a contraction's end, letters, digits or signs, each with the space before it."""
@@ -325,4 +325,4 @@ def main(
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

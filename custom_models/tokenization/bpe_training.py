@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from custom_models import demo
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 
 def learn_merges(words: Mapping[bytes, int], merges: int) -> list[tuple[int, int]]:
@@ -208,4 +208,4 @@ def main(file: Path | None = None, merges: int = 1024, show: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

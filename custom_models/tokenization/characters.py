@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from custom_models import demo
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 
 class CharacterTokenizer:
@@ -100,4 +100,4 @@ def main(text: str = "An abnormality of the liver.", file: Path | None = None, u
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

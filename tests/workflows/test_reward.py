@@ -67,6 +67,8 @@ def test_full_weights_of_a_model_with_a_head_of_its_own(tiny_qwen2, pairs, tmp_p
     before, after = (load_weights(folder) for folder in (tiny_qwen2, tmp_path / "final"))
     assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert not torch.equal(before["transformer.wte.weight"], after["transformer.wte.weight"])
+    sizes = [(folder / "lit_model.pth").stat().st_size for folder in (tiny_qwen2, tmp_path / "final")]
+    assert sizes[1] < 1.1 * sizes[0]  # nothing is written twice
     LearnedReward(tmp_path / "final", "32-true")
 
 

@@ -249,13 +249,14 @@ def write_final(
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
             write_merged(base, trained, lora, temporary)
         else:
-            now = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
-            weights = {**load_weights(base), **now}  # what the objective has no use for stays as it was
+            weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
             if is_tied(base):
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]
                 weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
-            torch.save(weights, temporary / WEIGHTS)
+            # What the objective had no use for stays as it was; cloned, since mapped tensors share the whole file.
+            kept = {name: tensor.clone() for name, tensor in load_weights(base).items() if name not in weights}
+            torch.save({**weights, **kept}, temporary / WEIGHTS)
         write_hyperparameters(temporary, settings)
         write_metrics(
             temporary / "metrics.json",
