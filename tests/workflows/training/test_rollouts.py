@@ -10,7 +10,8 @@ from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.training import rollouts
 from workflows.training.model import LoRAArgs, load_model
-from workflows.training.rollouts import choose, generate
+from workflows.training.rollouts import generate
+from workflows.training.sampling import choose
 
 STOP = (2,)
 
