@@ -8,7 +8,20 @@ from tests.kills.engine import Step
 
 WORDS = ("breathing", "rate", "uterus", "density", "blood", "reduction", "clinical", "finding")
 SIZES = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}  # files take long enough to be cut
-STEPS = ("lora", "dpo", "reward", "ppo", "grpo", "evaluate", "export", "download", "data")
+STEPS = (
+    "lora",
+    "dpo",
+    "reward",
+    "ppo",
+    "grpo",
+    "shrink",
+    "teach",
+    "distill-lm",
+    "evaluate",
+    "export",
+    "download",
+    "data",
+)
 
 
 def make_steps(work: Path) -> dict[str, Step]:
@@ -33,6 +46,10 @@ def make_steps(work: Path) -> dict[str, Step]:
     lora, dpo, reward = train("lora", chats, "--lora_dropout", "0.1"), train("dpo", pairs), train("reward", pairs)
     ppo = train("ppo", asked, "--rewards", "[{reward: finding}]", "--max_new_tokens", "8", "--updates", "2")
     grpo = train("grpo", asked, "--group_size", "3", "--max_new_tokens", "8")
+    shrink = ["shrink", "--checkpoint_dir", str(one), "--out_dir", str(work / "shrink"), "--layers"]
+    teach = ["teach", "--checkpoint_dir", str(one), "--data", str(chats), "--out_dir", str(work / "teach" / "taught")]
+    teach += ["--max_new_tokens", "16", "--samples", "8", "--temperature", "1", "--precision", "32-true", "--seed"]
+    distill = train("distill-lm", chats, "--teacher_dir", str(two))
     evaluate = ["evaluate", "--tasks", "[toy_mcq]", "--data_dir", str(questions), "--out_dir", str(work / "evaluate")]
     evaluate += ["--precision", "32-true", "--row_tokens", "128", "--checkpoint_dir"]
     export = ["export", "--name", "tiny", "--create", "false", "--shard_size", "1", "--out_dir", str(work / "export")]
@@ -79,6 +96,16 @@ def make_steps(work: Path) -> dict[str, Step]:
             [*grpo, "2e-2"],
             whole=("final",),
             working=("metrics.csv", "checkpoints/step-*.pth", "completions.jsonl"),
+        ),
+        Step("shrink", work / "shrink", [*shrink, "2"], [*shrink, "1"], whole=("final",)),
+        Step("teach", work / "teach", [*teach, "1"], [*teach, "2"], whole=("taught",)),
+        Step(
+            "distill-lm",
+            work / "distill-lm",
+            [*distill, "1e-2"],
+            [*distill, "2e-2"],
+            whole=("final",),
+            working=("metrics.csv", "checkpoints/step-*.pth"),
         ),
         Step(
             "evaluate",
