@@ -216,7 +216,7 @@ attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED)  ## most of the tests, in a minute: no checkpoint, no Ollama, nothing trained
 	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough and not long" $(ARGS)

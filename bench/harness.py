@@ -117,17 +117,17 @@ def write_report(reported: dict[str, Any]) -> None:
     """Write out/bench/NAME.json and print it as a table."""
     path = REPORTS / f"{reported['name']}.json"
     write_json(path, reported)
-    for precision in ("bf16", "float32"):
-        part = reported if precision == "bf16" else reported.get("float32")
-        if part is None:
-            continue
-        print(f"\n{reported['name']}, {precision}, {reported['unit']}")
+    for part in (reported, reported.get("float32")):
+        if part is None or (part is not reported and part["settings"] == reported["settings"]):
+            continue  # not measured at a second precision
+        title = [reported["name"], part["settings"].get("precision"), reported["unit"]]
+        print("\n" + ", ".join(word for word in title if word))
         rows = {"ours": part["ours"], **part["peers"]}
         for contender, row in rows.items():
             ratio = part["ratio"].get(contender)
             told = f"ours is {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             print(
-                f"  {contender:<8}{row['median']:>8,.4g} ({row['min']:,.4g} to {row['max']:,.4g})"
+                f"  {contender:<11}{row['median']:>8,.4g} ({row['min']:,.4g} to {row['max']:,.4g})"
                 f"{row['peak_bytes'] / 1e9:>8.2f} GB  {told}"
             )
     print(f"\n{path}")

@@ -9,15 +9,19 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does, before torch loads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the commands they start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.children import Child
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = ("checkpoint", "ollama", "rough", "long")
 EMBEDDED = ROOT / "checkpoints" / "embedded" / "smollm2-135m-instruct"
 
 CHATML = (
@@ -34,13 +38,23 @@ TEXT = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked slow run only when asked for by `-m slow`; the summary shows them as deselected."""
-    if "slow" in (config.getoption("-m") or ""):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    """Tests marked slow run only when asked for by `-m slow`; the summary shows them as deselected.
+
+    Where several processes share the tests, a file stays whole for its fixtures' sake, all that starts Ollama stays in
+    one process, and the files that take long come first, so that no process is left with one of them at the end.
+    """
+    if "slow" not in (config.getoption("-m") or ""):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    if hasattr(config, "workerinput"):
+        takes_long = {item.path for item in items for mark in LONG if item.get_closest_marker(mark)}
+        items.sort(key=lambda item: item.path not in takes_long)
+        with_ollama = {item.path for item in items if item.get_closest_marker("ollama")}
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ollama" if item.path in with_ollama else str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -66,10 +80,11 @@ def child() -> Iterator[Child]:
 @pytest.fixture(scope="session")
 def embedded_checkpoint() -> Path:
     """The real SmolLM2-135M-Instruct (4-bit weights) as a LitGPT checkpoint; made once, then reused."""
-    if not (EMBEDDED / "provenance.json").is_file():
-        from workflows.download import setup
+    with FileLock(ROOT / "checkpoints" / ".tests.lock"):  # one of several processes makes it
+        if not (EMBEDDED / "provenance.json").is_file():
+            from workflows.download import setup
 
-        setup()
+            setup()
     return EMBEDDED
 
 

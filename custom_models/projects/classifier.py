@@ -40,7 +40,11 @@ class TextClassifier(nn.Module):
 
     def from_states(self, states: Tensor, lengths: Tensor | None) -> Tensor:
         """The last layer's states (B, T, width) -> logits (B, n_label)."""
-        return self.head(self.dropout(mean_over_tokens(states, lengths)))  # (B, n_label)
+        return self.from_vectors(mean_over_tokens(states, lengths))  # (B, n_label)
+
+    def from_vectors(self, vectors: Tensor) -> Tensor:
+        """The texts' vectors (B, width) -> logits (B, n_label)."""
+        return self.head(self.dropout(vectors))  # (B, n_label)
 
     def save(self, tokenizer: Tokenizer, folder: Path) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -87,7 +91,10 @@ def load_classifier(folder: Path) -> tuple[TextClassifier, Tokenizer]:
 
 
 class ClassifierTask(L.LightningModule):
-    """How a classifier is trained: by the classes' cross-entropy, some tokens hidden from it (word dropout).
+    """How a classifier is trained: by cross-entropy, with two ways to keep it from learning the texts by heart.
+
+    Some tokens are hidden from it (word dropout), and texts are mixed: of two texts' vectors the mean, weighted by a
+    random share, is to be classified as both, by their shares (mixup of sentences, Guo et al. 2019, arXiv 1905.08941).
 
     Args:
         model: The classifier.
@@ -95,14 +102,21 @@ class ClassifierTask(L.LightningModule):
         total_steps: Optimizer steps in all.
         hidden_tokens: Share of tokens that are hidden from the model in training.
         hidden_id: What they become.
+        mixup: a: the share is drawn from Beta(a, a), at 1 any share alike; 0 mixes nothing.
     """
 
     def __init__(
-        self, model: TextClassifier, fit: FitArgs, total_steps: int, hidden_tokens: float = 0.0, hidden_id: int = 0
+        self,
+        model: TextClassifier,
+        fit: FitArgs,
+        total_steps: int,
+        hidden_tokens: float = 0.0,
+        hidden_id: int = 0,
+        mixup: float = 0.0,
     ) -> None:
         super().__init__()
         self.model, self.fit_args, self.total_steps = model, fit, total_steps
-        self.hidden_tokens, self.hidden_id = hidden_tokens, hidden_id
+        self.hidden_tokens, self.hidden_id, self.mixup = hidden_tokens, hidden_id, mixup
 
     def hide(self, ids: Tensor) -> Tensor:
         """Hide some tokens: (B, T) -> (B, T)."""
@@ -112,7 +126,14 @@ class ClassifierTask(L.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """-log p(class), the mean over the batch."""
-        return F.cross_entropy(self.model(self.hide(batch.ids), batch.lengths), batch.labels)
+        ids, lengths, labels = self.hide(batch.ids), batch.lengths, batch.labels
+        if not self.mixup:
+            return F.cross_entropy(self.model(ids, lengths), labels)
+        share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+        other = torch.randperm(len(labels), device=labels.device)  # (B,), each text's partner
+        vectors = mean_over_tokens(self.model.encoder(ids, lengths).last, lengths)  # (B, width)
+        logits = self.model.from_vectors(share * vectors + (1 - share) * vectors[other])  # (B, n_label)
+        return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, labels[other])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss, logged."""

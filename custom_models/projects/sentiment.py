@@ -43,6 +43,7 @@ def setup(
     out_dir: Path = Path("out/sentiment/scratch"),
     shape: Shape = Shape(),
     hidden_tokens: float = 0.5,
+    mixup: float = 1.0,
     fit: FitArgs = FitArgs(weight_decay=0.05, max_epochs=12, patience=12),
     seeds: list[int] | None = None,
     max_rows: int | None = None,
@@ -55,6 +56,7 @@ def setup(
         out_dir: Where pictures and numbers go; the model is in its `final` folder.
         shape: The encoder, if it is trained from scratch.
         hidden_tokens: Share of tokens that are hidden from the model in training.
+        mixup: a: texts' vectors are mixed in pairs, by shares drawn from Beta(a, a); 0 mixes nothing.
         fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
         max_rows: Train on the first so many texts only.
@@ -66,6 +68,7 @@ def setup(
     seeds = [1] if seeds is None else seeds
     problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
     problems += [] if 0 <= hidden_tokens < 1 else [f"--hidden_tokens must be from 0 to below 1, not {hidden_tokens}."]
+    problems += [] if mixup >= 0 else [f"--mixup must be at least 0, not {mixup}."]
     problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
     report_all(problems)
     train_texts, labels = read_labelled(data, "train")
@@ -80,7 +83,7 @@ def setup(
             L.seed_everything(seed, verbose=False)
             model = TextClassifier(make(), labels)
             started = time.perf_counter()
-            task = ClassifierTask(model, fit, steps_of(rows, fit), hidden_tokens, hidden_id)
+            task = ClassifierTask(model, fit, steps_of(rows, fit), hidden_tokens, hidden_id, mixup)
             runs.append(fit_classifier(task, rows, out_dir, seed))
             times.append(time.perf_counter() - started)
             tables.append(confusion(model, rows["test"]))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from custom_models.__main__ import PROJECTS
-from custom_models.encoder import Encoder, bert
+from custom_models.encoder import Encoder, bert, mean_over_tokens
 from custom_models.encoder_checkpoint import encoder_directory, save_encoder, tokenizer_of
 from custom_models.projects import distill, sentiment
-from custom_models.projects.classifier import TextClassifier, load_classifier, predict
+from custom_models.projects.classifier import ClassifierTask, TextClassifier, load_classifier, predict
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.sentiment import bag_of_bigrams
 from custom_models.projects.shape import Shape
@@ -124,6 +124,24 @@ def test_the_student_is_pulled_to_the_teacher(trained):
     assert float(before) > 0.1
 
 
+def test_mixed_texts_are_classified_by_their_shares(trained):
+    model, tokenizer = load_classifier(trained / "final")
+    batch = next(iter(distill_batches(tokenizer)))
+    vectors = mean_over_tokens(model.encoder(batch.ids, batch.lengths).last, batch.lengths)
+    found = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found.append(float(ClassifierTask(model, FIT, 10, mixup=1.0).loss(batch)))
+        torch.manual_seed(seed)
+        share, other = float(torch.distributions.Beta(1.0, 1.0).sample()), torch.randperm(2).tolist()
+        wanted = 0.0
+        for i, j in enumerate(other):
+            logprobs = model.head(share * vectors[i] + (1 - share) * vectors[j]).log_softmax(dim=-1)
+            wanted -= share * float(logprobs[batch.labels[i]]) + (1 - share) * float(logprobs[batch.labels[j]])
+        assert found[-1] == pytest.approx(wanted / 2, abs=1e-6)
+    assert max(found) - min(found) > 0.01  # other shares, other losses
+
+
 def distill_batches(tokenizer: Any) -> Any:
     from custom_models.projects.texts import encode, loader
 
@@ -137,9 +155,9 @@ def test_a_bag_of_words_knows_words_and_not_more():
 
 
 def test_bad_settings_are_told_at_once(reviews, tmp_path, capsys):
-    with pytest.raises(UserError, match="5 problems"):
+    with pytest.raises(UserError, match="6 problems"):
         sentiment.setup(
-            reviews, out_dir=tmp_path, hidden_tokens=1.0, seeds=[], max_rows=1,
+            reviews, out_dir=tmp_path, hidden_tokens=1.0, mixup=-1.0, seeds=[], max_rows=1,
             fit=FitArgs(batch_size=0, learning_rate=-1.0),
         )  # fmt: skip
     with pytest.raises(UserError, match="2 problems"):
