@@ -5,8 +5,8 @@ A gradient, and its running mean, are matrices in which few directions are large
 
     M_t = mu M_(t-1) + (1 - mu) G_t,   M = U S V^T,   W_t = W_(t-1) - rate * U V^T
 
-so that rare directions are learned as fast as common ones. U V^T, the orthogonal matrix nearest to M, would take an SVD;
-five rounds of a polynomial in M M^T (Newton-Schulz) come near enough, with matrix products alone.
+so that rare directions are learned as fast as common ones. U V^T, the orthogonal matrix nearest to M, would take an
+SVD; five rounds of a polynomial in M M^T (Newton-Schulz) come near enough, with matrix products alone.
 
 That is for matrices that turn one vector into another. Embeddings, the head, norms and biases are for AdamW;
 `split_parameters` tells the two apart, and `Together` makes one optimizer of both.
@@ -74,9 +74,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         steps: int = 5,
     ) -> None:
-        super().__init__(
-            parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
-        )
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -169,8 +167,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """A model's parameters by what should step them.
 
     Returns:
-        Matrices of layers (for Muon); tables: embeddings, positions and the head (for AdamW, with weight decay); vectors:
-        norms and biases (for AdamW, without).
+        Matrices of layers (for Muon); tables: embeddings, positions and the head (for AdamW, with weight decay);
+        vectors: norms and biases (for AdamW, without).
     """
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():

@@ -217,6 +217,6 @@ def test_a_damaged_checkpoint_of_ours_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*Train a model first: make gpt"):
         load_gpt(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match=r"has no config\.json: it is no checkpoint"):
         load_gpt(tmp_path / "empty")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "custom_models.gpt"
