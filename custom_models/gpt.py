@@ -7,7 +7,7 @@ One class is GPT-2 (Radford et al. 2019) and what six years of practice made of 
     ==============  =============  =============================================================================
     positions       learned        RoPE: queries and keys are turned, no table of vectors (arXiv 2104.09864)
     norm            layer          RMS: no mean, no bias (arXiv 1910.07467)
-    feed_forward    gelu           relu2: relu(x)^2, sparse and cheap (So et al. 2021, arXiv 2109.08668, section 4),
+    feed_forward    gelu           relu2: relu(x)^2, sparse and cheap (So et al. 2021, arXiv 2109.08668),
                                    or swiglu: a gate opens and closes each number (arXiv 2002.05202)
     qk_norm         no             yes: scores stay bounded, so higher rates are stable (arXiv 2010.04245)
     bias            yes            no: nothing is lost without them, and there is less to compute

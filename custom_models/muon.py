@@ -36,20 +36,30 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     value s and leaves U and V alone.
 
     Args:
-        matrices: (.., rows, columns).
+        matrices: (B, rows, columns).
         steps: Rounds; singular values of X_0 below about 1 / a^steps stay small.
 
     Returns:
-        (.., rows, columns).
+        (B, rows, columns).
     """
     a, b, c = QUINTIC
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # (.., n, m) with n <= m: X X^T is then the smaller of the two squares
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # (.., n, m); no singular value exceeds the norm, now 1
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # (B, n, m) with n <= m: X X^T is then the smaller of the two squares
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # (B, n, m); no singular value exceeds the norm, now 1
+    if x.dtype == torch.float32 and multiplies_in_bfloat16(x.device):
+        x = x.bfloat16()  # (B, n, m); what is a step's direction to be need not be known to more than two digits
     for _ in range(steps):
-        gram = x @ x.mT  # (.., n, n)
-        x = a * x + (b * gram + c * gram @ gram) @ x  # (.., n, m)
-    return x.mT if tall else x  # (.., rows, columns)
+        gram = x @ x.mT  # (B, n, n)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (B, n, n); b X X^T + c (X X^T)^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # (B, n, m)
+    return (x.mT if tall else x).to(matrices.dtype)  # (B, rows, columns)
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16, which are then twice as fast as of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Muon(Optimizer):
@@ -189,7 +199,7 @@ def main(rows: int = 128, columns: int = 512, steps: int = 5) -> None:
     matrix = u * values @ vt  # (rows, columns)
     print(f"singular values of a {rows} x {columns} matrix: the largest, the middle one, the smallest")
     for step in range(steps + 1):
-        found = torch.linalg.svdvals(orthogonalise(matrix, step))  # (n,)
+        found = torch.linalg.svdvals(orthogonalise(matrix[None], step)[0])  # (n,)
         print(f"after {step} rounds  {found[0]:.3f}  {found[len(found) // 2]:.3f}  {found[-1]:.4f}")
 
 

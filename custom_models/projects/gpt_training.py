@@ -95,7 +95,7 @@ class GPTFit:
             linear       1 - (1 - m) x
             cosine       m + (1 - m) (1 + cos(pi x)) / 2                  (Loshchilov and Hutter 2016, arXiv 1608.03983)
             trapezoidal  1, then straight down to m in the last `decay` of all steps (warmup-stable-decay, Hu et al.
-                         2024, arXiv 2404.06395, section 4; Haegele et al. 2024, arXiv 2405.18392)
+                         2024, arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392)
 
         A trapezoid's flat part can be made longer, and the fall tried from any point of it: a cosine has one length.
         """

@@ -1,5 +1,4 @@
-"""Training a GPT: a stopped run ends as one never stopped, two processes as one; it learns, writes on, and is told what is
-wrong."""
+"""Training a GPT: a stopped run ends as one never stopped, two processes as one; it learns, and writes on."""
 
 import csv
 import json

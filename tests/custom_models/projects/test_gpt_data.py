@@ -178,12 +178,12 @@ def test_texts_that_are_too_short_are_told(tmp_path):
     files = token_files(read_corpus(str(tmp_path / "short.txt")), "characters", 0, tmp_path)
     TokenData(files, context=15, batch_size=1, batches=1)
     with pytest.raises(
-        UserError, match="train text in .* has 16 tokens, and at least 17 are needed for a context of 16"
+        UserError, match=r"train text in .* has 16 tokens, and at least 17 are needed for a context of 16"
     ):
         TokenData(files, context=16, batch_size=1, batches=1)
     (tmp_path / "tiny.txt").write_text("hello")
     tiny = token_files(read_corpus(str(tmp_path / "tiny.txt")), "characters", 0, tmp_path)
-    with pytest.raises(UserError, match="validation text in .* has 1 tokens"):
+    with pytest.raises(UserError, match=r"validation text in .* has 1 tokens"):
         TokenData(tiny, context=2, batch_size=1, batches=1)
 
 
