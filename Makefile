@@ -42,6 +42,9 @@ KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1;
 REVIEWS   ?= $(if $(WORKFLOW_DATA),sentence_polarity,movie_snippets)
 ENCODER   ?= scratch
 TEXT      ?=
+# What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
+RECIPE    ?= gpt
+PROMPT    ?=
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
 # A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
@@ -103,13 +106,13 @@ changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
 announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
 remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
 
-BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill
+BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill bench-gpt
 # Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
 BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-PROJECTS  := sentiment pretrain distill predict attention-map
+PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -143,7 +146,7 @@ help:  ## list the targets
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2 (what they read)'
+	@echo '            REVIEWS=sst2 (what they read), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -211,6 +214,20 @@ out/sentiment/minilm/final/config.json:
 pretrain: $(INSTALLED)  ## pretrain an encoder by hiding tokens, RoBERTa's way (ARGS="--style bert" for BERT's)
 	@$(PROJECT) pretrain --config custom_models/recipes/pretrain.yaml $(ARGS)
 
+gpt: $(INSTALLED)  ## train a GPT on definitions (RECIPE=gpt-shakespeare: Shakespeare; ARGS="--text FILE": a text of yours)
+	@$(PROJECT) gpt --config custom_models/recipes/$(RECIPE).yaml --out_dir out/$(RECIPE) --devices $(DEVICES) \
+	  --num_nodes $(NODES) $(ARGS)
+
+gpt-sample: out/$(RECIPE)/final/config.json  ## let it write on from PROMPT
+	@$(PROJECT) gpt-sample --checkpoint_dir out/$(RECIPE)/final --prompt $(call quoted,$(PROMPT)) $(ARGS)
+
+out/$(RECIPE)/final/config.json: | $(INSTALLED)
+	@$(MAKE) --no-print-directory $(if $(filter gpt-dpo,$(RECIPE)),gpt-dpo,gpt) ARGS=
+
+gpt-dpo: $(INSTALLED)  ## a GPT of our own learns to answer, and by DPO to prefer better answers
+	@test -f data/hpo_pairs/manifest.json || $(STEP) data --data hpo
+	@$(PROJECT) gpt-dpo --config custom_models/recipes/gpt-dpo.yaml --out_dir out/gpt-dpo $(ARGS)
+
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 	@$(PROJECT) attention-map $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
 
@@ -261,6 +278,9 @@ bench-flash: $(INSTALLED)  ## attention: our FlashAttention against the textbook
 
 bench-distill: $(INSTALLED)  ## the distilled student against its teacher
 	$(PY) -m bench.distill --data data/$(REVIEWS) $(ARGS)
+
+bench-gpt: $(INSTALLED)  ## a small GPT on Shakespeare: time to the loss of nanoGPT's own setting (needs WORKFLOW_DATA)
+	$(PY) -m bench.gpt $(ARGS)
 
 # ---- the files behind the targets ----
 

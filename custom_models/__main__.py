@@ -12,6 +12,9 @@ PROJECTS = {
     ),
     "pretrain": ("custom_models.projects.pretrain", "setup", "pretrain an encoder: RoBERTa's way or BERT's"),
     "distill": ("custom_models.projects.distill", "setup", "distil a classifier into one of half its layers"),
+    "gpt": ("custom_models.projects.gpt", "setup", "train a GPT on any text"),
+    "gpt-sample": ("custom_models.projects.gpt", "sample", "let a GPT write on"),
+    "gpt-dpo": ("custom_models.projects.gpt_dpo", "setup", "teach a GPT to answer, and align it by DPO"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
 }

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.flash_attention import check_shapes, flash_attention
+from custom_models.layers import RMSNorm
 from custom_models.positions import apply_rope
 from workflows.errors import UserError, report_all
 
@@ -249,6 +250,9 @@ class MultiHeadAttention(nn.Module):
         out_bias: Whether the last one has.
         context_width: Of the vectors that keys and values are made from in cross-attention; `width` if None.
         scale: What the scores are multiplied by; 1 / sqrt(head_size) if None (T5 has 1).
+        qk_norm: Whether each query and key is normalised (RMSNorm, before it is turned by RoPE), so that scores cannot
+            grow without bound however large the weights get (Henry et al. 2020, arXiv 2010.04245; Dehghani et al. 2023,
+            arXiv 2302.05442, section 2).
         dropout: The share of weights set to zero in training.
         backend: Who computes the attention, see `attend`.
 
@@ -267,6 +271,7 @@ class MultiHeadAttention(nn.Module):
         out_bias: bool = True,
         context_width: int | None = None,
         scale: float | None = None,
+        qk_norm: bool = False,
         dropout: float = 0.0,
         backend: Backend = "sdpa",
     ) -> None:
@@ -288,6 +293,8 @@ class MultiHeadAttention(nn.Module):
         self.k = nn.Linear(context_width, n_kv_head * self.head_size, bias=qkv_bias)
         self.v = nn.Linear(context_width, n_kv_head * self.head_size, bias=qkv_bias)
         self.out = nn.Linear(n_head * self.head_size, width, bias=out_bias)
+        self.q_norm = RMSNorm(self.head_size) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_size) if qk_norm else None
 
     def forward(
         self,
@@ -323,11 +330,15 @@ class MultiHeadAttention(nn.Module):
             UserError: If shapes do not fit together, the cache is full, or the backend lacks what is asked for.
         """
         q = self._heads(self.q(x))  # (B, n_head, T, head_size)
+        if self.q_norm is not None:
+            q = self.q_norm(q)  # (B, n_head, T, head_size)
         if context is not None and cache is not None and cache.length:
             k, v = cache.seen()  # (B, n_kv_head, Tk, head_size) each
         else:
             source = x if context is None else context  # (B, Tk, context_width)
             k, v = self._heads(self.k(source)), self._heads(self.v(source))  # (B, n_kv_head, Tk, head_size) each
+            if self.k_norm is not None:
+                k = self.k_norm(k)  # (B, n_kv_head, Tk, head_size)
             if rope is not None:
                 k = apply_rope(k, *rope)  # (B, n_kv_head, T, head_size)
             if cache is not None:

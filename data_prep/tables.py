@@ -7,6 +7,7 @@ such code, the Parquet copy that the Hub itself keeps of it (revision `refs/conv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.rows import Row, iterate_jsonl, type_name
 from workflows.errors import UserError, first_line
@@ -124,14 +125,24 @@ def _named_split(path: Path) -> str:
 
 
 def read_hub(hub_id: str, config: str | None = None) -> tuple[dict[str, list[Table]], str]:
-    """Read all splits of a data set on the Hugging Face Hub.
+    """Read all splits of a data set on the Hugging Face Hub into memory; arguments and errors are `hub_splits`'.
+
+    Returns:
+        One table per split, and the commit that was read.
+    """
+    loaded, commit = hub_splits(hub_id, config)
+    return {str(split): [Table(f"{hub_id} ({split})", rows.to_list())] for split, rows in loaded.items()}, commit
+
+
+def hub_splits(hub_id: str, config: str | None = None) -> tuple[dict[str, Any], str]:
+    """Fetch a data set of the Hugging Face Hub.
 
     Args:
         hub_id: `ORG/NAME`.
         config: The configuration ("subset"), where there are several.
 
     Returns:
-        One table per split, and the commit that was read.
+        A `datasets.Dataset` per split, mapped from the Hub's cache, and the commit that was read.
 
     Raises:
         UserError: If it cannot be had: no network, no such data set, no access.
@@ -160,5 +171,4 @@ def read_hub(hub_id: str, config: str | None = None) -> tuple[dict[str, list[Tab
         raise UserError(f"{hub_id} cannot be read ({first_line(e)}). {_OFFLINE}") from None
     except (httpx.HTTPError, OSError, RuntimeError) as e:  # hf_xet raises bare RuntimeErrors
         raise UserError(f"The Hugging Face Hub cannot be reached for {hub_id} ({first_line(e)}). {_OFFLINE}") from None
-    tables = {str(split): [Table(f"{hub_id} ({split})", rows.to_list())] for split, rows in loaded.items()}
-    return tables, str(commit)
+    return loaded, str(commit)

@@ -35,7 +35,7 @@ made = {
     "download": ("--path_file", ""),
     **{name: ("--out_dir", "final/provenance.json") for name in "lora dpo reward ppo grpo shrink distill-lm".split()},
     "teach": ("--out_dir", "manifest.json"),
-    "sentiment": ("--out_dir", "final/config.json"),
+    **{name: ("--out_dir", "final/config.json") for name in ("sentiment", "gpt", "gpt-dpo")},
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
@@ -415,6 +415,17 @@ def test_projects_read_reviews_and_write_folders_of_their_own(project):
     assert option(bert, "--out_dir") == "out/sentiment/google-bert--bert-base-uncased"
     (asked,) = project.calls("predict", "TEXT=it's bad")
     assert option(asked, "--text") == "it's bad" and option(asked, "--checkpoint_dir") == "out/sentiment/scratch/final"
+
+
+def test_a_gpt_is_trained_by_its_recipe_and_asked_once_it_is_there(project):
+    (call,) = project.calls("gpt", "DEVICES=2", "RECIPE=gpt-shakespeare", "ARGS=--fit.max_steps 9")
+    assert option(call, "--config") == "custom_models/recipes/gpt-shakespeare.yaml" and option(call, "--devices") == "2"
+    assert option(call, "--out_dir") == "out/gpt-shakespeare" and call[-2:] == ["--fit.max_steps", "9"]
+    trained, asked = project.calls("gpt-sample", "PROMPT=it's", "ARGS=--temperature 0")
+    assert trained[0] == "gpt" and option(trained, "--out_dir") == "out/gpt" and "--temperature" not in trained
+    assert option(asked, "--prompt") == "it's" and option(asked, "--checkpoint_dir") == "out/gpt/final"
+    assert project.steps("gpt-sample", "PROMPT=more") == ["gpt-sample"]
+    assert project.steps("gpt-sample", "RECIPE=gpt-dpo") == ["data", "gpt-dpo", "gpt-sample"]
 
 
 def test_a_student_of_reviews_needs_its_teacher_once(project):

@@ -13,7 +13,8 @@ from workflows.files import read_json, read_text
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _LONGEST_NAME = 255
-_COUNTED = "position_ids"  # 0, 1, 2, …, which transformers once saved with the weights of BERT and its kin
+# Saved with the weights of BERT and its kin (0, 1, 2, …) and of GPT-2 (the causal mask), but no weights.
+_NO_WEIGHTS = ("position_ids", ".attn.bias", ".attn.masked_bias")
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 
 
@@ -123,7 +124,7 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
         raise UserError(f"{file} is cut short or not a safetensors file ({e}). Download it again.") from None
     tensors = {}
     for name in opened.keys():  # noqa: SIM118 - not a dict
-        if name.endswith(_COUNTED):
+        if name.endswith(_NO_WEIGHTS):
             continue
         header = opened.get_slice(name)
         if (dtype := _DTYPES.get(header.get_dtype())) is None:

@@ -1,0 +1,241 @@
+"""Hugging Face's GPT-2 checkpoints as our GPT, and checkpoints of our own with their tokenizer.
+
+GPT-2 was written with `Conv1D` layers, which are linear layers whose matrix lies the other way round, (in, out), and
+whose query, key and value matrices are one. So a matrix is transposed on its way, and that one is cut in three.
+
+A checkpoint of our own is a folder with `config.json` (the fields of `GPTConfig`), `model.safetensors`, and the
+tokenizer: `characters.json` or `tokenizer.json`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from custom_models.encoder_checkpoint import fill
+from custom_models.gpt import GPT, GPTConfig
+from custom_models.tokenization import tokenizer_json
+from custom_models.tokenization.bpe import ByteBPE
+from custom_models.tokenization.characters import CharacterTokenizer
+from workflows.errors import UserError
+from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, write_json
+from workflows.hf_reader import lazy_tensors
+from workflows.hub import fetch_from_hub
+
+OURS = "custom_models.gpt"
+CHARACTERS, BPE = "characters.json", "tokenizer.json"
+_CONFIG = {
+    "vocab_size": "vocab_size",
+    "n_positions": "context",
+    "n_embd": "width",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+}
+"""What GPT-2's `config.json` calls things -> fields of `GPTConfig`."""
+_INSIDE = {
+    "ln_1": "attention_norm",
+    "attn.c_proj": "attention.out",
+    "ln_2": "feed_forward_norm",
+    "mlp.c_fc": "feed_forward.up",
+    "mlp.c_proj": "feed_forward.down",
+}
+_OUTSIDE = {"wte": "tokens", "wpe": "positions", "ln_f": "last_norm"}
+_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Not weights: the causal mask, which the first checkpoints carry along."""
+
+
+class Tokenizer(Protocol):
+    """What a language model needs of a tokenizer."""
+
+    def __len__(self) -> int:
+        """The size of the vocabulary."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into ids."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into the text they stand for."""
+        ...
+
+
+def config_from_hf(config: dict[str, Any], place: str) -> GPTConfig:
+    """Read a `config.json` of GPT-2's architecture.
+
+    Args:
+        config: Its contents.
+        place: Where it lies, for messages.
+
+    Raises:
+        UserError: If the model is of another architecture, or has a part that ours lacks.
+    """
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"{place} is of the architecture {config.get('model_type')!r}; only gpt2 is read here.")
+    if missing := [name for name in _CONFIG if name not in config]:
+        raise UserError(f"{place}/config.json lacks {', '.join(missing)}. Download it again.")
+    if (activation := config.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(f"{place} has the activation {activation!r}; GPT-2's is gelu_new, and no other is read here.")
+    foreign = [name for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if config.get(name)]
+    if foreign or not config.get("scale_attn_weights", True):
+        raise UserError(f"{place} scales its attention or crosses it with another text's ({', '.join(foreign)}), which "
+                        "GPT-2 itself does not. Such models are not read here.")  # fmt: skip
+    return GPTConfig(
+        **{ours: config[theirs] for theirs, ours in _CONFIG.items()},
+        inner_width=config.get("n_inner"),
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        tied_head=config.get("tie_word_embeddings", True),
+        dropout=config.get("resid_pdrop", 0.1),
+    )
+
+
+def from_hf_names(tensors: dict[str, Tensor], tied_head: bool) -> dict[str, Tensor]:
+    """GPT-2's weights under our names, Conv1D matrices turned round.
+
+    Args:
+        tensors: A checkpoint's.
+        tied_head: Whether the head is the embedding matrix; a copy of it that is stored as the head is left out.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("transformer.")
+        stem, _, kind = bare.rpartition(".")
+        if bare == "lm_head.weight":
+            if not tied_head:
+                found["head.weight"] = tensor
+        elif stem in _OUTSIDE:
+            found[f"{_OUTSIDE[stem]}.{kind}"] = tensor
+        elif bare.startswith("h.") and not bare.endswith(_MASKS):
+            number, _, inner = stem.removeprefix("h.").partition(".")
+            if "ln_" not in inner and kind == "weight":
+                tensor = tensor.T  # (in, out) -> (out, in)
+            if inner == "attn.c_attn":
+                for projection, part in zip("qkv", tensor.chunk(3), strict=True):  # (width, width) or (width,) each
+                    found[f"blocks.{number}.attention.{projection}.{kind}"] = part
+            else:
+                found[f"blocks.{number}.{_INSIDE.get(inner, inner)}.{kind}"] = tensor
+        elif not bare.endswith(_MASKS):
+            found[bare] = tensor  # `fill` says that the model has none of this name
+    return found
+
+
+def load_hf(directory: Path) -> GPT:
+    """A GPT with the weights of a Hugging Face directory of GPT-2's architecture.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    config = config_from_hf(read_json(directory / "config.json"), str(directory))
+    tensors = {}
+    for name, lazy in lazy_tensors(directory).items():
+        if not name.endswith(_MASKS):
+            tensors[name] = torch.empty(lazy.shape, dtype=torch.float32)
+            lazy.read_into(tensors[name])
+    model = GPT(config)
+    fill(model, from_hf_names(tensors, config.tied_head), str(directory))
+    return model
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer of characters or of byte pairs, in its own file.
+
+    Raises:
+        UserError: If there is no room for the file.
+    """
+    if isinstance(tokenizer, CharacterTokenizer):
+        write_json(folder / CHARACTERS, {"characters": tokenizer.characters, "unknown": tokenizer.unknown})
+    else:
+        assert isinstance(tokenizer, ByteBPE)
+        tokenizer_json.save(tokenizer, folder / BPE)
+
+
+def load_tokenizer(folder: Path) -> CharacterTokenizer | ByteBPE:
+    """The tokenizer of a checkpoint or of token files.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    if (file := folder / CHARACTERS).is_file():
+        kept = read_json(file)
+        characters, unknown = kept.get("characters"), kept.get("unknown")
+        if not isinstance(characters, str) or not isinstance(unknown, str | None):
+            raise UserError(f"{file} does not hold characters. Delete its folder and make it anew.")
+        return CharacterTokenizer(characters, unknown)
+    if (file := folder / BPE).is_file():
+        return tokenizer_json.load(file)
+    raise UserError(f"{folder} has no tokenizer: neither {CHARACTERS} nor {BPE}.")
+
+
+def save_gpt(model: GPT, tokenizer: Tokenizer, folder: Path, **more: Any) -> None:
+    """Write a checkpoint of our own, whole or not at all.
+
+    Args:
+        model: The model.
+        tokenizer: Whose ids it reads.
+        folder: Where; what was there is replaced.
+        **more: Further entries of `config.json`.
+    """
+    with atomic_dir(folder) as temporary:
+        write_json(temporary / "config.json", {"model_type": OURS, "gpt": asdict(model.config), **more})
+        with atomic_file(temporary / "model.safetensors") as file:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            safetensors.torch.save_file(weights, file)
+        save_tokenizer(tokenizer, temporary)
+
+
+def load_own(folder: Path) -> GPT:
+    """A model of our own.
+
+    Raises:
+        UserError: If it is none, or damaged.
+    """
+    config = read_json(folder / "config.json")
+    known = {field.name for field in fields(GPTConfig)}
+    try:
+        shape = GPTConfig(**{name: value for name, value in config["gpt"].items() if name in known})
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+    model = GPT(shape)
+    fill(model, weights, str(folder))
+    return model
+
+
+def load_gpt(place: Path | str) -> tuple[GPT, CharacterTokenizer | ByteBPE]:
+    """A model of our own or of Hugging Face's, in evaluation mode, and its tokenizer.
+
+    Args:
+        place: A folder, or the id of a GPT-2 on the Hub.
+
+    Raises:
+        UserError: If it cannot be had or is damaged, or its tokenizer has more tokens than the model.
+    """
+    directory = Path(place)
+    recover_dir(directory)
+    if not directory.is_dir():
+        if str(place).count("/") > 1 or str(place).startswith((".", "/")) or directory.parent.is_dir():
+            raise UserError(f"There is no folder {place}. Train a model first: make gpt.")
+        directory = fetch_from_hub(str(place))
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json: it is no checkpoint. Train one with make gpt.")
+    ours = read_json(directory / "config.json").get("model_type") == OURS
+    model, tokenizer = load_own(directory) if ours else load_hf(directory), load_tokenizer(directory)
+    check_vocabulary(len(tokenizer), model.config.vocab_size, str(directory))
+    return model.eval(), tokenizer
+
+
+def check_vocabulary(tokens: int, vocab_size: int, place: str) -> None:
+    """Refuse a tokenizer that has ids which a model does not know.
+
+    Raises:
+        UserError: If so.
+    """
+    if tokens > vocab_size:
+        raise UserError(
+            f"The tokenizer in {place} has {tokens:,} tokens, and the model knows {vocab_size:,}: they do not belong "
+            "together. Take the tokenizer that the model was trained with."
+        )
