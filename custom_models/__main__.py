@@ -14,6 +14,7 @@ PROJECTS = {
     "distill": ("custom_models.projects.distill", "setup", "distil a classifier into one of half its layers"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
+    "expert-load": ("custom_models.expert_load", "setup", "draw the load of a mixture's experts, balanced and not"),
 }
 
 if __name__ == "__main__":
