@@ -112,7 +112,7 @@ BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo
+PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -230,6 +230,9 @@ gpt-dpo: $(INSTALLED)  ## a GPT of our own learns to answer, and by DPO to prefe
 
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 	@$(PROJECT) attention-map $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
+
+expert-load: $(INSTALLED)  ## draw how a mixture's experts share out the tokens while it learns, balanced and not
+	@$(PROJECT) expert-load $(ARGS)
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run

@@ -17,6 +17,7 @@ PROJECTS = {
     "gpt-dpo": ("custom_models.projects.gpt_dpo", "setup", "teach a GPT to answer, and align it by DPO"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
+    "expert-load": ("custom_models.expert_load", "setup", "draw the load of a mixture's experts, balanced and not"),
 }
 
 if __name__ == "__main__":

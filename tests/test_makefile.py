@@ -435,3 +435,8 @@ def test_a_student_of_reviews_needs_its_teacher_once(project):
     assert "--seeds" not in calls[1] and option(calls[2], "--seeds") == "[1,2]"
     assert project.steps("distill", "WORKFLOW_DATA=/raw") == ["distill"]
     assert "exactly one of" in project.refusal("sentiment", "distill", "ARGS=--seeds [1,2]")
+
+
+def test_pictures_are_drawn_with_the_options_that_were_given(project):
+    assert project.calls("attention-map", "TEXT=it's") == [["attention-map", "--text", "it's"]]
+    assert project.calls("expert-load", "ARGS=--steps 5") == [["expert-load", "--steps", "5"]]
