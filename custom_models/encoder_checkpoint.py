@@ -200,19 +200,32 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
     Raises:
         UserError: If one is missing, too much, or of another shape.
     """
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f"lacks {name}" for name in expected if name not in tensors]
-    problems += [f"has {name}, which the model has not" for name in tensors if name not in expected]
-    both = [name for name in tensors if name in expected]
+    check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
+    model.load_state_dict(tensors)
+
+
+def check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], place: str) -> None:
+    """Make sure that weights are those of a model, before any of them is read.
+
+    Args:
+        model: The model; it may be on the meta device.
+        found: The weights' shapes by name.
+        place: Where they lie, for the message.
+
+    Raises:
+        UserError: If one is missing, too much, or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has {name}, which the model has not" for name in found if name not in expected]
     problems += [
-        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(expected[name])}"
-        for name in both
-        if tensors[name].shape != expected[name]
+        f"has {name} of shape {shape}, not {expected[name]}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"The weights in {place} do not fit its config.json: it {'; '.join(problems[:3])}{more}.")
-    model.load_state_dict(tensors)
+        raise UserError(f"The weights in {place} do not fit its configuration: it {'; '.join(problems[:3])}{more}.")
 
 
 def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, folder: Path, **more: Any) -> None:
