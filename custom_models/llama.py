@@ -196,7 +196,7 @@ class Llama(nn.Module):
         x = self.last_norm(x)  # (B, T, width)
         if predict is not None:
             x = x[predict]  # (N, width)
-        return F.linear(x, self.tokens.weight if self.head is None else self.head.weight)  # (.., vocab_size)
+        return F.linear(x, self.tokens.weight) if self.head is None else self.head(x)  # (.., vocab_size)
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
         """An empty cache for each layer.

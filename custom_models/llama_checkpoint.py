@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from custom_models.encoder_checkpoint import check_fit
+from custom_models.encoder_checkpoint import check_fit, shapes_of
 from custom_models.llama import Llama, LlamaConfig
 from custom_models.positions import RopeScaling
 from workflows.checkpoint import SIZES, WEIGHTS, load_config, load_weights
@@ -190,19 +190,13 @@ def _our_name(name: str, around: dict[str, str], layer: str, inside: dict[str, s
     return f"layers.{number}.{inside[inner]}.{kind}" if stem.startswith(layer) and inner in inside else name
 
 
-def hf_module_name(name: str) -> str:
-    """Hugging Face's name for a module within a layer of ours: `layers.3.attention.q` and so on.
-
-    An adapter that is saved under these names fits transformers' Llama.
-
-    Raises:
-        UserError: If there is no such module.
-    """
-    parts = name.split(".", 2)
-    theirs = {ours: theirs for theirs, ours in _HF_INSIDE.items()}
-    if len(parts) != 3 or parts[0] != "layers" or parts[2] not in theirs:
-        raise UserError(f"{name} is no module of a layer of Llama.")
-    return f"model.layers.{parts[1]}.{theirs[parts[2]]}"
+def hf_module_names(n_layer: int) -> dict[str, str]:
+    """Our names of the linear layers, and Hugging Face's; an adapter saved under theirs fits transformers' Llama."""
+    inside = {ours: theirs for theirs, ours in _HF_INSIDE.items() if not ours.endswith("norm")}
+    names = {
+        f"layers.{n}.{ours}": f"model.layers.{n}.{theirs}" for n in range(n_layer) for ours, theirs in inside.items()
+    }
+    return {**names, "head": "lm_head"}
 
 
 def _hf_weights(directory: Path) -> dict[str, LazyTensor]:
@@ -283,7 +277,8 @@ def load_llama(directory: Path, dtype: torch.dtype = torch.float32) -> Llama:
         weights.pop("head.weight", None)
     with torch.device("meta"):  # no memory yet, and no random numbers that would be overwritten
         model = Llama(replace(config, tied=tied))
-    check_fit(model, {name: lazy.shape for name, lazy in weights.items()}, str(directory))
+    found = {name: lazy.shape for name, lazy in weights.items()}
+    check_fit(shapes_of(model.state_dict()), found, str(directory))
     model = model.to(dtype).to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         weights[name].read_into(parameter.data)
