@@ -109,7 +109,7 @@ BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-PROJECTS  := sentiment pretrain distill predict attention-map
+PROJECTS  := sentiment pretrain distill predict attention-map lora-scratch
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -213,6 +213,10 @@ pretrain: $(INSTALLED)  ## pretrain an encoder by hiding tokens, RoBERTa's way (
 
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 	@$(PROJECT) attention-map $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
+
+lora-scratch: data/$(DATA)/manifest.json $(BASE)  ## fine-tune our Llama by our LoRA, by all weights, and by LitGPT's road
+	@$(PROJECT) lora-scratch --config custom_models/recipes/lora-scratch.yaml --checkpoint_dir "$$(cat $(BASE))" \
+	  --data data/$(DATA) $(asked_kinds) $(ARGS)
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run

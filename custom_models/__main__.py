@@ -12,6 +12,7 @@ PROJECTS = {
     ),
     "pretrain": ("custom_models.projects.pretrain", "setup", "pretrain an encoder: RoBERTa's way or BERT's"),
     "distill": ("custom_models.projects.distill", "setup", "distil a classifier into one of half its layers"),
+    "lora-scratch": ("custom_models.projects.lora_llama", "setup", "fine-tune a Llama by our LoRA, and by all weights"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
 }

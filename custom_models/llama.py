@@ -220,6 +220,7 @@ class Llama(nn.Module):
 def main(
     text: str = "What is anaemia?",
     checkpoint_dir: Path | None = None,
+    adapter: Path | None = None,
     max_new_tokens: int = 48,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -231,6 +232,7 @@ def main(
     Args:
         text: What the user asks; the checkpoint's own chat template makes the prompt of it.
         checkpoint_dir: A Llama in Hugging Face's or LitGPT's form; the embedded SmolLM2-135M-Instruct if null.
+        adapter: The folder of a LoRA adapter for it, such as `make lora-scratch` leaves; it is merged.
         max_new_tokens: At most so many tokens are written.
         temperature: 0 takes the likeliest token.
         top_k: Draw among the k likeliest tokens only.
@@ -241,13 +243,17 @@ def main(
         UserError: If the checkpoint cannot be read or has no chat template, or a setting makes no sense.
     """
     from custom_models.generation import generate
-    from custom_models.llama_checkpoint import check_vocabulary, load_llama, smollm2_directory
+    from custom_models.llama_checkpoint import check_vocabulary, hf_module_names, load_llama, smollm2_directory
+    from custom_models.lora import fold_lora, load_lora
     from workflows.chat_template import ChatTemplate
 
     directory = checkpoint_dir or smollm2_directory()
     template = ChatTemplate.from_checkpoint(directory)
     model = load_llama(directory).eval()
     check_vocabulary(model.config, template.tokenizer, directory)
+    if adapter is not None:
+        load_lora(model, adapter, hf_module_names(model.config.n_layer))
+        fold_lora(model)
     prompt = torch.tensor([template.prompt_ids([{"role": "user", "content": text}])])  # (1, T)
     config = model.config
     total = sum(p.numel() for p in model.parameters())

@@ -14,12 +14,14 @@ A weight is read where it is needed and not before, straight into its place, so 
     =====================  =========================================  ================================
 """
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from custom_models.positions import RopeScaling
 from workflows.checkpoint import SIZES, WEIGHTS, load_config, load_weights
 from workflows.conversion import LazyTensor
 from workflows.errors import UserError, report_all
-from workflows.files import read_json
+from workflows.files import atomic_dir, read_json, write_json
 from workflows.hf_reader import lazy_tensors
 
 SMOLLM2_DIRECTORY = Path("checkpoints/embedded/smollm2-135m-instruct")
@@ -105,6 +107,10 @@ def config_from_hf(config: dict[str, Any], place: str) -> LlamaConfig:
     family = config.get("model_type")
     if family not in ("llama", "qwen2"):
         raise UserError(f"{place} is of the architecture {family!r:.40}; this reads llama and qwen2.")
+    rope = config.get("rope_parameters") or {}
+    turned = (rope if isinstance(rope, dict) else config).get(
+        "partial_rotary_factor", config.get("partial_rotary_factor")
+    )
     report_all([
         f"{place}: config.json asks for {part}, which this Llama lacks."
         for part, wanted in {
@@ -112,19 +118,19 @@ def config_from_hf(config: dict[str, Any], place: str) -> LlamaConfig:
             "attention_bias, whose bias after attention no released Llama has": config.get("attention_bias"),
             "mlp_bias": config.get("mlp_bias"),
             "use_sliding_window": config.get("use_sliding_window"),
-            "a part of each head without RoPE": config.get("partial_rotary_factor") not in (None, 1, 1.0),
+            "a part of each head without RoPE": turned not in (None, 1, 1.0),
             "quantized weights; take the 16-bit checkpoint": "quantization_config" in config,
         }.items()
         if wanted
     ])  # fmt: skip
     sizes: dict[str, Any] = {name: config.get(name) for name in _HF_SIZES}
-    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    if sizes["num_key_value_heads"] is None:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     report_all([
         f"{place}: config.json is damaged: {name} is {value!r:.40}, not a whole number from 1 to {SIZES[name][1]:,}."
         for name, value in sizes.items()
         if not (type(value) is int and 0 < value <= SIZES[name][1]) and not (name == "head_dim" and value is None)
     ])  # fmt: skip
-    rope = config.get("rope_parameters") or {}
     try:
         return LlamaConfig(
             **{ours: sizes[theirs] for theirs, ours in _HF_SIZES.items()},
@@ -149,21 +155,24 @@ def config_from_litgpt(directory: Path) -> LlamaConfig:
         said = ", ".join(f"{name} {getattr(config, name)!r:.40}" for name in odd)
         raise UserError(f"{directory} ({config.name}) is no Llama: its model_config.yaml says {said}.")
     hf_file = directory / "config.json"
-    return LlamaConfig(
-        vocab_size=config.padded_vocab_size,
-        width=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_kv_head=config.n_query_groups,
-        inner_width=config.intermediate_size,
-        max_length=config.block_size,
-        head_size=config.head_size,
-        norm_eps=config.norm_eps,
-        rope_base=config.rope_base,
-        rope_scaling=_litgpt_scaling(config, directory),
-        qkv_bias=config.attn_bias,
-        tied=hf_file.is_file() and bool(read_json(hf_file).get("tie_word_embeddings")),
-    )
+    try:
+        return LlamaConfig(
+            vocab_size=config.padded_vocab_size,
+            width=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_kv_head=config.n_query_groups,
+            inner_width=config.intermediate_size,
+            max_length=config.block_size,
+            head_size=config.head_size,
+            norm_eps=float(config.norm_eps),
+            rope_base=float(config.rope_base),
+            rope_scaling=_litgpt_scaling(config, directory),
+            qkv_bias=bool(config.attn_bias),
+            tied=hf_file.is_file() and bool(read_json(hf_file).get("tie_word_embeddings")),
+        )
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as e:
+        raise UserError(f"{directory}: model_config.yaml is damaged ({e}). Download the checkpoint again.") from None
 
 
 def _litgpt_scaling(config: Any, directory: Path) -> RopeScaling | None:
@@ -192,11 +201,14 @@ def _our_name(name: str, around: dict[str, str], layer: str, inside: dict[str, s
 
 def hf_module_names(n_layer: int) -> dict[str, str]:
     """Our names of the linear layers, and Hugging Face's; an adapter saved under theirs fits transformers' Llama."""
-    inside = {ours: theirs for theirs, ours in _HF_INSIDE.items() if not ours.endswith("norm")}
-    names = {
-        f"layers.{n}.{ours}": f"model.layers.{n}.{theirs}" for n in range(n_layer) for ours, theirs in inside.items()
-    }
-    return {**names, "head": "lm_head"}
+    return {ours: theirs for ours, theirs in _hf_names(n_layer).items() if not ours.endswith(("norm", "tokens"))}
+
+
+def _hf_names(n_layer: int) -> dict[str, str]:
+    """Our names of all modules with weights, and Hugging Face's."""
+    inside = [(n, ours, theirs) for n in range(n_layer) for theirs, ours in _HF_INSIDE.items()]
+    names = {ours: theirs for theirs, ours in _HF_AROUND.items()}
+    return names | {f"layers.{n}.{ours}": f"model.layers.{n}.{theirs}" for n, ours, theirs in inside}
 
 
 def _hf_weights(directory: Path) -> dict[str, LazyTensor]:
@@ -283,6 +295,34 @@ def load_llama(directory: Path, dtype: torch.dtype = torch.float32) -> Llama:
     for name, parameter in model.named_parameters():
         weights[name].read_into(parameter.data)
     return model
+
+
+def save_llama(model: Llama, source: Path, folder: Path) -> None:
+    """Write a Llama in Hugging Face's form, whole or not at all, with what its checkpoint says of it besides.
+
+    Args:
+        model: Of the same shape as the source's.
+        source: The checkpoint it was trained from; its `config.json`, tokenizer and chat template are copied.
+        folder: Where; what was there is replaced.
+
+    Raises:
+        UserError: If the source has no config.json, or there is no room.
+    """
+    names = _hf_names(model.config.n_layer)
+    config = {key: value for key, value in read_json(source / "config.json").items() if key != "dtype"}
+    dtype = str(model.tokens.weight.dtype).removeprefix("torch.")
+    with atomic_dir(folder) as temporary:
+        config |= {"tie_word_embeddings": model.config.tied, "torch_dtype": dtype}
+        write_json(temporary / "config.json", config)
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            stem, _, kind = name.rpartition(".")
+            tensors[f"{names[stem]}.{kind}"] = parameter.detach().cpu().contiguous()
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors makes files for their owner alone
 
 
 def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from custom_models.llama import LlamaConfig, main
-from custom_models.llama_checkpoint import check_vocabulary, hf_module_names, load_llama
+from custom_models.llama_checkpoint import check_vocabulary, hf_module_names, load_llama, save_llama
 from tests.conftest import make_llama, write_tokenizer
+from tests.workflows.conftest import file_size_limit
+from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 
 IDS = torch.tensor([[5, 70, 12, 200, 33]])
@@ -52,6 +55,8 @@ def change_yaml(folder: Path, **changes: Any) -> None:
         ({"vocab_size": None}, "vocab_size is None"),
         ({"rms_norm_eps": "small"}, "config.json is damaged"),
         ({"rope_parameters": [1]}, "config.json is damaged"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part of each head without RoPE"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE of type 'longrope'"),
         ({"num_attention_heads": 5, "head_dim": None}, "width 48 is no multiple of n_head 5"),
     ],
@@ -74,6 +79,16 @@ def test_another_architecture_is_refused_in_both_forms(lit, tmp_path):
 def test_litgpts_other_stretches_of_rope_are_refused(lit):
     change_yaml(lit, rope_adjustments={"factor": 2.0, "beta_fast": 32, "beta_slow": 1})
     with pytest.raises(UserError, match="reads Llama 3's only"):
+        load_llama(lit)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm_eps": "small"}, {"rope_adjustments": ["low_freq_factor"]}, {"rope_base": None},
+                {"rope_adjustments": {"low_freq_factor": 1, "high_freq_factor": 4}}]
+)  # fmt: skip
+def test_a_damaged_model_config_is_told(lit, changes):
+    change_yaml(lit, **changes)
+    with pytest.raises(UserError, match=r"model_config\.yaml is damaged"):
         load_llama(lit)
 
 
@@ -174,6 +189,33 @@ def test_names_of_linear_layers_are_hugging_faces(tmp_path):
     )
     names = hf_module_names(2)
     assert set(names) == ours and set(names.values()) == theirs and len(ours) == 15
+
+
+@pytest.mark.parametrize("form", ["tiny_llama", "tiny_qwen2", "tiny_qwen2_hf"])
+@torch.no_grad()
+def test_what_is_saved_is_read_by_us_and_by_transformers(form, request, tmp_path):
+    """Tied and untied, with biases and without; from either form."""
+    source = request.getfixturevalue(form)
+    model = load_llama(source)
+    for parameter in model.parameters():
+        parameter.mul_(1.1)  # trained, say
+    save_llama(model, source, tmp_path / "saved")
+    again = load_llama(tmp_path / "saved")
+    # Qwen2's config.json does not say the heads' size, LitGPT's file does
+    assert replace(again.config, head_size=again.head_size) == replace(model.config, head_size=model.head_size)
+    assert torch.equal(again(IDS), model(IDS))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
+    assert ChatTemplate.from_checkpoint(tmp_path / "saved").encode("fever")
+
+
+def test_a_full_disk_leaves_the_old_model(tiny_llama, tmp_path):
+    save_llama(load_llama(tiny_llama), tiny_llama, tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    with file_size_limit(50_000), pytest.raises(UserError, match="Could not write"):
+        save_llama(load_llama(tiny_llama), tiny_llama, tmp_path / "saved")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def test_another_models_tokenizer_is_told(hf, tmp_path):
