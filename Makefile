@@ -112,7 +112,7 @@ BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load
+PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -233,6 +233,10 @@ attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 
 expert-load: $(INSTALLED)  ## draw how a mixture's experts share out the tokens while it learns, balanced and not
 	@$(PROJECT) expert-load $(ARGS)
+
+lora-scratch: data/$(DATA)/manifest.json $(BASE)  ## fine-tune our Llama by our LoRA, by all weights, and by LitGPT's road
+	@$(PROJECT) lora-scratch --config custom_models/recipes/lora-scratch.yaml --checkpoint_dir "$$(cat $(BASE))" \
+	  --data data/$(DATA) $(asked_kinds) $(ARGS)
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run

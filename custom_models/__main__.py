@@ -15,6 +15,7 @@ PROJECTS = {
     "gpt": ("custom_models.projects.gpt", "setup", "train a GPT on any text"),
     "gpt-sample": ("custom_models.projects.gpt", "sample", "let a GPT write on"),
     "gpt-dpo": ("custom_models.projects.gpt_dpo", "setup", "teach a GPT to answer, and align it by DPO"),
+    "lora-scratch": ("custom_models.projects.lora_llama", "setup", "fine-tune a Llama by our LoRA, and by all weights"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
     "expert-load": ("custom_models.expert_load", "setup", "draw the load of a mixture's experts, balanced and not"),

@@ -4,6 +4,7 @@ The three name the same matrices differently; here are the tables. A checkpoint 
 `config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -200,19 +201,36 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
     Raises:
         UserError: If one is missing, too much, or of another shape.
     """
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f"lacks {name}" for name in expected if name not in tensors]
-    problems += [f"has {name}, which the model has not" for name in tensors if name not in expected]
-    both = [name for name in tensors if name in expected]
+    check_fit(shapes_of(model.state_dict()), shapes_of(tensors), place)
+    model.load_state_dict(tensors)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], place: str) -> None:
+    """Make sure that weights are those of a model, before any of them is read.
+
+    Args:
+        expected: The model's shapes by name.
+        found: The weights' shapes by name.
+        place: Where they lie, for the message.
+
+    Raises:
+        UserError: If one is missing, too much, or of another shape.
+    """
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has {name}, which the model has not" for name in found if name not in expected]
     problems += [
-        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(expected[name])}"
-        for name in both
-        if tensors[name].shape != expected[name]
+        f"has {name} of shape {shape}, not {expected[name]}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"The weights in {place} do not fit its config.json: it {'; '.join(problems[:3])}{more}.")
-    model.load_state_dict(tensors)
+        raise UserError(f"The weights in {place} do not fit the model: it {'; '.join(problems[:3])}{more}.")
 
 
 def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, folder: Path, **more: Any) -> None:

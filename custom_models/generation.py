@@ -18,8 +18,10 @@ from workflows.training.sampling import choose
 class Decoder(Protocol):
     """What `generate` needs of a model."""
 
-    max_length: int
-    """The longest text, in tokens."""
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens."""
+        ...
 
     def __call__(self, ids: Tensor, caches: Sequence[Any] | None = None) -> Tensor:
         """Token ids (B, T), with caches only the new ones -> logits (B, T, vocab_size)."""

@@ -287,7 +287,7 @@ def count_parameters(model: nn.Module) -> int:
 def main() -> None:
     """Show the sizes, and what each modern part does to the number of parameters."""
     small: dict[str, Any] = {"vocab_size": 65, "context": 64, "width": 128, "n_layer": 4, "n_head": 4}
-    configs = {f"GPT-2 {size}": gpt2(size) for size in ("small", "medium", "large", "xl")}  # type: ignore[arg-type]
+    configs = {f"GPT-2 {size}": gpt2(size) for size in ("small", "medium", "large", "xl")}
     configs |= {
         "of characters": GPTConfig(**small),
         "  no biases": GPTConfig(**small, bias=False),

@@ -94,7 +94,7 @@ class Muon(Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step."""
         loss = None
         if closure is not None:
@@ -106,9 +106,9 @@ class Muon(Optimizer):
                 self._step_group(moved, group)
         return loss
 
-    def _step_group(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         mu, rate = group["momentum"], group["lr"]
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)  # (rows, columns)
@@ -152,7 +152,7 @@ class Together(Optimizer):
             self.state.update(optimizer.state)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with each."""
         loss = None
         if closure is not None:

@@ -88,6 +88,16 @@ def embedded_checkpoint() -> Path:
     return EMBEDDED
 
 
+@pytest.fixture(scope="session")
+def embedded_hf(embedded_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real checkpoint in Hugging Face's form, as our own export writes it: the reference of several test files."""
+    from workflows.hf_export import write_hf
+
+    directory = tmp_path_factory.mktemp("hf") / "smollm2-135m-instruct"
+    write_hf(embedded_checkpoint, directory, card="test")
+    return directory
+
+
 def write_tokenizer(directory: Path, vocab_size: int = 384, template: str = CHATML) -> Tokenizer:
     """A small byte-level BPE tokenizer with ChatML's special tokens, in Hugging Face's files."""
     tokenizer = Tokenizer(models.BPE())

@@ -428,6 +428,17 @@ def test_a_gpt_is_trained_by_its_recipe_and_asked_once_it_is_there(project):
     assert project.steps("gpt-sample", "RECIPE=gpt-dpo") == ["data", "gpt-dpo", "gpt-sample"]
 
 
+def test_our_own_lora_learns_what_the_roads_does(project):
+    data, download, scratch = project.calls("lora-scratch", "ARGS=--method lora")
+    assert (data[0], download[0], scratch[-2:]) == ("data", "download", ["--method", "lora"])
+    assert option(scratch, "--config") == "custom_models/recipes/lora-scratch.yaml"
+    assert option(scratch, "--data") == "data/hpo" and option(scratch, "--kinds") == "[name]"
+    assert option(scratch, "--checkpoint_dir") == "checkpoints/made/up"
+    (mine,) = project.calls("lora-scratch", "KINDS=")
+    assert "--kinds" not in mine and "--method" not in mine
+    assert "exactly one of" in project.refusal("lora", "lora-scratch", "ARGS=--method lora")
+
+
 def test_a_student_of_reviews_needs_its_teacher_once(project):
     calls = project.calls("distill", "WORKFLOW_DATA=/raw", "ARGS=--seeds [1,2]")
     assert [call[0] for call in calls] == ["data", "sentiment", "distill"]

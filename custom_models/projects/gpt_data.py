@@ -12,7 +12,7 @@ it is), or from any text file.
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -59,7 +59,7 @@ class Corpus:
     """
 
     name: str
-    splits: dict[str, Iterable[str]]
+    splits: Mapping[str, Iterable[str]]
     identity: str
     ended: bool = True
 

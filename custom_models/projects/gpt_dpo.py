@@ -153,6 +153,7 @@ class DPOTask(L.LightningModule):
 
     def margins(self, batch: Batch) -> Tensor:
         """h, how much the policy has moved each pair apart, (pairs,)."""
+        assert batch.reference is not None  # pairs have it
         log_ratios = answer_logprobs(self.model, batch) - batch.reference  # (2 * pairs,)
         return log_ratios[0::2] - log_ratios[1::2]
 
@@ -373,11 +374,11 @@ def learn_to_prefer(
 
 def make_pairs(policy: GPT, tokenizer: Tokenizer, rows: list[Row], split: str) -> list[Pair]:
     """Encode pairs, and compute the reference's log-probabilities with the policy as it is now."""
-    pairs = [
-        Pair(*(encoded(tokenizer, row["prompt"], row[side][-1]["content"]) for side in ("chosen", "rejected")),
-             torch.zeros(2))
-        for row in rows
-    ]  # fmt: skip
+
+    def answer(row: Row, side: str) -> Answered:
+        return encoded(tokenizer, row["prompt"], row[side][-1]["content"])
+
+    pairs = [Pair(answer(row, "chosen"), answer(row, "rejected"), torch.zeros(2)) for row in rows]
     pairs = fitting(pairs, policy.max_length, f"{split} pairs")
     return [Pair(pair.chosen, pair.rejected, both) for pair, both in zip(pairs, scores(policy, pairs), strict=True)]
 

@@ -1,67 +1,199 @@
-"""Writing on gives the same text with the cache and without; settings and lengths that cannot be are told."""
+"""What every decoder of this folder is held to: the cache changes nothing, a seed decides, settings are obeyed."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from custom_models.generation import Decoder, generate
+from custom_models.attention import KVCache
+from custom_models.deepseek import DeepSeek, DeepSeekConfig
+from custom_models.generation import generate
 from custom_models.gpt import GPT, GPTConfig, modern
+from custom_models.llama import Llama, LlamaConfig
+from custom_models.mixture_of_experts import ExpertsConfig
+from custom_models.positions import RopeScaling
 from workflows.errors import UserError
 
-SMALL = {"vocab_size": 30, "context": 32, "width": 32, "n_layer": 2, "n_head": 4}
+VOCABULARY, LONGEST = 60, 48
 
 
-def with_opinions(model: torch.nn.Module) -> Decoder:
-    """A random model whose probabilities lie far apart, so that a wrong number shows in what is drawn."""
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()  # type: ignore[return-value]
+def llama(**changes: Any) -> Llama:
+    fields: dict[str, Any] = {"width": 32, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "inner_width": 48}
+    return Llama(LlamaConfig(vocab_size=VOCABULARY, max_length=LONGEST, **{**fields, **changes}))
 
 
-def decoders() -> dict[str, Decoder]:
+def gpt(make: Callable[..., GPTConfig], **changes: Any) -> GPT:
+    return GPT(make(vocab_size=VOCABULARY, context=LONGEST, width=32, n_layer=2, n_head=4, **changes))
+
+
+def deepseek(**changes: Any) -> DeepSeek:
+    experts = ExpertsConfig(n_routed=8, n_active=3, inner_width=16, n_group=4, n_active_group=2)
+    fields: dict[str, Any] = {"width": 32, "n_layer": 2, "n_dense": 1, "inner_width": 48, "n_head": 4, "q_rank": 24,
+                              "kv_rank": 16, "nope_size": 16, "rope_size": 8, "value_size": 12}  # fmt: skip
+    sizes: Any = {"vocab_size": VOCABULARY, "max_length": LONGEST, **fields, **changes}
+    return DeepSeek(DeepSeekConfig(experts=experts, **sizes))
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama, untied, multi-query": lambda: llama(tied=False, n_kv_head=1),
+    "llama, RoPE stretched": lambda: llama(rope_scaling=RopeScaling("llama3", 4.0, 16)),
+    "llama, heads of another size, biases": lambda: llama(head_size=16, qkv_bias=True),
+    "GPT-2": lambda: gpt(GPTConfig),
+    "GPT, modern": lambda: gpt(modern),
+    "GPT, grouped": lambda: gpt(modern, n_kv_head=2, feed_forward="swiglu"),
+    "DeepSeek": deepseek,
+    "DeepSeek, direct queries": lambda: deepseek(q_rank=None, tied=True),
+}
+"""A new decoder adds itself here: a tiny random model with this vocabulary and longest text."""
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request) -> Any:
     torch.manual_seed(0)
-    models = {
-        "gpt2": GPT(GPTConfig(**SMALL)),
-        "modern": GPT(modern(**SMALL)),
-        "grouped": GPT(modern(**SMALL, n_kv_head=2, feed_forward="swiglu")),
-    }
-    return {name: with_opinions(model) for name, model in models.items()}
+    model = DECODERS[request.param]().eval()
+    for parameter in model.parameters():  # random models agree on everything; this one has opinions
+        parameter.data = parameter.data + 0.2 * torch.randn(parameter.shape)
+    assert model.max_length == LONGEST
+    return model
 
 
-SETTINGS = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 5}, {"temperature": 1.2, "top_p": 0.7}]
+def prompts(batch: int = 3, length: int = 5) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", decoders())
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_cache_changes_nothing(name, settings):
-    model, prompts = decoders()[name], torch.randint(30, (3, 5), generator=torch.Generator().manual_seed(2))
-    cached, whole = (generate(model, prompts, 27, **settings, seed=7, use_cache=use) for use in (True, False))
-    assert cached.ids == whole.ids and [len(ids) for ids in cached.ids] == [27] * 3
-    assert cached.tokens_per_second > 0
-    if settings:
-        assert generate(model, prompts, 27, **settings, seed=8).ids != cached.ids
+@torch.no_grad()
+def test_logits_with_the_cache_are_those_without(decoder):
+    ids = prompts(length=20)
+    whole = decoder(ids)
+    for cuts in ([20], [1] * 20, [7, 1, 1, 6, 5]):  # at once, one by one, in pieces
+        caches, pieces = decoder.new_caches(3, 20), ids.split(cuts, dim=1)
+        found = torch.cat([decoder(piece, caches) for piece in pieces], dim=1)
+        torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", decoders())
-def test_logits_of_single_steps_are_those_of_the_whole_text(name):
-    model, ids = decoders()[name], torch.randint(30, (2, 20), generator=torch.Generator().manual_seed(3))
-    caches = model.new_caches(2, 20)
-    with torch.no_grad():
-        steps = [model(ids[:, :6], caches), *(model(ids[:, i : i + 1], caches) for i in range(6, 20))]
-        torch.testing.assert_close(torch.cat(steps, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+def test_no_token_sees_a_later_one(decoder):
+    ids = prompts(length=20)
+    changed = torch.cat([ids[:, :11], (ids[:, 11:] + 1) % VOCABULARY], dim=1)
+    before, after = decoder(ids), decoder(changed)
+    torch.testing.assert_close(before[:, :11], after[:, :11], atol=1e-5, rtol=0)
+    assert not torch.allclose(before[:, 11:], after[:, 11:], atol=1e-2)
 
 
-def test_a_stop_id_ends_a_text():
-    model = decoders()["gpt2"]
-    prompt = torch.zeros(1, 1, dtype=torch.long)
-    ids = generate(model, prompt, 10).ids[0]
-    stopped = generate(model, prompt, 10, stop_ids=[ids[2]]).ids[0]
-    assert stopped == ids[: ids.index(ids[2]) + 1]
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_k": 5, "seed": 4}])
+def test_cached_text_is_uncached_text(decoder, settings):
+    cached = generate(decoder, prompts(), 30, **settings)
+    assert cached.ids == generate(decoder, prompts(), 30, use_cache=False, **settings).ids
+    assert [len(row) for row in cached.ids] == [30] * 3
+    assert len({token for row in cached.ids for token in row}) > 5  # no model that says one word only
+    assert cached.seconds > 0 and cached.tokens_per_second == pytest.approx(90 / cached.seconds)
 
 
-def test_what_cannot_be_is_told():
-    model, prompt = decoders()["modern"], torch.zeros(1, 5, dtype=torch.long)
-    with pytest.raises(UserError, match="5 tokens and 28 new ones are more than the 32"):
-        generate(model, prompt, 28)
-    with pytest.raises(UserError, match="5 problems"):
-        generate(model, prompt[:, :0], 0, temperature=-1, top_k=0, top_p=0.0)
+def test_a_texts_neighbours_in_the_batch_change_nothing(decoder):
+    together = generate(decoder, prompts(), 12).ids
+    assert together == [generate(decoder, row[None], 12).ids[0] for row in prompts()]
+
+
+def test_a_seed_decides_what_is_drawn(decoder):
+    def drawn(seed: int) -> list[list[int]]:
+        return generate(decoder, prompts(), 20, temperature=1.5, seed=seed).ids
+
+    assert drawn(5) == drawn(5) != drawn(6)
+
+
+def test_a_seed_leaves_torchs_own_generator_alone(decoder):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    generate(decoder, prompts(), 2, temperature=1.0, seed=5)
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(7)
+    first = generate(decoder, prompts(), 20, temperature=1.5).ids
+    assert generate(decoder, prompts(), 20, temperature=1.5).ids != first
+    torch.manual_seed(7)
+    assert generate(decoder, prompts(), 20, temperature=1.5).ids == first
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
+def test_one_candidate_is_greedy(decoder, settings):
+    found = generate(decoder, prompts(), 16, **{"temperature": 1.0, "seed": 2, **settings})
+    assert found.ids == generate(decoder, prompts(), 16).ids
+
+
+def test_a_stop_id_ends_its_text_and_no_other(decoder):
+    greedy = generate(decoder, prompts(), 16).ids
+    stop = greedy[0][6]
+    found = generate(decoder, prompts(), 16, stop_ids=[stop, VOCABULARY + 7]).ids
+    for row, whole in zip(found, greedy, strict=True):
+        assert row == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+    assert len(found[0]) <= 7
+
+
+class Fixed:
+    """A decoder that thinks the same of every token: what is drawn must follow it. It counts how often it is asked."""
+
+    max_length = 64
+
+    def __init__(self, probabilities: list[float]) -> None:
+        self.logits = torch.tensor(probabilities).log()  # (vocab_size,)
+        self.calls = 0
+
+    def __call__(self, ids: Tensor, caches: Any = None) -> Tensor:
+        self.calls += 1
+        return self.logits.expand(*ids.shape, -1)  # (B, T, vocab_size)
+
+    def new_caches(self, batch: int, length: int) -> list[KVCache]:
+        return []
+
+
+P = [0.4, 0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, P),
+        ({"temperature": 0.5}, [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),  # p^2, made to sum to 1
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),  # 0.4 is not enough, 0.4 + 0.3 is
+        ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # of the three 4/9 is not enough, 7/9 is
+    ],
+)
+def test_what_is_drawn_follows_the_truncated_distribution(settings, expected):
+    found = generate(Fixed(P), torch.zeros(500, 1, dtype=torch.long), 40, **{"temperature": 1.0, "seed": 1, **settings})
+    counts = torch.bincount(torch.tensor(found.ids).flatten(), minlength=4)  # (4,), of 20,000
+    shares = counts / counts.sum()
+    torch.testing.assert_close(shares, torch.tensor(expected), atol=0.012, rtol=0)  # 3.5 standard errors of a half
+    assert [share == 0 for share in shares.tolist()] == [p == 0 for p in expected]
+
+
+def test_writing_stops_when_every_text_has_stopped():
+    model = Fixed([0.1, 0.9])
+    found = generate(model, torch.zeros(3, 1, dtype=torch.long), 40, stop_ids=[1])
+    assert found.ids == [[1]] * 3 and model.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"temperature": -0.1, "top_k": 0}, r"2 problems:\n.*temperature must be .*\n.*top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
+        ({"prompts": torch.zeros(1, 0, dtype=torch.long)}, "the prompt has no token"),
+        ({"max_new_tokens": 60}, "5 tokens and 60 new ones are more than the 64"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(Fixed(P), **{"prompts": prompts(1), "max_new_tokens": 4, **settings})
+
+
+def test_the_longest_text_just_fits(decoder):
+    assert len(generate(decoder, prompts(1), LONGEST - 5).ids[0]) == LONGEST - 5
+    with pytest.raises(UserError, match="are more than the 48"):
+        generate(decoder, prompts(1), LONGEST - 4)

@@ -64,16 +64,6 @@ def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(speak_ascii(make_llama(folder / "wide", hidden_size=64, intermediate_size=128)), folder / "lit")
 
 
-@pytest.fixture(scope="session")
-def embedded_hf(embedded_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real checkpoint in Hugging Face's form, as our own export writes it: the reference of several test files."""
-    from workflows.hf_export import write_hf
-
-    directory = tmp_path_factory.mktemp("hf") / "smollm2-135m-instruct"
-    write_hf(embedded_checkpoint, directory, card="test")
-    return directory
-
-
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Writing more than `size` bytes into a file fails, as on a full disk."""

@@ -33,7 +33,9 @@ def trees():
 def with_random_adapters(model):
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # A, too: it was drawn by whatever state the test before left
+        if "lora_A" in name:  # again: it was drawn from whatever state the test before left
+            torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+        if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
