@@ -39,7 +39,7 @@ KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1;
   $$1 == "hub_id:" {id = tolower($$2); id_of[name] = id; if (!(id in first)) first[id] = name} \
   END {id = tolower(model); if (id in id_of) id = id_of[id]; print (id in first) ? first[id] : id}' checkpoints/registry.yaml)
 # Film reviews to learn from: real files where they are, else those that a package has; what reads them; what is read.
-REVIEWS   ?= $(if $(WORKFLOW_DATA),sentence_polarity,movie_snippets)
+REVIEWS   ?= $(if $(wildcard $(WORKFLOW_DATA)/sentence_polarity),sentence_polarity,movie_snippets)
 ENCODER   ?= scratch
 TEXT      ?=
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
@@ -205,7 +205,7 @@ sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews:
 predict: $(INSTALLED)  ## name the class of TEXT by that classifier
 	@$(PROJECT) predict --checkpoint_dir out/sentiment/$(call filename,$(ENCODER))/final --text $(call quoted,$(TEXT)) $(ARGS)
 
-distill: out/sentiment/minilm/final/config.json  ## distil the fine-tuned MiniLM into a student of half its layers
+distill: out/sentiment/minilm/final/config.json data/$(REVIEWS)/manifest.json  ## distil the fine-tuned MiniLM into a student of half its layers
 	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) $(ARGS)
 
 out/sentiment/minilm/final/config.json:
@@ -304,7 +304,7 @@ endif
 
 ifneq ($(REVIEWS),$(DATA))
 data/$(REVIEWS)/manifest.json: | $(INSTALLED)
-	@$(STEP) data --data $(REVIEWS) $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(REVIEWS)))
+	@$(STEP) data --data $(REVIEWS) $(if $(wildcard $(WORKFLOW_DATA)/$(REVIEWS)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(REVIEWS)))
 endif
 
 # The pairs of a prepared data set are written together with it.

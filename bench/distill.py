@@ -16,6 +16,8 @@ from custom_models.projects.classifier import encode_splits, load_classifier
 from custom_models.projects.texts import read_labelled
 from workflows.errors import UserError, run_file
 
+LEAST_FASTER = 1.6
+
 
 def setup(
     student_dir: Path = Path("out/distill/final"),
@@ -55,6 +57,8 @@ def setup(
     write_report({**reported, "non_embedding_parameters": sizes, "accuracy": accuracy})
     print(f"accuracy {accuracy['ours']:.1%} of {accuracy['teacher']:.1%}, "
           f"{1 - sizes['ours'] / sizes['teacher']:.0%} fewer parameters besides embeddings")  # fmt: skip
+    faster = reported["ratio"]["teacher"]["median"]
+    print(f"{faster:.2f} times as fast (promised: {LEAST_FASTER}): {'kept' if faster >= LEAST_FASTER else 'NOT kept'}")
 
 
 def read(directory: Path, data: Path, texts: int) -> dict[str, float]:

@@ -230,6 +230,10 @@ class Encoder(nn.Module):
                 f"Token ids must be from 0 to {config.vocab_size - 1}, and these go from {int(ids.min())} to "
                 f"{int(ids.max())}. Does the tokenizer belong to this model?"
             )
+        if not ids.shape[1]:
+            raise UserError("There is nothing to encode: the texts have no token.")
+        if self.segments is not None and segments is not None and int(segments.max()) >= config.n_segment:
+            raise UserError(f"Segments must be below {config.n_segment}, and these reach {int(segments.max())}.")
         x = self.tokens(ids)  # (B, T, width)
         if config.scale_embeddings:
             x = x * math.sqrt(config.width)  # (B, T, width)

@@ -127,6 +127,11 @@ def config_from_hf(config: dict[str, Any], place: str) -> EncoderConfig:
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise UserError(f"{place} is of the architecture {family!r}; this encoder reads {', '.join(_FAMILIES)}.")
+    if config.get("is_decoder") or config.get("position_embedding_type", "absolute") not in (None, "absolute"):
+        raise UserError(
+            f"{place}/config.json asks for a decoder or for relative positions, which this encoder lacks: take a "
+            "checkpoint without."
+        )
     names = _FAMILIES[family].config
     if missing := [name for name in names if name not in config and names[name] not in _HF_DEFAULTS]:
         raise UserError(f"{place}/config.json lacks {', '.join(missing)}. Download it again.")
@@ -154,9 +159,12 @@ def split_names(tensors: dict[str, Tensor], family: str) -> tuple[dict[str, Tens
     Args:
         tensors: A checkpoint's.
         family: "bert", "roberta" or "distilbert".
+
+    Raises:
+        UserError: If a layer has a tensor that ours lacks: without it the model would compute something else.
     """
     names = _FAMILIES[family]
-    ours, heads = {}, {}
+    ours, heads, unknown = {}, {}, []
     for name, tensor in tensors.items():
         # the first checkpoints were converted from TensorFlow with its names for a norm's weights
         bare = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -166,10 +174,16 @@ def split_names(tensors: dict[str, Tensor], family: str) -> tuple[dict[str, Tens
             number, _, inner = stem.removeprefix(names.layer).partition(".")
             if inner in names.inside:
                 ours[f"layers.{number}.{names.inside[inner]}.{kind}"] = tensor
+            else:
+                unknown.append(name)
         elif stem in names.outside:
             ours[f"{names.outside[stem]}.{kind}"] = tensor
         else:
             heads[bare] = tensor
+    if unknown:
+        raise UserError(
+            f"The checkpoint's layers have parts that this encoder lacks: {', '.join(sorted(unknown)[:5])}."
+        )
     return ours, heads
 
 

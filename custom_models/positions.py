@@ -9,7 +9,7 @@
 | RoPE        | queries and keys, turns | Llama, Qwen, DeepSeek      | arXiv 2104.09864, equation 34                 |
 
 RoPE can be stretched to texts longer than those of the training: linear (arXiv 2306.15595), NTK-aware (bloc97 2023;
-here its dynamic form), YaRN (arXiv 2309.00071) and Llama 3.1's (arXiv 2407.21783).
+here its dynamic form), YaRN (arXiv 2309.00071) and Llama 3.1's (Meta's own code, `apply_scaling` in llama-models).
 
 Run it: python -m custom_models.positions
 """

@@ -439,12 +439,17 @@ def test_our_own_lora_learns_what_the_roads_does(project):
     assert "exactly one of" in project.refusal("lora", "lora-scratch", "ARGS=--method lora")
 
 
-def test_a_student_of_reviews_needs_its_teacher_once(project):
-    calls = project.calls("distill", "WORKFLOW_DATA=/raw", "ARGS=--seeds [1,2]")
+def test_a_student_of_reviews_needs_its_teacher_once(project, tmp_path):
+    (tmp_path / "sentence_polarity").mkdir()
+    raw = f"WORKFLOW_DATA={tmp_path}"
+    calls = project.calls("distill", raw, "ARGS=--seeds [1,2]")
     assert [call[0] for call in calls] == ["data", "sentiment", "distill"]
-    assert option(calls[0], "--raw_dir") == "/raw/sentence_polarity" and option(calls[1], "--encoder") == "minilm"
-    assert "--seeds" not in calls[1] and option(calls[2], "--seeds") == "[1,2]"
-    assert project.steps("distill", "WORKFLOW_DATA=/raw") == ["distill"]
+    assert option(calls[0], "--raw_dir") == str(tmp_path / "sentence_polarity")
+    assert "--seeds" not in calls[1] and option(calls[1], "--encoder") == "minilm"
+    assert option(calls[2], "--seeds") == "[1,2]"
+    assert project.steps("distill", raw) == ["distill"]
+    # other reviews need their data; what WORKFLOW_DATA lacks comes from elsewhere
+    assert project.calls("distill", raw, "REVIEWS=sst2")[0] == ["data", "--data", "sst2"]
     assert "exactly one of" in project.refusal("sentiment", "distill", "ARGS=--seeds [1,2]")
 
 

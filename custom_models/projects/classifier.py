@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.encoder import Encoder, mean_over_tokens
-from custom_models.encoder_checkpoint import encoder_directory, fill, read_own, save_encoder, tokenizer_of
+from custom_models.encoder_checkpoint import fill, read_own, save_encoder, tokenizer_of
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.texts import Batch, Labelled, encode, loader
 from workflows.checkpoint import metric
@@ -46,9 +46,9 @@ class TextClassifier(nn.Module):
         """The texts' vectors (B, width) -> logits (B, n_label)."""
         return self.head(self.dropout(vectors))  # (B, n_label)
 
-    def save(self, tokenizer: Tokenizer, folder: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        save_encoder(self, self.encoder.config, tokenizer, folder, labels=self.labels)
+    def save(self, tokenizer: Tokenizer, folder: Path, data: str) -> None:
+        """Write a checkpoint, whole or not at all; `data` is the name of what it learned from."""
+        save_encoder(self, self.encoder.config, tokenizer, folder, labels=self.labels, data=data)
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[dict[str, float]], int]:
@@ -209,7 +209,9 @@ def predict(checkpoint_dir: Path, text: str) -> None:
     Raises:
         UserError: If the folder holds no classifier, or the text is empty.
     """
-    model, tokenizer = load_classifier(encoder_directory(checkpoint_dir))
+    if not (checkpoint_dir / "config.json").is_file():
+        raise UserError(f"{checkpoint_dir} holds no classifier. Train one with `make sentiment`, or name its folder.")
+    model, tokenizer = load_classifier(checkpoint_dir)
     (found,), cut = model.predict([text], tokenizer)
     for label, probability in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{label:<12}{probability:7.1%}")

@@ -8,7 +8,7 @@ trained without a teacher stands beside it.
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from custom_models.distillation import cosine_loss, soft_target_loss, student_of
 from custom_models.encoder import non_embedding_parameters
+from custom_models.encoder_checkpoint import read_own
 from custom_models.projects.classifier import (
     ClassifierTask,
     TextClassifier,
@@ -32,8 +33,8 @@ from custom_models.projects.classifier import (
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.texts import Batch, read_labelled
-from workflows.checkpoint import metric, share_metric, write_metrics
-from workflows.errors import report_all
+from workflows.checkpoint import metric, share_metric, versions, write_metrics
+from workflows.errors import UserError, report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
 
@@ -112,8 +113,16 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    report_all(weights.problems() + fit.problems() + ([] if seeds else ["--seeds needs at least one."]))
+    problems = weights.problems() + fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
+    report_all(problems)
     teacher, tokenizer = load_classifier(teacher_dir)
+    learned_from = read_own(teacher_dir)[0].get("data", data.name)
+    if learned_from != data.name:  # sets of the same reviews share sentences: the teacher may know the test's
+        raise UserError(
+            f"The teacher in {teacher_dir} learned from {learned_from}, not from {data.name}. Train one on the same "
+            f"data: make sentiment ENCODER=minilm REVIEWS={data.name}"
+        )
     texts = {split: read_labelled(data, split, teacher.labels)[0] for split in ("train", "validation", "test")}
     texts["train"] = texts["train"][:max_rows]
     rows = encode_splits(data, texts, tokenizer, teacher.encoder.config.n_position)
@@ -139,7 +148,7 @@ def setup(
                 if name == "distilled":
                     curves.append(epochs)
     assert kept is not None
-    kept.save(tokenizer, out_dir / "final")
+    kept.save(tokenizer, out_dir / "final", data.name)
     draw_curves(curves, out_dir / "curves.png", f"student of {kept.encoder.config.n_layer} layers on {data.name}")
     sizes = {name: non_embedding_parameters(model.encoder) for name, model in (("teacher", teacher), ("student", kept))}
     mean, alone = (statistics.fmean(values) for values in found.values())
@@ -160,7 +169,15 @@ def setup(
         peak_bytes=peak.bytes,
         seeds=found,
         non_embedding_parameters=sizes,
+        data=data.name,
+        settings={
+            "teacher_dir": str(teacher_dir),
+            "weights": asdict(weights),
+            "fit": asdict(fit),
+            "max_rows": max_rows,
+        },
         hardware=hardware(),
+        versions=versions(),
     )
     print(
         f"\ntest accuracy: teacher {of_teacher:.1%}, student {mean:.1%}, the same one alone {alone:.1%} "

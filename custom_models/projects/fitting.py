@@ -101,7 +101,7 @@ def fit_best(
         The numbers of each epoch.
     """
     mode = "max" if "accuracy" in monitor else "min"
-    history, folder = _History(), out_dir / "checkpoints"
+    history, folder = _History(), out_dir / ".fitting"  # a name that nothing of a user has
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
     callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]

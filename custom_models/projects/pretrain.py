@@ -85,9 +85,14 @@ class Texts(IterableDataset[Pieces]):
         self.documents, self.style, self.longest, self.batch_size = documents, style, longest, batch_size
         self.pad, self.start, self.end = special
         self.seed, self.fixed, self.epoch = seed, fixed, 0
-        self.pairs = [(document[i], document[i + 1]) for document in documents for i in range(len(document) - 1)]
-        if style == "bert" and len(self.pairs) < 2:
-            raise UserError("No text has two sentences, so there are no pairs. Use --style roberta.")
+        self.pairs = [
+            (number, document[i], document[i + 1])
+            for number, document in enumerate(documents)
+            for i in range(len(document) - 1)
+        ]
+        if style == "bert" and len({number for number, _, _ in self.pairs}) < 2:
+            raise UserError("Fewer than two texts have two sentences, so there are no pairs. Use --style roberta.")
+        self.cut = sum(len(first) + len(second) > longest - 3 for _, first, second in self.pairs if style == "bert")
 
     def batches(self) -> int:
         """Batches of one time through, about: the order of texts decides how their sentences fill the pieces."""
@@ -129,11 +134,13 @@ class Texts(IterableDataset[Pieces]):
             yield [self.start, *row], 0, True
 
     def _pairs(self, chance: random.Random) -> Iterator[tuple[list[int], int, bool]]:
-        """[start] A [end] B [end]; half of the time B is the second sentence of another pair. Longer ones are cut."""
+        """[start] A [end] B [end]; half of the time B is a sentence of another text. Longer pairs are cut."""
         room = self.longest - 3
-        for first, second in chance.sample(self.pairs, len(self.pairs)):
+        for number, first, second in chance.sample(self.pairs, len(self.pairs)):
             follows = chance.random() < 0.5
-            b = second if follows else chance.choice(self.pairs)[1]
+            other, b = number, second
+            while not follows and other == number:
+                other, _, b = chance.choice(self.pairs)
             a = first[: max(room // 2, room - len(b))]
             b = b[: room - len(a)]
             yield [self.start, *a, self.end, *b, self.end], len(a) + 2, follows
@@ -176,8 +183,10 @@ class PretrainingTask(L.LightningModule):
         ids, targets = self.hidden(batch, torch.Generator(batch.ids.device).manual_seed(batch_idx))
         loss, told = self.model.loss(ids, targets, batch.lengths, batch.segments, batch.follows)
         self.log("val_loss", loss, batch_size=len(ids), prog_bar=True)
+        asked = int((targets != IGNORED).sum())
         for name, value in told.items():
-            self.log(f"val_{name}", value, batch_size=int((targets != IGNORED).sum()) if "masked" in name else len(ids))
+            if asked or "masked" not in name:  # a batch in which nothing is hidden has no such mean
+                self.log(f"val_{name}", value, batch_size=asked if "masked" in name else len(ids))
 
     def configure_optimizers(self) -> Any:
         """AdamW with the rate's schedule."""
@@ -235,6 +244,8 @@ def setup(
     model = MaskedLanguageModel(Encoder(config), next_sentence=style == "bert")
     task = PretrainingTask(model, fit, train.batches() * fit.max_epochs, [pad, mask, start, end], mask)
     print(f"{len(kept):,} texts, {train.batches():,} batches an epoch; {len(held):,} texts held out")
+    if style == "bert":
+        print(f"{train.cut + validation.cut:,} pairs of sentences cut: over {shape.n_position} tokens")
     with PeakMemory() as peak:
         train_loader, validation_loader = (DataLoader(texts, batch_size=None) for texts in (train, validation))
         epochs = fit_best(task, train_loader, validation_loader, out_dir, fit, monitor="val_loss")
@@ -264,12 +275,14 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, most:
     Raises:
         UserError: If there is not one mask.
     """
-    ids = [tokenizer.token_to_id(START), *tokenizer.encode(text).ids, tokenizer.token_to_id(END)]
-    masks = [i for i, token in enumerate(ids) if token == tokenizer.token_to_id(MASK)]
-    if len(masks) != 1:
-        raise UserError(f"The text must hold {MASK} once, not {len(masks)} times.")
+    parts = text.split(MASK)
+    if len(parts) != 2:
+        raise UserError(f"The text must hold {MASK} once, not {len(parts) - 1} times.")
+    # Encoded apart: the spaces around the mask belong to words, and are no tokens of their own.
+    before, after = (tokenizer.encode(part.strip()).ids if part.strip() else [] for part in parts)
+    start, mask, end = (tokenizer.token_to_id(token) for token in (START, MASK, END))
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([ids]))[0, masks[0]]  # (vocab_size,)
+        logits = model.eval()(torch.tensor([[start, *before, mask, *after, end]]))[0, len(before) + 1]  # (vocab_size,)
     return [tokenizer.decode([i]).strip() for i in logits.topk(most).indices.tolist()]
 
 

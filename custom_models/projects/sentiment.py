@@ -7,6 +7,7 @@ Beside it a linear classifier of words and pairs of words, trained in the same r
 
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from custom_models.projects.pictures import draw_confusion, draw_curves
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import read_labelled
 from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
-from workflows.checkpoint import share_metric, write_metrics
+from workflows.checkpoint import share_metric, versions, write_metrics
 from workflows.errors import report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
@@ -92,7 +93,7 @@ def setup(
                   f"test {share_right(tables[-1]):.1%}, {times[-1]:.0f} s")  # fmt: skip
             kept = kept or model
     assert kept is not None
-    kept.save(tokenizer, out_dir / "final")
+    kept.save(tokenizer, out_dir / "final", data.name)
     draw_confusion(tables[0], labels, out_dir / "confusion.png", f"{data.name}, test, seed {seeds[0]}")
     draw_curves(runs, out_dir / "curves.png", f"{encoder} on {data.name}")
     accuracies, n = [share_right(table) for table in tables], len(rows["test"])
@@ -108,7 +109,17 @@ def setup(
         seeds=dict(zip(map(str, seeds), accuracies, strict=True)),
         parameters=sum(p.numel() for p in kept.parameters()),
         non_embedding_parameters=non_embedding_parameters(kept.encoder),
+        data=data.name,
+        settings={
+            "encoder": encoder,
+            "shape": asdict(shape) if encoder == SCRATCH else None,
+            "fit": asdict(fit),
+            "hidden_tokens": hidden_tokens,
+            "mixup": mixup,
+            "max_rows": max_rows,
+        },
         hardware=hardware(),
+        versions=versions(),
     )
     _tell(encoder, accuracies, linear, kept, tokenizer, out_dir)
 

@@ -77,9 +77,9 @@ def read_labelled(data: Path, split: str, labels: list[str] | None = None) -> tu
 
 
 def encode(texts: Sequence[tuple[str, int]], tokenizer: Tokenizer, longest: int) -> tuple[list[Labelled], int]:
-    """Encode texts; one that is longer than a model can read keeps its beginning and its last token.
+    """Encode texts; one that is longer than a model can read keeps its beginning.
 
-    The last token is what the tokenizer ends every text with, if it does so.
+    What a tokenizer ends every text with (BERT's [SEP]) stays its end.
 
     Args:
         texts: Texts with their classes.
@@ -93,7 +93,8 @@ def encode(texts: Sequence[tuple[str, int]], tokenizer: Tokenizer, longest: int)
     for (text, label), encoded in zip(texts, tokenizer.encode_batch([text for text, _ in texts]), strict=True):
         ids = encoded.ids
         if len(ids) > longest:
-            ids, cut = [*ids[: longest - 1], ids[-1]], cut + 1
+            ends = ids[-1:] if encoded.special_tokens_mask[-1] else []
+            ids, cut = [*ids[: longest - len(ends)], *ends], cut + 1
         if not ids:
             raise UserError(f"The text {text!r} has no tokens.")
         found.append(Labelled(text, ids, label))

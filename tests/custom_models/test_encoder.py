@@ -17,6 +17,7 @@ from custom_models.encoder_checkpoint import (
     load_hf,
     minilm_directory,
     save_encoder,
+    split_names,
     tokenizer_of,
 )
 from workflows.errors import UserError
@@ -207,6 +208,10 @@ def test_what_cannot_be_read_is_told(tmp_path):
         encoder(torch.zeros(1, 11, dtype=torch.long))
     with pytest.raises(UserError, match="from 0 to 59, and these go from 3 to 60"):
         encoder(torch.tensor([[3, 60]]))
+    with pytest.raises(UserError, match="the texts have no token"):
+        encoder(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(UserError, match="Segments must be below 2, and these reach 2"):
+        encoder(torch.tensor([[3, 4]]), segments=torch.tensor([[0, 2]]))
     with pytest.raises(UserError, match="3 problems"):
         EncoderConfig(0, n_layer=0, activation="swish")  # type: ignore[arg-type]
     tiny("bert", tmp_path)
@@ -214,6 +219,13 @@ def test_what_cannot_be_read_is_told(tmp_path):
     write_json(tmp_path / "config.json", {**config, "model_type": "gpt2"})
     with pytest.raises(UserError, match="architecture 'gpt2'; this encoder reads bert, roberta, distilbert"):
         load_encoder(tmp_path)
+    for change in ({"is_decoder": True}, {"position_embedding_type": "relative_key"}):
+        write_json(tmp_path / "config.json", {**config, **change})
+        with pytest.raises(UserError, match="a decoder or .* relative positions, which this encoder lacks"):
+            load_encoder(tmp_path)
+    more = {"encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(3, 8)}
+    with pytest.raises(UserError, match=r"parts that this encoder lacks: encoder\.layer\.0\.attention\.self\.dist"):
+        split_names(more, "bert")
     write_json(tmp_path / "config.json", {**config, "hidden_act": "gelu_new"})
     with pytest.raises(UserError, match="no activation 'gelu_new'"):
         load_encoder(tmp_path)

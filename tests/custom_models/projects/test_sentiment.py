@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from custom_models.__main__ import PROJECTS
 from custom_models.encoder import Encoder, bert, mean_over_tokens
@@ -17,6 +18,7 @@ from custom_models.projects.classifier import ClassifierTask, TextClassifier, lo
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.sentiment import bag_of_bigrams
 from custom_models.projects.shape import Shape
+from custom_models.projects.texts import encode
 from tests.custom_models.projects.test_texts import write
 from workflows.__main__ import main
 from workflows.errors import UserError
@@ -73,7 +75,7 @@ def test_a_saved_model_reloads_to_the_same_logits_and_predicts(trained, capsys):
     assert found[0]["positive"] > 0.9 > 0.1 > found[1]["positive"] and cut == 0
     assert sum(found[0].values()) == pytest.approx(1)
     (trained / "again").mkdir(exist_ok=True)
-    model.save(tokenizer, trained / "again")
+    model.save(tokenizer, trained / "again", "reviews")
     again, other = load_classifier(trained / "again")
     assert again.predict(texts, other) == (found, cut)
     predict(trained / "final", texts[0])
@@ -108,6 +110,23 @@ def test_a_student_learns_from_its_teacher(trained, reviews, tmp_path):
     assert found["fewer_non_embedding_parameters"] == pytest.approx(0.5, abs=0.01)  # the last norm stays
     student, _ = load_classifier(tmp_path / "final")
     assert student.encoder.config.n_layer == 1 and (tmp_path / "curves.png").is_file()
+    other = reviews.rename(reviews.with_name("others"))
+    try:  # whose test sentences the teacher may have learned
+        with pytest.raises(UserError, match=r"learned from reviews, not from others\. Train one on the same data"):
+            distill.setup(trained / "final", other, tmp_path, fit=fit)
+    finally:
+        other.rename(reviews)
+
+
+def test_a_long_text_keeps_its_beginning_and_an_end_that_every_text_has(trained):
+    _, tokenizer = load_classifier(trained / "final")
+    ids = tokenizer.encode("warm film plot scene").ids
+    rows, cut = encode([("warm film plot scene", 0), ("warm", 0)], tokenizer, len(ids) - 1)
+    assert cut == 1 and rows[0].ids == ids[:-1]
+    start, end = tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("<mask>")
+    tokenizer.post_processor = TemplateProcessing("<pad> $A <mask>", special_tokens=[("<pad>", start), ("<mask>", end)])
+    rows, cut = encode([("warm film plot scene", 0)], tokenizer, 4)
+    assert cut == 1 and rows[0].ids == [start, *ids[:2], end]
 
 
 def test_the_student_is_pulled_to_the_teacher(trained):
