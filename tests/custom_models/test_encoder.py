@@ -221,7 +221,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
         load_encoder(tmp_path)
     for change in ({"is_decoder": True}, {"position_embedding_type": "relative_key"}):
         write_json(tmp_path / "config.json", {**config, **change})
-        with pytest.raises(UserError, match="a decoder or .* relative positions, which this encoder lacks"):
+        with pytest.raises(UserError, match=r"a decoder or .* relative positions, which this encoder lacks"):
             load_encoder(tmp_path)
     more = {"encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(3, 8)}
     with pytest.raises(UserError, match=r"parts that this encoder lacks: encoder\.layer\.0\.attention\.self\.dist"):
