@@ -83,8 +83,10 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(text, tmp_path, monkey
 
 @pytest.mark.long
 def test_two_processes_are_one(text, tmp_path):
-    whole = train(text, tmp_path / "one")
-    config = {"model": vars(MODEL), "fit": vars(FIT)}
+    # By AdamW: Muon's step is no smooth function of small gradients, so rounding alone moves its weights by 2e-3 here.
+    fit = replace(FIT, optimizer="adamw")
+    whole = train(text, tmp_path / "one", fit=fit)
+    config = {"model": vars(MODEL), "fit": vars(fit)}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "custom_models", "gpt", "--config", str(tmp_path / "recipe.yaml"),
                "--text", str(text), "--tokenizer", "characters", "--tokens_dir", str(tmp_path / "other"),
