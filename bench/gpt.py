@@ -34,7 +34,7 @@ from workflows.errors import UserError, run_file
 CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 64, 128, 4, 4, 12
 STEPS, WARMUP, RATE, LEAST_RATE = 2000, 100, 1e-3, 1e-4
 RECIPE = Path("custom_models/recipes/gpt-shakespeare-small.yaml")
-SHORT_STEPS = 300
+SHORT_STEPS = 180
 """Of ours on the way to nanoGPT's loss; the recipe's own number is for equal time."""
 LEAST_RATIO, MOST_LOSS = 3.0, 1.70
 SEED = 1337
@@ -122,7 +122,8 @@ def setup(
         short_steps: Steps of ours on the way to nanoGPT's final loss.
         nano_steps: Steps that nanoGPT's run is cut off after; only for trying the bench out.
         rounds: How often each runs, in turn.
-        eval_interval: Steps between validations of ours; nanoGPT is validated at ten times that.
+        eval_interval: Steps between validations of ours on its short way; four times that on the long one, ten times
+            for nanoGPT.
         contender: Run only this one, once, in this process (used by the bench itself).
 
     Raises:
@@ -136,8 +137,8 @@ def setup(
             print(json.dumps(train_nano(files, nano_steps, 10 * eval_interval)))
         else:
             long = contender == "ours_equal_time"
-            print(json.dumps(train_ours(files, config, replace(fit, max_steps=steps if long else short_steps),
-                                        eval_interval)))  # fmt: skip
+            fit = replace(fit, max_steps=steps if long else short_steps)
+            print(json.dumps(train_ours(files, config, fit, eval_interval * (4 if long else 1))))
         return
     read_corpus("tinyshakespeare")  # says so at once if it is not there
     arguments = ["--steps", str(steps), "--short_steps", str(short_steps), "--nano_steps", str(nano_steps),

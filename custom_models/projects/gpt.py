@@ -1,9 +1,9 @@
 """`make gpt`: train a GPT on any text by Lightning's Trainer; `make gpt-sample PROMPT="…"`: let it write on.
 
-A run that was stopped goes on from its last checkpoint and ends as if it had never been stopped: batches depend on the
-step's number, and weights, both optimizers and the schedule are in the checkpoint. It may go on with another number of
-devices (`--devices`, `--num_nodes`: Lightning starts the processes and averages their gradients), since a batch's rows
-are dealt out to however many there are.
+A run that was stopped goes on from its last checkpoint and ends as if it had never been stopped: what a batch holds and
+what dropout drops depend on the batch's number alone; weights, both optimizers and the schedule are in the checkpoint.
+It may go on with another number of devices (`--devices`, `--num_nodes`: Lightning starts the processes and averages
+their gradients), since a batch's rows are dealt out to however many there are.
 """
 
 import math
@@ -106,7 +106,10 @@ def setup(
         warnings.filterwarnings(
             "ignore", ".*does not have many workers.*|.*not resumable.*|.*LeafSpec.*|.*is not empty.*"
         )
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
         loss = trainer.validate(task, datamodule=data, verbose=False)[0]["val_loss"]
     if not trainer.is_global_zero:
         return

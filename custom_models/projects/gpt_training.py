@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,17 +111,12 @@ class GPTFit:
         falling = self.max_steps - self.warmup_steps if self.schedule == "linear" else self.decay * self.max_steps
         return self.least + falls * min(1.0, max(0, self.max_steps - step) / max(1.0, falling))
 
-    def make_optimizer(self, model: GPT, fused: bool = True) -> Optimizer:
-        """The optimizer of a model's parameters; norms and biases do not decay.
-
-        Args:
-            model: The model.
-            fused: Whether AdamW steps in one kernel, which pays at any size.
-        """
+    def make_optimizer(self, model: GPT) -> Optimizer:
+        """The optimizer of a model's parameters; norms and biases do not decay."""
         matrices, tables, vectors = split_parameters(model)
         by_adamw = tables if self.optimizer == "muon" else matrices + tables
         groups = [{"params": by_adamw, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        adamw = AdamW(groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), fused=fused)
+        adamw = AdamW(groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), fused=True)
         if self.optimizer == "adamw":
             return adamw
         return Together([Muon(matrices, self.matrix_rate, self.momentum, self.weight_decay), adamw])
@@ -132,7 +128,7 @@ class GPTTask(L.LightningModule):
     Args:
         model: The model.
         fit: How it is trained.
-        identity: What the run depends on, kept in its checkpoints.
+        identity: What the run depends on, its `seed` among it; kept in checkpoints.
     """
 
     def __init__(self, model: GPT, fit: GPTFit, identity: dict[str, Any]) -> None:
@@ -151,8 +147,10 @@ class GPTTask(L.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log the rate that this step takes."""
+        """Log the rate that this step takes; let dropout, too, depend on the seed and the batch's number alone."""
         self.log("rate", self.fit_args.share_of_rate(self.global_step))
+        generator = np.random.default_rng((self.identity["seed"], batch_idx, self.global_rank))
+        torch.manual_seed(int(generator.integers(1 << 62)))
 
     def on_validation_epoch_start(self) -> None:
         """Begin to sum anew."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,7 +59,7 @@ def logged(out_dir: Path, column: str) -> dict[int, str]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_stopped_run_ends_as_one_that_was_never_stopped(text, tmp_path, monkeypatch, optimizer, accumulate):
     fit = replace(FIT, optimizer=optimizer, accumulate=accumulate)
-    model = replace(MODEL, dropout=0.0)
+    model = replace(MODEL, dropout=0.1 if accumulate == 1 else 0.0)
     whole = train(text, tmp_path / "whole", fit=fit, model=model)
 
     with monkeypatch.context() as patched:
@@ -79,6 +80,19 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(text, tmp_path, monkey
     assert list(logged(tmp_path / "whole", "val_loss")) == [3, 7, 11, 12]  # every fourth step, and at the end
     assert len(logged(tmp_path / "whole", "train_loss")) == 12
     assert not list((tmp_path / "stopped" / "checkpoints").iterdir())
+
+
+@pytest.mark.long
+def test_ctrl_c_is_passed_on(text, tmp_path, monkeypatch):
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPTTask, "training_step", pressed)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(text, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
 
 
 @pytest.mark.long
