@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache
 from custom_models.latent_attention import LatentAttention
-from custom_models.layers import GatedFeedForward, RMSNorm
+from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
 from custom_models.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from custom_models.positions import RopeScaling, rope_table, yarn_mscale
-from workflows.errors import UserError, report_all, run_file
+from workflows.errors import report_all, run_file
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,7 @@ class DeepSeek(nn.Module):
         Raises:
             UserError: If an id is no token.
         """
-        vocab_size = self.config.vocab_size
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise UserError(
-                f"Token ids must be from 0 to {vocab_size - 1}, and these go from {int(ids.min())} to "
-                f"{int(ids.max())}. Does the tokenizer belong to this model?"
-            )
+        check_ids(ids, self.config.vocab_size)
         return self.tokens(ids)  # (B, T, width)
 
     def states(self, ids: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:

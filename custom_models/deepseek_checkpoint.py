@@ -9,17 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
-from custom_models.encoder_checkpoint import fill
 from custom_models.mixture_of_experts import ExpertsConfig
 from custom_models.multi_token_prediction import MultiTokenPrediction
 from custom_models.positions import RopeScaling
+from custom_models.weights import fill, read_hf
 from workflows.errors import UserError, report_all
 from workflows.files import read_json
-from workflows.hf_reader import lazy_tensors
 
 _OUTSIDE = {"model.embed_tokens": "tokens", "model.norm": "norm", "lm_head": "head"}
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -160,10 +158,7 @@ def load_deepseek(directory: Path) -> tuple[DeepSeek, MultiTokenPrediction | Non
     files = ("model.safetensors", "model.safetensors.index.json")
     if not any((directory / file).is_file() for file in files):
         raise UserError(f"{directory} has neither {' nor '.join(files)}. Download the checkpoint's safetensors.")
-    tensors = {}
-    for name, lazy in lazy_tensors(directory).items():
-        tensors[name] = torch.empty(lazy.shape, dtype=torch.float32)
-        lazy.read_into(tensors[name])
+    tensors = read_hf(directory)
     if shape.tied:
         tensors.pop("lm_head.weight", None)  # the embeddings again
     ours, predicted = our_names(tensors, shape.n_layer)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, MultiHeadAttention, real_tokens
+from custom_models.layers import check_ids
 from custom_models.positions import LearnedPositions, SinusoidalPositions
 from workflows.errors import UserError, report_all, run_file
 
@@ -225,11 +226,7 @@ class Encoder(nn.Module):
                 f"The text has {ids.shape[1]} tokens, and this encoder reads at most {config.n_position}. Shorten or "
                 "split it."
             )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-            raise UserError(
-                f"Token ids must be from 0 to {config.vocab_size - 1}, and these go from {int(ids.min())} to "
-                f"{int(ids.max())}. Does the tokenizer belong to this model?"
-            )
+        check_ids(ids, config.vocab_size)
         if not ids.shape[1]:
             raise UserError("There is nothing to encode: the texts have no token.")
         if self.segments is not None and segments is not None and int(segments.max()) >= config.n_segment:

@@ -4,21 +4,19 @@ The three name the same matrices differently; here are the tables. A checkpoint 
 `config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.encoder import Encoder, EncoderConfig
+from custom_models.weights import fill, read_hf, save_weights
 from workflows.errors import UserError
-from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, write_json
-from workflows.hf_reader import lazy_tensors
+from workflows.files import atomic_dir, read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 from workflows.wheels import MINILM, open_wheel
 
@@ -198,54 +196,12 @@ def load_hf(directory: Path) -> tuple[Encoder, dict[str, Tensor]]:
     """
     config = read_json(directory / "config.json")
     shape = config_from_hf(config, str(directory))
-    tensors = {}
-    for name, lazy in lazy_tensors(directory).items():
-        tensors[name] = torch.empty(lazy.shape, dtype=torch.float32)
-        lazy.read_into(tensors[name])
-    ours, heads = split_names(tensors, config["model_type"])
+    ours, heads = split_names(read_hf(directory), config["model_type"])
     if shape.pooler and "pooler.weight" not in ours:
         shape = replace(shape, pooler=False)
     encoder = Encoder(shape)
     fill(encoder, ours, str(directory))
     return encoder, heads
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
-    """Load weights into a model; all of them, and no others.
-
-    Raises:
-        UserError: If one is missing, too much, or of another shape.
-    """
-    check_fit(shapes_of(model.state_dict()), shapes_of(tensors), place)
-    model.load_state_dict(tensors)
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Each tensor's shape by its name."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], place: str) -> None:
-    """Make sure that weights are those of a model, before any of them is read.
-
-    Args:
-        expected: The model's shapes by name.
-        found: The weights' shapes by name.
-        place: Where they lie, for the message.
-
-    Raises:
-        UserError: If one is missing, too much, or of another shape.
-    """
-    problems = [f"lacks {name}" for name in expected if name not in found]
-    problems += [f"has {name}, which the model has not" for name in found if name not in expected]
-    problems += [
-        f"has {name} of shape {shape}, not {expected[name]}"
-        for name, shape in found.items()
-        if name in expected and shape != expected[name]
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"The weights in {place} do not fit the model: it {'; '.join(problems[:3])}{more}.")
 
 
 def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, folder: Path, **more: Any) -> None:
@@ -260,9 +216,7 @@ def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, 
     """
     with atomic_dir(folder) as temporary:
         write_json(temporary / "config.json", {"model_type": OURS, "encoder": asdict(config), **more})
-        with atomic_file(temporary / "model.safetensors") as file:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            safetensors.torch.save_file(weights, file)
+        save_weights(model, temporary)
         (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
 

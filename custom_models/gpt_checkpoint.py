@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from custom_models.encoder_checkpoint import fill
 from custom_models.gpt import GPT, GPTConfig
 from custom_models.tokenization import tokenizer_json
 from custom_models.tokenization.bpe import ByteBPE
 from custom_models.tokenization.characters import CharacterTokenizer
+from custom_models.weights import fill, read_hf, save_weights
 from workflows.errors import UserError
-from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, write_json
-from workflows.hf_reader import lazy_tensors
+from workflows.files import atomic_dir, read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 
 OURS = "custom_models.gpt"
@@ -130,13 +128,8 @@ def load_hf(directory: Path) -> GPT:
         UserError: If a file is missing or damaged, or the weights do not fit the configuration.
     """
     config = config_from_hf(read_json(directory / "config.json"), str(directory))
-    tensors = {}
-    for name, lazy in lazy_tensors(directory).items():
-        if not name.endswith(_MASKS):
-            tensors[name] = torch.empty(lazy.shape, dtype=torch.float32)
-            lazy.read_into(tensors[name])
     model = GPT(config)
-    fill(model, from_hf_names(tensors, config.tied_head), str(directory))
+    fill(model, from_hf_names(read_hf(directory), config.tied_head), str(directory))
     return model
 
 
@@ -181,9 +174,7 @@ def save_gpt(model: GPT, tokenizer: Tokenizer, folder: Path, **more: Any) -> Non
     """
     with atomic_dir(folder) as temporary:
         write_json(temporary / "config.json", {"model_type": OURS, "gpt": asdict(model.config), **more})
-        with atomic_file(temporary / "model.safetensors") as file:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            safetensors.torch.save_file(weights, file)
+        save_weights(model, temporary)
         save_tokenizer(tokenizer, temporary)
 
 

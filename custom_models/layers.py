@@ -1,6 +1,7 @@
 """What newer Transformers put in place of layer norm and the two-matrix feed-forward layer.
 
-Llama, DeepSeek, T5 v1.1 and the modern GPT of this folder are made of these two.
+Llama, DeepSeek, T5 v1.1 and the modern GPT of this folder are made of these two. Beside them stands the question that
+every model asks of what it is given: whether its tokens are tokens at all.
 """
 
 from collections.abc import Callable
@@ -67,3 +68,16 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(.., width) -> (.., width)."""
         return self.down(self.activation(self.gate(x)) * self.up(x))  # (.., width), by way of (.., inner_width)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Make sure that every id, (B, T), is one of `vocab_size` tokens.
+
+    Raises:
+        UserError: If one is not.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise UserError(
+            f"Token ids must be from 0 to {vocab_size - 1}, and these go from {int(ids.min())} to {int(ids.max())}. "
+            "Does the tokenizer belong to this model?"
+        )

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
-from custom_models.layers import GatedFeedForward, RMSNorm
+from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
 from custom_models.positions import RopeScaling, rope_table
 from workflows.errors import UserError, report_all, run_file
 
@@ -179,11 +179,7 @@ class Llama(nn.Module):
             UserError: If an id is no token, or the text is longer than the model or its caches reach.
         """
         config = self.config
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-            raise UserError(
-                f"Token ids must be from 0 to {config.vocab_size - 1}, and these go from {int(ids.min())} to "
-                f"{int(ids.max())}. Does the tokenizer belong to this model?"
-            )
+        check_ids(ids, config.vocab_size)
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)  # (T,)
         rope = rope_table(

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from custom_models.encoder_checkpoint import check_fit, shapes_of
 from custom_models.llama import Llama, LlamaConfig
 from custom_models.positions import RopeScaling
+from custom_models.weights import check_fit, shapes_of
 from workflows.checkpoint import SIZES, WEIGHTS, load_config, load_weights
 from workflows.conversion import LazyTensor
 from workflows.errors import UserError, report_all

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from custom_models.encoder_checkpoint import check_fit, shapes_of
+from custom_models.weights import check_fit, shapes_of
 from workflows.errors import UserError, report_all, run_file
 from workflows.files import atomic_dir, read_json, write_json
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.encoder import ACTIVATIONS, Encoder
-from custom_models.encoder_checkpoint import fill, load_hf
+from custom_models.encoder_checkpoint import load_hf
+from custom_models.weights import fill
 from workflows.errors import UserError
 from workflows.files import read_json
 

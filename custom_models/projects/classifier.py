@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.encoder import Encoder, mean_over_tokens
-from custom_models.encoder_checkpoint import fill, read_own, save_encoder, tokenizer_of
+from custom_models.encoder_checkpoint import read_own, save_encoder, tokenizer_of
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.texts import Batch, Labelled, encode, loader
+from custom_models.weights import fill
 from workflows.checkpoint import metric
 from workflows.errors import UserError
 
