@@ -19,7 +19,6 @@ Run it: python -m custom_models.attention
 """
 
 import math
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -170,25 +169,9 @@ def attend(
         return scaled_dot_product_attention(q, k, v, mask, bias, scale, dropout, return_weights)
     if bias is not None and mask is not None:
         bias = bias.masked_fill(~mask, -math.inf)  # (B, n_head, Tq, Tk); SDPA takes one of the two
-    wanted, slow = v.dtype, _slow_backward(q, v)
-    if slow:
-        q, k, v = q.float(), k.float(), v.float()  # shapes as they were
     added = mask if bias is None else bias.to(q.dtype)  # it broadcasts to (B, n_head, Tq, Tk)
-    with torch.autocast(q.device.type, enabled=False) if slow else nullcontext():
-        out = F.scaled_dot_product_attention(
-            q, k, v, added, dropout, flag, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
-        )  # (B, n_head, Tq, value_size)
-    return out.to(wanted) if slow else out, None
-
-
-def _slow_backward(q: Tensor, v: Tensor) -> bool:
-    """Whether SDPA would be trained in 16 bits on a CPU.
-
-    Its backward pass is then slower than in float32, the more so the shorter the texts: two to four times at 64 to 128
-    tokens, a tenth at 256 (torch 2.13, AVX-512 BF16), where the two conversions cost next to nothing.
-    """
-    short = v.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
-    return v.device.type == "cpu" and short and (q.requires_grad or v.requires_grad)
+    out = F.scaled_dot_product_attention(q, k, v, added, dropout, flag, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
+    return out, None
 
 
 class KVCache:

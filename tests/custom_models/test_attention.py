@@ -229,29 +229,3 @@ def test_it_runs_as_a_program(capsys):
     main()
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[3:]}
     assert rows["it"][1] == "93" and rows["the"] == ["100", *"......"]
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_training_in_16_bits_on_a_cpu_attends_in_32(monkeypatch, autocast):
-    computed_in = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q, *args, **kwargs):
-        computed_in.append((q.dtype, torch.is_autocast_enabled("cpu")))
-        return sdpa(q, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    torch.manual_seed(0)
-    layer = MultiHeadAttention(16, 2)
-    x, bias = torch.randn(2, 5, 16), torch.randn(2, 5, 5)
-    expected, _ = layer(x, causal=True, bias=bias)
-    layer = layer if autocast else layer.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, _ = layer(x if autocast else x.bfloat16(), causal=True, bias=bias)
-        found.float().sum().backward()
-        with torch.no_grad():
-            layer(x if autocast else x.bfloat16(), causal=True)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
-    # what is not trained stays as it is
-    assert computed_in == [(torch.float32, False), (torch.float32, False), (torch.bfloat16, autocast)]
