@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from custom_models.flash_attention import check_shapes, flash_attention
 from custom_models.layers import RMSNorm
-from custom_models.positions import apply_rope
+from custom_models.rope import apply_rope
 from workflows.errors import UserError, report_all
 
 Backend = Literal["naive", "sdpa", "flash", "triton"]
@@ -318,7 +318,7 @@ class MultiHeadAttention(nn.Module):
             key_lengths: How many tokens of each attended text are real, (B,).
             mask: A further mask, True where a token may attend; it broadcasts to (B, n_head, T, Tk).
             bias: Added to the scores (T5's, ALiBi); it broadcasts to (B, n_head, T, Tk).
-            rope: cos and sin for the positions of x, from `positions.rope_table`: (T, head_size) or (B, T, head_size).
+            rope: cos and sin for the positions of x, from `rope.rope_table`: (T, head_size) or (B, T, head_size).
             cache: This layer's cache. Self-attention appends to it. Cross-attention fills it at the first call and
                 reads it at later ones, which then need not compute the context's keys again.
             return_weights: Whether to return the weights, too; this takes the naive road.

@@ -22,7 +22,7 @@ from custom_models.attention import Backend, KVCache
 from custom_models.latent_attention import LatentAttention
 from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
 from custom_models.mixture_of_experts import ExpertsConfig, MixtureOfExperts
-from custom_models.positions import RopeScaling, rope_table, yarn_mscale
+from custom_models.rope import RopeScaling, rope_table, yarn_mscale
 from workflows.errors import report_all, run_file
 
 
@@ -44,7 +44,7 @@ class DeepSeekConfig:
         rope_size: How many RoPE turns.
         value_size: Of a head's value.
         max_length: The longest text, in tokens.
-        rope_base: See `positions.rope_frequencies`.
+        rope_base: See `rope.rope_frequencies`.
         rope_scaling: How RoPE is stretched to max_length; None for not at all.
         rope_neighbours: Whether RoPE's pairs are neighbours, as in DeepSeek's checkpoints.
         norm_eps: Added to mean squares.

@@ -3,20 +3,24 @@
 Matrices are stored as ours are, so only the names differ; here are the tables. Layers beyond the decoder's own are
 those of multi-token prediction, and are read, too. DeepSeek's original files have 8-bit weights with a scale for each
 block, which this does not read: take a checkpoint in 16 bits.
+
+Run it: python -m custom_models.deepseek_checkpoint
 """
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
 from custom_models.mixture_of_experts import ExpertsConfig
 from custom_models.multi_token_prediction import MultiTokenPrediction
-from custom_models.positions import RopeScaling
-from custom_models.weights import fill, read_hf
-from workflows.errors import UserError, report_all
+from custom_models.rope import RopeScaling
+from custom_models.weights import fill, quiet_transformers, read_hf, reference, tell_difference
+from workflows.errors import UserError, report_all, run_file
 from workflows.files import read_json
 
 _OUTSIDE = {"model.embed_tokens": "tokens", "model.norm": "norm", "lm_head": "head"}
@@ -169,3 +173,44 @@ def load_deepseek(directory: Path) -> tuple[DeepSeek, MultiTokenPrediction | Non
     prediction = MultiTokenPrediction(shape, 1 + max(int(name.split(".")[1]) for name in predicted))
     fill(prediction, predicted, str(directory))
     return model, prediction
+
+
+def main(checkpoint_dir: Path | None = None) -> None:
+    """Print the weights of a layer of experts under our names, and how far our logits are from transformers'.
+
+    Args:
+        checkpoint_dir: A folder of Hugging Face's; a small DeepSeek-V3 with random weights, which transformers makes
+            and writes, if null.
+
+    Raises:
+        UserError: If the checkpoint cannot be read.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    quiet_transformers()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = checkpoint_dir or Path(folder)
+        if checkpoint_dir is None:
+            torch.manual_seed(0)
+            DeepseekV3ForCausalLM(DeepseekV3Config(
+                vocab_size=500, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
+                first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_group=2,
+                topk_group=1, num_experts_per_tok=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
+                qk_rope_head_dim=8, v_head_dim=16, max_position_embeddings=128,
+            )).save_pretrained(directory)  # fmt: skip
+        ours, prediction = load_deepseek(directory)
+        theirs = reference(DeepseekV3ForCausalLM, directory)
+        stored = read_hf(directory)
+    layer = f"model.layers.{ours.config.n_dense}."
+    for name, tensor in stored.items():
+        if name.startswith(layer) and not re.search(r"experts\.[1-9]", name):
+            (our_name,) = our_names({name: tensor}, ours.config.n_layer)[0]
+            print(f"{name:<55} {our_name:<40} {tuple(tensor.shape)}")
+    print(f"layers of multi-token prediction: {0 if prediction is None else len(prediction.depths)}")
+    ids = torch.randint(ours.config.vocab_size, (2, 32))  # (B, T)
+    with torch.no_grad():
+        tell_difference("logits", ours.eval()(ids), theirs(ids).logits)
+
+
+if __name__ == "__main__":
+    run_file(main)

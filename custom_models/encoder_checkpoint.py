@@ -2,6 +2,8 @@
 
 The three name the same matrices differently; here are the tables. A checkpoint of our own is a folder with
 `config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
+
+Run it: python -m custom_models.encoder_checkpoint --encoder minilm
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.encoder import Encoder, EncoderConfig
-from custom_models.weights import fill, read_hf, save_weights
-from workflows.errors import UserError
+from custom_models.weights import fill, read_hf, reference, save_weights, tell_difference
+from workflows.errors import UserError, run_file
 from workflows.files import atomic_dir, read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 from workflows.wheels import MINILM, open_wheel
@@ -298,3 +301,32 @@ def tokenizer_of(directory: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def main(encoder: str = "minilm", text: str = "An abnormality of the liver.") -> None:
+    """Print what a checkpoint of Hugging Face's holds, and how far our hidden states are from transformers'.
+
+    Args:
+        encoder: "minilm", the folder of a BERT, RoBERTa or DistilBERT, or its id on the Hub.
+        text: What both read.
+
+    Raises:
+        UserError: If the checkpoint cannot be had or read.
+    """
+    from transformers import AutoModel
+
+    directory = encoder_directory(encoder)
+    ours, heads = load_hf(directory)
+    shown = ("width", "n_layer", "n_head", "inner_width", "n_position", "vocab_size")
+    print(", ".join(f"{name} {getattr(ours.config, name):,}" for name in shown))
+    print(
+        f"{len(ours.state_dict())} tensors are the encoder's, {len(heads)} are left to heads: {', '.join(heads) or '-'}"
+    )
+    ids = torch.tensor([tokenizer_of(directory).encode(text).ids])  # (1, T)
+    with torch.no_grad():
+        theirs = reference(AutoModel, directory)(ids).last_hidden_state  # (1, T, width)
+        tell_difference("hidden states", ours.eval()(ids).last, theirs)
+
+
+if __name__ == "__main__":
+    run_file(main)

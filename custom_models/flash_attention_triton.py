@@ -16,6 +16,7 @@ Run it: TRITON_INTERPRET=1 python -m custom_models.flash_attention_triton
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -224,7 +225,8 @@ class FlashAttentionTriton(torch.autograd.Function):
         sizes = constants(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype)
         grid = (triton.cdiv(longest[0], sizes["BLOCK_Q"]), q.shape[1], len(sequences))
         if min(grid) > 0:
-            _forward[grid](q, k, v, out, lse, sequences, len(q), scale, **sizes)
+            with _on_device_of(q):
+                _forward[grid](q, k, v, out, lse, sequences, len(q), scale, **sizes)
         ctx.save_for_backward(q, k, v, out, lse, sequences)
         ctx.settings = (longest, scale, sizes)
         return out
@@ -241,8 +243,9 @@ class FlashAttentionTriton(torch.autograd.Function):
         over_q = (triton.cdiv(longest[0], sizes["BLOCK_Q"]), q.shape[1], len(sequences))
         over_k = (triton.cdiv(longest[1], sizes["BLOCK_K"]), k.shape[1], len(sequences))
         if min(*over_q, *over_k) > 0:
-            _backward_q[over_q](q, k, v, dout, lse, d, dq, sequences, len(q), scale, **sizes)
-            _backward_kv[over_k](q, k, v, dout, lse, d, dk, dv, sequences, len(q), scale, **sizes)
+            with _on_device_of(q):
+                _backward_q[over_q](q, k, v, dout, lse, d, dq, sequences, len(q), scale, **sizes)
+                _backward_kv[over_k](q, k, v, dout, lse, d, dk, dv, sequences, len(q), scale, **sizes)
         return dq, dk, dv, None, None, None, None
 
 
@@ -323,6 +326,11 @@ def _run(
     numbers = sequences.to(device=q.device, dtype=torch.int32)  # (B, 5)
     out: Tensor = FlashAttentionTriton.apply(q, k, v, numbers, longest, causal, scale)
     return out  # (total_q, n_head, head_size)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton starts kernels on the current GPU, whichever one their tensors are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def main() -> None:

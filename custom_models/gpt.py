@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
 from custom_models.layers import GatedFeedForward, RMSNorm
-from custom_models.positions import LearnedPositions, rope_table
+from custom_models.positions import LearnedPositions
+from custom_models.rope import rope_table
 from workflows.errors import UserError, report_all, run_file
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +57,7 @@ class GPTConfig:
         n_kv_head: Key and value heads (grouped-query attention); as many as queries if None.
         inner_width: Of the feed-forward layer; if None 4 widths, or with a gate 8/3, which has as many parameters.
         positions: "learned" or "rope".
-        rope_base: See `positions.rope_frequencies`.
+        rope_base: See `rope.rope_frequencies`.
         norm: "layer" or "rms".
         norm_eps: Added to variances.
         feed_forward: "gelu", "relu2" or "swiglu".

@@ -5,22 +5,26 @@ whose query, key and value matrices are one. So a matrix is transposed on its wa
 
 A checkpoint of our own is a folder with `config.json` (the fields of `GPTConfig`), `model.safetensors`, and the
 tokenizer: `characters.json` or `tokenizer.json`.
+
+Run it: python -m custom_models.gpt_checkpoint
 """
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from custom_models.gpt import GPT, GPTConfig
 from custom_models.tokenization import tokenizer_json
 from custom_models.tokenization.bpe import ByteBPE
 from custom_models.tokenization.characters import CharacterTokenizer
-from custom_models.weights import fill, read_hf, save_weights
-from workflows.errors import UserError
+from custom_models.weights import fill, quiet_transformers, read_hf, reference, save_weights, tell_difference
+from workflows.errors import UserError, run_file
 from workflows.files import atomic_dir, read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 
@@ -230,3 +234,38 @@ def check_vocabulary(tokens: int, vocab_size: int, place: str) -> None:
             f"The tokenizer in {place} has {tokens:,} tokens, and the model knows {vocab_size:,}: they do not belong "
             "together. Take the tokenizer that the model was trained with."
         )
+
+
+def main(checkpoint: str | None = None) -> None:
+    """Print how a layer of GPT-2 looks under our names, and how far our logits are from transformers'.
+
+    Args:
+        checkpoint: The folder of a GPT-2 of Hugging Face's, or its id on the Hub, such as openai-community/gpt2; a
+            small one with random weights, which transformers makes and writes, if null.
+
+    Raises:
+        UserError: If the checkpoint cannot be had or read.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    quiet_transformers()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        if checkpoint is None:
+            torch.manual_seed(0)
+            GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=4)).save_pretrained(directory)
+        else:
+            directory = Path(checkpoint) if Path(checkpoint).is_dir() else fetch_from_hub(checkpoint)
+        ours, theirs = load_hf(directory).eval(), reference(GPT2LMHeadModel, directory)
+    for name, tensor in theirs.state_dict().items():
+        if name.startswith("transformer.h.0.") and tensor.dim() == 2:
+            found = from_hf_names({name: tensor}, tied_head=True)
+            print(f"{name} {tuple(tensor.shape)}")
+            print("".join(f"  -> {our_name} {tuple(part.shape)}\n" for our_name, part in found.items()), end="")
+    ids = torch.randint(ours.config.vocab_size, (2, 32))  # (B, T)
+    with torch.no_grad():
+        tell_difference("logits", ours(ids), theirs(ids).logits)
+
+
+if __name__ == "__main__":
+    run_file(main)

@@ -25,16 +25,20 @@ themselves. A turn between the two matrices, which is another one for each dista
 behind the sum of equation 10 in the same way. This is the absorbed form: multi-query attention, whose one head has
 [c^KV; k^R] for keys and c^KV for values. It multiplies more for each score (kv_rank + rope_size numbers, not
 nope_size + rope_size), but has nothing to make from the cache, so it wins when few new tokens meet many old ones.
+
+Run it: python -m custom_models.latent_attention
 """
 
 import math
+import time
 
 import torch
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, attend
 from custom_models.layers import RMSNorm
-from custom_models.positions import apply_rope
+from custom_models.rope import apply_rope, rope_table
+from workflows.errors import run_file
 
 
 class LatentAttention(nn.Module):
@@ -96,7 +100,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x: Tokens, (B, T, width); with a cache only the new ones.
-            rope: cos and sin for the positions of x, (T, rope_size) each, from `positions.rope_table`.
+            rope: cos and sin for the positions of x, (T, rope_size) each, from `rope.rope_table`.
             cache: Of the earlier tokens; the new ones are added to it.
             absorb: Whether to take the absorbed form. Both give the same.
 
@@ -157,3 +161,34 @@ class LatentAttention(nn.Module):
         k = torch.cat([latent, k_rope], dim=-1)  # (B, 1, Tk, kv_rank + rope_size): one head for all
         out, _ = attend(q, k, latent, backend=self.backend, causal=True, scale=self.scale)  # (B, n_head, T, kv_rank)
         return out @ v_up.mT  # (B, n_head, T, value_size)
+
+
+def main(cached: int = 2048) -> None:
+    """Let one new token meet a cache in both forms: how far they differ, and what each takes.
+
+    Args:
+        cached: Tokens in the cache.
+    """
+    torch.manual_seed(0)
+    width, n_head = 1024, 16
+    layer = LatentAttention(width, n_head, q_rank=384, kv_rank=256, nope_size=64, rope_size=32, value_size=64).eval()
+    old, new = torch.randn(1, cached, width), torch.randn(1, 1, width)  # (B, T, width)
+    rope, last = rope_table(torch.arange(cached), 32), rope_table(torch.tensor([cached]), 32)  # (T, rope_size) twice
+    found = {}
+    with torch.no_grad():
+        for form in ("plain", "absorbed"):
+            cache = layer.new_cache(1, cached + 10)
+            layer(old, rope, cache)
+            found[form] = layer(new, last, cache, absorb=form == "absorbed")  # (1, 1, width)
+            began = time.perf_counter()
+            for _ in range(5):
+                layer(new, last, cache, absorb=form == "absorbed")
+            print(f"{form:<9} {(time.perf_counter() - began) / 5 * 1e3:8.2f} ms a new token beside {cached:,} old ones")
+    difference = float((found["plain"] - found["absorbed"]).abs().max())
+    print(f"largest difference {difference:.1e}")
+    ours, heads = layer.kv_rank + layer.rope_size, 2 * n_head * layer.value_size
+    print(f"the cache keeps {ours} numbers a token; all {n_head} heads' keys and values would be {heads:,}")
+
+
+if __name__ == "__main__":
+    run_file(main)

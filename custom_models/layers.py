@@ -2,6 +2,8 @@
 
 Llama, DeepSeek, T5 v1.1 and the modern GPT of this folder are made of these two. Beside them stands the question that
 every model asks of what it is given: whether its tokens are tokens at all.
+
+Run it: python -m custom_models.layers
 """
 
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -81,3 +83,26 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
             f"Token ids must be from 0 to {vocab_size - 1}, and these go from {int(ids.min())} to {int(ids.max())}. "
             "Does the tokenizer belong to this model?"
         )
+
+
+def main(width: int = 512) -> None:
+    """Show what the two norms do to the same vectors, and that a gate costs no parameters.
+
+    Args:
+        width: Of the vectors.
+    """
+    torch.manual_seed(0)
+    norms = {"layer norm": nn.LayerNorm(width), "RMSNorm": RMSNorm(width)}
+    print(f"{'vectors':<28}" + "".join(f"{f'{name}: mean':>18}{'root of squares':>18}" for name in norms))
+    for title, x in {"mean 0, size 1": torch.randn(width), "ten times as large": 10 * torch.randn(width),
+                     "moved by 3": torch.randn(width) + 3}.items():  # fmt: skip
+        normed = [norm(x) for norm in norms.values()]  # (width,) each
+        print(f"{title:<28}" + "".join(f"{y.mean():>18.2f}{y.square().mean().sqrt():>18.2f}" for y in normed))
+    plain = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False))
+    layers = {"two matrices, 4 widths": plain, "gated, 8/3 widths": GatedFeedForward(width, 8 * width // 3)}
+    for title, layer in layers.items():
+        print(f"{title:<28}{sum(p.numel() for p in layer.parameters()):>18,} parameters")
+
+
+if __name__ == "__main__":
+    run_file(main)

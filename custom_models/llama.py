@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
 from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
-from custom_models.positions import RopeScaling, rope_table
+from custom_models.rope import RopeScaling, rope_table
 from workflows.errors import UserError, report_all, run_file
 
 

@@ -12,6 +12,8 @@ A weight is read where it is needed and not before, straight into its place, so 
     layers.N.attention.v   model.layers.N.self_attn.v_proj             k of all groups, v of all groups]
     ...                    ...                                        ...
     =====================  =========================================  ================================
+
+Run it: python -m custom_models.llama_checkpoint
 """
 
 import shutil
@@ -26,11 +28,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from custom_models.llama import Llama, LlamaConfig
-from custom_models.positions import RopeScaling
-from custom_models.weights import check_fit, shapes_of
+from custom_models.rope import RopeScaling
+from custom_models.weights import check_fit, reference, shapes_of, tell_difference
 from workflows.checkpoint import SIZES, WEIGHTS, load_config, load_weights
 from workflows.conversion import LazyTensor
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, report_all, run_file
 from workflows.files import atomic_dir, read_json, write_json
 from workflows.hf_reader import lazy_tensors
 
@@ -351,3 +353,37 @@ def smollm2_directory() -> Path:
 
         setup()
     return SMOLLM2_DIRECTORY
+
+
+def main(checkpoint_dir: Path | None = None) -> None:
+    """Print the first layer's weights under our names, and how far our logits are from the reference's.
+
+    Args:
+        checkpoint_dir: A Llama in Hugging Face's or LitGPT's form; the embedded SmolLM2-135M-Instruct if null.
+
+    Raises:
+        UserError: If the checkpoint cannot be read.
+    """
+    directory = checkpoint_dir or smollm2_directory()
+    model = load_llama(directory).eval()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("layers.") or name.startswith("layers.0."):
+            print(f"{name:<36}{tuple(tensor.shape)}")
+    print(
+        f"and {model.config.n_layer - 1} layers more; the head is {'the embedding' if model.config.tied else 'its own'}"
+    )
+    ids = torch.randint(model.config.vocab_size, (1, 32))  # (1, T)
+    with torch.no_grad():
+        if (directory / "model_config.yaml").is_file():
+            from workflows.training.model import load_model
+
+            theirs = load_model(directory)(ids)  # (1, T, vocab_size)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            theirs = reference(AutoModelForCausalLM, directory)(ids).logits
+        tell_difference("logits", model(ids), theirs)
+
+
+if __name__ == "__main__":
+    run_file(main)

@@ -5,6 +5,7 @@ How a family's tensors are called stands in that family's `*_checkpoint.py`; thi
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -71,3 +72,28 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"The weights in {place} do not fit the model: it {'; '.join(problems[:3])}{more}.")
+
+
+def reference(kind: Any, directory: Path) -> Any:
+    """A model of transformers' to compare with, in float32.
+
+    Args:
+        kind: A class of transformers' that has `from_pretrained`.
+        directory: The checkpoint.
+    """
+    quiet_transformers()
+    return kind.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def quiet_transformers() -> None:
+    """Leave out the bars and reports of loading and saving, which are longer than what the command lines print."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def tell_difference(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Print how far numbers of our model are from those of the reference, for the command lines of the readers."""
+    print(f"{what} {tuple(ours.shape)}: differ from the reference by at most {float((ours - theirs).abs().max()):.1e}, "
+          f"of sizes up to {float(theirs.abs().max()):.1f}")  # fmt: skip

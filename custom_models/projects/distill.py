@@ -93,7 +93,7 @@ def setup(
     data: Path = Path("data/movie_snippets"),
     out_dir: Path = Path("out/distill"),
     weights: Weights = Weights(),
-    fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-4, max_epochs=6, patience=3),
+    fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-4, max_epochs=4, patience=2, precision=None),
     seeds: list[int] | None = None,
     max_rows: int | None = None,
 ) -> None:

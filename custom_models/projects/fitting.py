@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from workflows.training.processes import Accelerator, choose_accelerator, default_precision
+
 
 @dataclass
 class FitArgs:
@@ -33,10 +35,10 @@ class FitArgs:
     """So many epochs that are no better than the best one end the training."""
     ema_decay: float = 0.0
     """Above 0, validate and keep a moving average of the weights: so much of it stays in each step."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Accelerator = "auto"
     """What computes."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """What it computes in; "bf16-mixed" is faster where the processor knows bfloat16."""
+    precision: Literal["32-true", "bf16-mixed"] | None = "32-true"
+    """What it computes in; null: "bf16-mixed", which is faster, where the processor or the GPU knows bfloat16."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with them, as messages."""
@@ -66,6 +68,12 @@ class FitArgs:
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fast_precision(accelerator: Accelerator) -> Literal["32-true", "bf16-mixed"]:
+    """bfloat16 beside float32 weights where the device multiplies in it, else float32."""
+    fast = default_precision(on_gpu=choose_accelerator(accelerator) == "cuda") != "32-true"
+    return "bf16-mixed" if fast else "32-true"
 
 
 class _History(Callback):
@@ -112,7 +120,7 @@ def fit_best(
         gradient_clip_val=fit.max_norm,
         accelerator=fit.accelerator,
         devices=1,
-        precision=fit.precision,
+        precision=fit.precision or fast_precision(fit.accelerator),
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from custom_models.generation import Generated, generate
 from custom_models.gpt import GPT, GPTConfig, count_parameters, modern
 from custom_models.gpt_checkpoint import Tokenizer, load_gpt, save_gpt
+from custom_models.projects.fitting import fast_precision
 from custom_models.projects.gpt_data import Kind, TokenData, TokenFiles, read_corpus, token_files
 from custom_models.projects.gpt_training import GPTFit, GPTTask
 from custom_models.tokenization.bpe import SpecialBPE
@@ -156,7 +157,7 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        precision=fit.precision,
+        precision=fit.precision or fast_precision(accelerator),
         gradient_clip_val=fit.max_norm,
         accumulate_grad_batches=fit.accumulate,
         val_check_interval=fit.eval_interval * fit.accumulate,

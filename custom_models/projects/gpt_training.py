@@ -64,8 +64,8 @@ class GPTFit:
     """Steps between rows of the logs."""
     compile: bool = False
     """Let torch.compile fuse the model's operations: minutes of compiling that pay for long runs."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """What it computes in; "bf16-mixed" is faster where the processor knows bfloat16."""
+    precision: Literal["32-true", "bf16-mixed"] | None = "32-true"
+    """What it computes in; null: "bf16-mixed" where the processor or the GPU knows bfloat16."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with them, as messages."""

@@ -2,8 +2,7 @@
 
 * `--style roberta`: texts one after the other, whole sentences of them in each piece, masks drawn anew each time.
 * `--style bert`: two sentences of a text, half of the time the second one from another text; whether it follows is
-asked,
-  too (next-sentence prediction).
+  asked, too (next-sentence prediction).
 
 What the model says of held-out texts stands beside the simplest guess, the commonest token.
 """
@@ -12,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.shape import Shape
 from custom_models.projects.vocabulary import END, MASK, PAD, START, learn_vocabulary
 from custom_models.tokenization.words import sentences
-from workflows.checkpoint import metric, share_metric, write_metrics
+from workflows.checkpoint import metric, share_metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
@@ -197,7 +196,7 @@ def setup(
     file: Path | None = None,
     style: Style = "roberta",
     out_dir: Path = Path("out/pretrain"),
-    shape: Shape = Shape(vocab_size=4000, inner_width=512, n_position=64, dropout=0.1),
+    shape: Shape = Shape(vocab_size=4000, n_layer=2, inner_width=512, n_position=64, dropout=0.1),
     fit: FitArgs = FitArgs(batch_size=64, learning_rate=1e-3, max_epochs=8, patience=2),
     validation_size: int = 500,
     seed: int = 1,
@@ -219,7 +218,9 @@ def setup(
         UserError: If an argument or the file is not usable.
     """
     began = step_began()
-    report_all(fit.problems() + ([] if shape.n_position >= 8 else ["--shape.n_position must be at least 8."]))
+    problems = fit.problems() + ([] if shape.n_position >= 8 else ["--shape.n_position must be at least 8."])
+    problems += [] if max_texts is None or max_texts >= 2 else [f"--max_texts must be at least 2, not {max_texts}."]
+    report_all(problems)
     L.seed_everything(seed, verbose=False)
     lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]
     random.Random(seed).shuffle(lines)
@@ -260,7 +261,11 @@ def setup(
     if style == "bert":
         told.append(share_metric("next_sentence_accuracy", best["val_next_sentence_accuracy"], len(validation.pairs)))
     write_metrics(out_dir / "metrics.json", [{**row, "split": "validation"} for row in told],
-                  seconds=seconds_of_step(began), peak_bytes=peak.bytes, hardware=hardware())  # fmt: skip
+                  seconds=seconds_of_step(began), peak_bytes=peak.bytes,
+                  data="definitions" if file is None else str(file),
+                  settings={"style": style, "shape": asdict(shape), "fit": asdict(fit), "seed": seed,
+                            "validation_size": validation_size, "max_texts": max_texts},
+                  hardware=hardware(), versions=versions())  # fmt: skip
     print(f"\nheld-out masks filled right: {best['val_masked_accuracy']:.1%}; always the commonest token {common:.1%}")
     if style == "bert":
         print(f"whether a sentence follows: right {best['val_next_sentence_accuracy']:.1%} of the time")

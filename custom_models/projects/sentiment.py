@@ -45,7 +45,7 @@ def setup(
     shape: Shape = Shape(),
     hidden_tokens: float = 0.5,
     mixup: float = 1.0,
-    fit: FitArgs = FitArgs(weight_decay=0.05, max_epochs=12, patience=12),
+    fit: FitArgs = FitArgs(weight_decay=0.05, max_epochs=12, patience=12, ema_decay=0.998),
     seeds: list[int] | None = None,
     max_rows: int | None = None,
 ) -> None:

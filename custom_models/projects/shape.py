@@ -14,7 +14,7 @@ class Shape:
     """Tokens of its vocabulary."""
     width: int = 128
     """Of the tokens' vectors."""
-    n_layer: int = 2
+    n_layer: int = 1
     """Layers."""
     n_head: int = 4
     """Attention heads."""

@@ -18,7 +18,8 @@ from custom_models.attention import (
     padding_mask,
     scaled_dot_product_attention,
 )
-from custom_models.positions import RelativePositionBias, alibi_bias, rope_table
+from custom_models.positions import RelativePositionBias, alibi_bias
+from custom_models.rope import rope_table
 from workflows.errors import UserError
 
 BACKENDS = ("naive", "sdpa", "flash")

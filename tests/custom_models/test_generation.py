@@ -13,7 +13,7 @@ from custom_models.generation import generate
 from custom_models.gpt import GPT, GPTConfig, modern
 from custom_models.llama import Llama, LlamaConfig
 from custom_models.mixture_of_experts import ExpertsConfig
-from custom_models.positions import RopeScaling
+from custom_models.rope import RopeScaling
 from workflows.errors import UserError
 
 VOCABULARY, LONGEST = 60, 48

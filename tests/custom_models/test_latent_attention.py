@@ -1,12 +1,13 @@
 """Latent attention is the paper's equations; the absorbed form and the cache change nothing but the cost."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from custom_models.latent_attention import LatentAttention
-from custom_models.positions import rope_table
+from custom_models.latent_attention import LatentAttention, main
+from custom_models.rope import rope_table
 from workflows.errors import UserError
 
 SIZES = {"width": 20, "n_head": 3, "kv_rank": 10, "nope_size": 6, "rope_size": 4, "value_size": 5}
@@ -127,3 +128,10 @@ def test_what_does_not_fit_is_told():
         attention(x, rope, attention.new_cache(3, 7))
     with pytest.raises(UserError, match="RoPE table is for 5 tokens"):
         attention(x, rope_table(torch.arange(5), 4))
+
+
+def test_it_runs_as_a_program(capsys):
+    main(cached=64)
+    out = capsys.readouterr().out
+    assert float(re.search(r"largest difference (\S+)", out)[1]) < 1e-5
+    assert "the cache keeps 288 numbers a token; all 16 heads' keys and values would be 2,048" in out

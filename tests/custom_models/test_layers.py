@@ -7,7 +7,7 @@ from transformers import LlamaConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from custom_models.layers import GatedFeedForward, RMSNorm
+from custom_models.layers import GatedFeedForward, RMSNorm, main
 from workflows.errors import UserError
 
 WIDTH, INNER = 24, 40
@@ -90,3 +90,10 @@ def test_gelu_and_its_approximation_are_not_the_same():
 def test_an_unknown_gate_is_refused():
     with pytest.raises(UserError, match="no gate 'relu'; there are silu, gelu_tanh, gelu"):
         GatedFeedForward(WIDTH, INNER, "relu")
+
+
+def test_it_runs_as_a_program(capsys):
+    main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["moved", "by", "3", "0.00", "1.00", "0.95", "1.00"] in rows  # RMSNorm leaves a mean, layer norm does not
+    assert [row[-2] for row in rows[-2:]] == ["2,097,152", "2,096,640"]

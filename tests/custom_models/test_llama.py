@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from custom_models.generation import generate
 from custom_models.llama import Llama, LlamaConfig, main
 from custom_models.llama_checkpoint import SMOLLM2_DIRECTORY, load_llama
-from custom_models.positions import RopeScaling
+from custom_models.rope import RopeScaling
 from tests.conftest import convert, make_llama, make_qwen2
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import load_config, load_weights

@@ -131,7 +131,9 @@ def compiled(dtype, head_size, capability=80):
 
 def run():
     if "compile" in sys.argv:
-        found = {str(dtype): compiled(dtype, 64) for dtype in (torch.bfloat16, torch.float32)}
+        found = {f"{dtype}, {size}": compiled(dtype, size)
+                 for size, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16),
+                                     (64, torch.float32), (256, torch.float32))}  # fmt: skip
     else:
         found = {name: dense(*case, torch.float16 if name == "float16" else torch.float32)
                  for name, case in DENSE.items()}  # fmt: skip

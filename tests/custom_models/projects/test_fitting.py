@@ -1,0 +1,36 @@
+"""What the projects' trainings share, and that a project without its recipe is the recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from custom_models.projects import distill, pretrain, sentiment
+from custom_models.projects.fitting import FitArgs, fast_precision
+
+RECIPES = Path("custom_models/recipes")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setup"),
+    [("sentiment-scratch", sentiment.setup), ("distill", distill.setup), ("pretrain", pretrain.setup)],
+)
+def test_the_defaults_of_the_command_line_are_the_recipes(recipe, setup):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(setup)
+    assert parser.parse_path(str(RECIPES / f"{recipe}.yaml")).as_dict() == parser.get_defaults().as_dict()
+
+
+@pytest.mark.parametrize(("knows", "wanted"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_is_what_the_processor_is_fast_in(knows, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: knows)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fast_precision("cpu") == wanted
+
+
+def test_everything_wrong_with_the_settings_is_told_at_once():
+    told = FitArgs(batch_size=0, learning_rate=float("nan"), warmup=1.0, ema_decay=-0.1, weight_decay=-1).problems()
+    assert [line.split()[0] for line in told] == [
+        "--fit.batch_size", "--fit.learning_rate", "--fit.ema_decay", "--fit.warmup", "--fit.weight_decay"
+    ]  # fmt: skip
