@@ -36,6 +36,8 @@ STEPS, WARMUP, RATE, LEAST_RATE = 2000, 100, 1e-3, 1e-4
 RECIPE = Path("custom_models/recipes/gpt-shakespeare-small.yaml")
 SHORT_STEPS = 180
 """Of ours on the way to nanoGPT's loss; the recipe's own number is for equal time."""
+DOCUMENTED_LOSS = 1.886
+"""What nanoGPT's setting ends near, by its own measure, 20 random batches; here it is the whole validation split."""
 LEAST_RATIO, MOST_LOSS = 3.0, 1.70
 SEED = 1337
 
@@ -230,15 +232,14 @@ def validation_loss(model: nn.Module, files: TokenFiles, context: int) -> float:
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The report: rates are trainings an hour to the loss that nanogpt ended with in the same round."""
+    """The report: rates are trainings an hour to nanogpt's loss, that of the same round or 1.886 if that is lower."""
     for nano, ours, longer in zip(*(runs[name] for name in ("nanogpt", "ours", "ours_equal_time")), strict=True):
         if max(ours["parameters"], longer["parameters"]) > nano["parameters"]:
             raise UserError(f"Ours has {ours['parameters']:,} parameters, more than nanoGPT's {nano['parameters']:,}.")
-        there = [seconds for _, seconds, loss in ours["curve"] if loss <= nano["loss"]]
+        wanted = min(nano["loss"], DOCUMENTED_LOSS)
+        there = [seconds for _, seconds, loss in ours["curve"] if loss <= wanted]
         if not there:
-            raise UserError(
-                f"Ours ended at {ours['loss']:.4f}, above nanoGPT's {nano['loss']:.4f}: more --short_steps."
-            )
+            raise UserError(f"Ours ended at {ours['loss']:.4f}, above nanoGPT's {wanted:.4f}: more --short_steps.")
         ours["seconds_there"] = there[0]
         nano["rate"], ours["rate"] = 3600 / nano["seconds"], 3600 / ours["seconds_there"]
         longer["loss_in_time"] = [loss for _, seconds, loss in longer["curve"] if seconds <= nano["seconds"]][-1]
@@ -261,7 +262,7 @@ def show(reported: dict[str, Any]) -> None:
     """Print what the table of rates does not say."""
     seconds, equal = reported["seconds"], reported["equal_time"]
     print(f"  nanogpt ends at {reported['losses']['nanogpt']:.4f} after {seconds['nanogpt']['median']:.1f} s; ours is "
-          f"there after {seconds['ours']['median']:.1f} s")  # fmt: skip
+          f"at that, and at {DOCUMENTED_LOSS}, after {seconds['ours']['median']:.1f} s")  # fmt: skip
     print(f"  in no more time than nanogpt's, ours gets to {equal['loss']['median']:.4f} "
           f"({equal['seconds']['median']:.1f} s)")  # fmt: skip
 
