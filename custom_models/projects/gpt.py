@@ -121,7 +121,7 @@ def setup(
     _report(out_dir, files, task.model, loss, began, peak.bytes, learned / max(seconds, 1e-9))
     for file in (out_dir / CHECKPOINTS).glob("step-*.ckpt"):
         file.unlink()
-    wrote = write(task.model, files.tokenizer, "", min(200, config.context - 1), temperature=0.8, seed=seed)
+    wrote = write(task.model, files.tokenizer, "", temperature=0.8, seed=seed)
     tell(f"\n{wrote[0]}\n\n{out_dir}/final, metrics.json, logs")
 
 
@@ -245,7 +245,7 @@ def _report(
 def sample(
     checkpoint_dir: str = "out/gpt/final",
     prompt: str = "",
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -257,7 +257,8 @@ def sample(
     Args:
         checkpoint_dir: A folder from `make gpt`, a Hugging Face folder of a GPT-2, or its id on the Hub.
         prompt: What to write on from; the beginning of a text if empty.
-        max_new_tokens: At most so many tokens; it ends before where the model ends the text.
+        max_new_tokens: At most so many tokens, as many as the model can read if null; it ends before where the model
+            ends the text.
         temperature: 0 takes the likeliest token each time.
         top_k: Draw among the k likeliest tokens only.
         top_p: Draw among the fewest tokens whose probabilities reach this sum.
@@ -274,14 +275,16 @@ def sample(
           f"{'with' if use_cache else 'without'} the KV cache")  # fmt: skip
 
 
-def write(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **settings: Any) -> tuple[str, Generated]:
+def write(
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None, **settings: Any
+) -> tuple[str, Generated]:
     """Write on from a prompt until the model ends the text.
 
     Args:
         model: In evaluation mode.
         tokenizer: Its own.
         prompt: May be empty: then a text begins.
-        max_new_tokens: At most so many.
+        max_new_tokens: At most so many; as many as the model can read beside the prompt if None.
         **settings: Of `generation.generate`.
 
     Returns:
@@ -290,8 +293,9 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **
     ends = [tokenizer.special_tokens[END_OF_TEXT]] if isinstance(tokenizer, SpecialBPE) else []
     # A text begins where another has ended: after the token for that, or, of characters, after a line's end.
     ids = tokenizer.encode(prompt) or ends or [_line_end(tokenizer)]
+    most = max(1, model.max_length - len(ids)) if max_new_tokens is None else max_new_tokens
     device = next(model.parameters()).device
-    made = generate(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids=ends, **settings)
+    made = generate(model, torch.tensor([ids], device=device), most, stop_ids=ends, **settings)
     return tokenizer.decode([token for token in made.ids[0] if token not in ends]), made
 
 

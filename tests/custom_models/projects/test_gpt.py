@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,11 @@ def test_it_learns_and_writes_on(text, tmp_path, capsys, tokenizer):
     assert "tokens/s without the KV cache" in said[1]
     gpt.sample(str(tmp_path / "final"), max_new_tokens=4, temperature=0.0)  # without a prompt a text begins
     assert capsys.readouterr().out.startswith("the" if tokenizer == "characters" else "")
+    gpt.sample(str(tmp_path / "final"), "the red", seed=1)  # as far as the model can read
+    length = 16 - len(load_gpt(tmp_path / "final")[1].encode("the red"))
+    assert int(re.search(r"(\d+) tokens, ", capsys.readouterr().out)[1]) <= length
+    with pytest.raises(UserError, match=r"and 1 new ones are more than the 16 .* Shorten the prompt"):
+        gpt.sample(str(tmp_path / "final"), "the red sun is up" * 9)
     with pytest.raises(UserError, match="more than the 16"):
         gpt.sample(**{**asked, "max_new_tokens": 17})
     if tokenizer == "characters":
