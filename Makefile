@@ -225,7 +225,7 @@ out/$(RECIPE)/final/config.json: | $(INSTALLED)
 	@$(MAKE) --no-print-directory $(if $(filter gpt-dpo,$(RECIPE)),gpt-dpo,gpt) ARGS=
 
 gpt-dpo: $(INSTALLED)  ## a GPT of our own learns to answer, and by DPO to prefer better answers
-	@test -f data/hpo_pairs/manifest.json || $(STEP) data --data hpo
+	@test -f data/hpo/manifest.json || $(STEP) data --data hpo
 	@$(PROJECT) gpt-dpo --config custom_models/recipes/gpt-dpo.yaml --out_dir out/gpt-dpo $(ARGS)
 
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT

@@ -74,8 +74,10 @@ def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any
     return {**json.loads(lines[-1]), "peak_bytes": peak}
 
 
-def alternate(module: str, contenders: list[str], arguments: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Run all contenders in turn, `rounds` times."""
+def alternate(
+    module: str, contenders: list[str], arguments: list[str], rounds: int, seed: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Run all contenders in turn, `rounds` times; with `--seed` seed + round if a seed is given."""
     if rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {rounds}.")
     environment.share_cores()  # the contenders inherit it
@@ -84,7 +86,8 @@ def alternate(module: str, contenders: list[str], arguments: list[str], rounds: 
     for number in range(rounds):
         for name in contenders:
             began = time.perf_counter()
-            runs[name].append(run_contender(module, name, arguments))
+            seeded = [] if seed is None else ["--seed", str(seed + number)]
+            runs[name].append(run_contender(module, name, [*arguments, *seeded]))
             rate = runs[name][-1]["rate"]
             print(f"round {number + 1}: {name} {rate:,.4g} ({time.perf_counter() - began:.0f} s)", flush=True)
     return runs

@@ -7,7 +7,7 @@ every model of this folder:
 
 * multi-head (section 3.2.2), self- and cross-attention;
 * grouped-query (Ainslie et al. 2023, arXiv 2305.13245): several query heads share one key and value head;
-* causal and padding masks, rotary positions (`positions.py`), an additive position bias (T5, ALiBi);
+* causal and padding masks, rotary positions (`rope.py`), an additive position bias (T5, ALiBi);
 * a KV cache, so that a new token costs one row of scores and not a whole text.
 
 The same numbers come from four backends: "naive" (the line above, written out), "sdpa" (PyTorch's own kernel, fast),
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from custom_models.flash_attention import check_shapes, flash_attention
 from custom_models.layers import RMSNorm
 from custom_models.rope import apply_rope
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, report_all, run_file
 
 Backend = Literal["naive", "sdpa", "flash", "triton"]
 
@@ -383,4 +383,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_file(main)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache
 from custom_models.latent_attention import LatentAttention
-from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
+from custom_models.layers import GatedFeedForward, RMSNorm, check_cache, check_ids
 from custom_models.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from custom_models.rope import RopeScaling, rope_table, yarn_mscale
 from workflows.errors import report_all, run_file
@@ -153,7 +153,12 @@ class DeepSeek(nn.Module):
         self.apply(initialise)
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
-        """An empty cache for each layer, for B texts of at most so many tokens."""
+        """An empty cache for each layer, for B texts of at most so many tokens.
+
+        Raises:
+            UserError: If the model's positions do not reach that far.
+        """
+        check_cache(length, self.max_length)
         attentions = [module for module in self.modules() if isinstance(module, LatentAttention)]
         return [attention.new_cache(batch, length) for attention in attentions]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_models.configuration import configured
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
 from custom_models.mixture_of_experts import ExpertsConfig
 from custom_models.multi_token_prediction import MultiTokenPrediction
@@ -94,29 +95,32 @@ def config_from_hf(config: dict[str, Any], place: str) -> DeepSeekConfig:
             f"{place} is of the architecture {config.get('model_type')!r}; this decoder reads 'deepseek_v3' "
             "(DeepSeek-V3, R1 and what is built like them)."
         )
-    kinds: dict[str, Any] = dict.fromkeys([*_CONFIG, *_EXPERTS_CONFIG], int)
-    kinds |= {"q_lora_rank": int | None, "routed_scaling_factor": int | float}
+    if "quantization_config" in config:
+        raise UserError(f"{place} has weights of fewer bits, with scales, which are not read: take it in 16 bits.")
+    place = f"{place}/config.json"
     report_all(
-        [f"{place}/config.json has {config.get(name)!r:.40} for {name}, which it cannot be. Download it again."
-         for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
-        + [f"{place}/config.json has {config[name]!r:.40} for {name}; this decoder knows {known!r} only."
-           for name, known in _ONLY.items() if config.get(name, known) != known]
+        [f"{place} has {config[name]!r:.40} for {name}; this decoder knows {known!r} only."
+         for name, known in _ONLY.items() if config.get(name, known) != known]
     )  # fmt: skip
-    found: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in _CONFIG.items()}
-    found["n_dense"] = min(config["first_k_dense_replace"], config["num_hidden_layers"])
-    rope = config.get("rope_parameters") or {}
     try:
-        return DeepSeekConfig(
-            **found,
-            experts=ExpertsConfig(**{ours: config[theirs] for theirs, ours in _EXPERTS_CONFIG.items()}),
-            rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=RopeScaling.from_config(config),
-            rope_neighbours=config.get("rope_interleave", True),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            tied=config.get("tie_word_embeddings", False),
-        )
+        scaling = RopeScaling.from_config(config)
     except UserError as e:
-        raise UserError(f"{place}/config.json: {e}") from None
+        raise UserError(f"{place}: {e}") from None
+    rope = config.get("rope_parameters") or {}
+    experts = {ours: config.get(theirs) for theirs, ours in _EXPERTS_CONFIG.items()}
+    found: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in _CONFIG.items()}
+    found |= {
+        "experts": configured(ExpertsConfig, experts, place, {ours: name for name, ours in _EXPERTS_CONFIG.items()}),
+        "rope_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        "rope_scaling": scaling,
+        "rope_neighbours": config.get("rope_interleave", True),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tied": config.get("tie_word_embeddings", False),
+    }
+    if isinstance(found["n_layer"], int) and isinstance(found["n_dense"], int):
+        found["n_dense"] = min(found["n_dense"], found["n_layer"])  # some small ones say more than they have
+    names = {ours: theirs for theirs, ours in _CONFIG.items()} | {"norm_eps": "rms_norm_eps", "rope_base": "rope_theta"}
+    return configured(DeepSeekConfig, found, place, names)
 
 
 def our_names(tensors: dict[str, Tensor], n_layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

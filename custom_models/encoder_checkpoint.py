@@ -16,6 +16,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from custom_models.configuration import configured
 from custom_models.encoder import Encoder, EncoderConfig
 from custom_models.weights import fill, read_hf, reference, save_weights, tell_difference
 from workflows.errors import UserError, run_file
@@ -143,7 +144,8 @@ def config_from_hf(config: dict[str, Any], place: str) -> EncoderConfig:
     if family == "roberta":
         found["first_position"] = found["pad_id"] + 1
         found["n_position"] -= found["first_position"]
-    return EncoderConfig(**found)
+    place, called = f"{place}/config.json", {ours: theirs for theirs, ours in names.items()}
+    return configured(EncoderConfig, found, place, called)
 
 
 _HF_DEFAULTS: dict[str, Any] = {
@@ -237,7 +239,8 @@ def read_own(folder: Path) -> tuple[dict[str, Any], EncoderConfig, dict[str, Ten
         raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
     known = {field.name for field in fields(EncoderConfig)}
     try:
-        shape = EncoderConfig(**{name: value for name, value in config["encoder"].items() if name in known})
+        values = {name: value for name, value in config["encoder"].items() if name in known}
+        shape = configured(EncoderConfig, values, f"{folder}/config.json")
         return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
     except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, report_all, run_file
 from workflows.measure import PeakMemory
 
 BLOCK_Q = 256
@@ -346,4 +346,4 @@ def main(length: int = 4096, n_head: int = 4, head_size: int = 64) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    run_file(main)

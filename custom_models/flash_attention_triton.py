@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from custom_models.flash_attention import check_boundaries, check_shapes
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 try:
     import triton
@@ -337,7 +337,7 @@ def main() -> None:
     """Compare with PyTorch's own attention."""
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: there is no GPU here. Run it as: TRITON_INTERPRET=1 python -m " + __spec__.name)
+        raise UserError("There is no GPU here. Run it as: TRITON_INTERPRET=1 python -m " + __spec__.name)
     q = torch.randn(2, 4, 100, 32, device=device, requires_grad=True)  # (B, n_head, T, head_size)
     k, v = torch.randn(2, 2, 2, 100, 32, device=device).unbind()  # each (B, n_kv_head, T, head_size)
     for causal in (False, True):
@@ -350,4 +350,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    run_file(main)

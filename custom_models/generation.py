@@ -76,7 +76,8 @@ def generate(
         use_cache: Whether to keep keys and values.
 
     Raises:
-        UserError: If the text would grow beyond the model's longest, or a setting makes no sense.
+        UserError: If the text would grow beyond the model's longest, a setting makes no sense, or the model's scores
+            are not finite.
     """
     batch, length = prompts.shape
     problems = [] if length else ["There is nothing to write on from: the prompt has no token."]
@@ -98,6 +99,8 @@ def generate(
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=prompts.device)  # (n_stop,)
     for step in range(max_new_tokens):
         logits = model(new if use_cache else text, caches)[:, -1].float()  # (B, vocab_size)
+        if not logits.isfinite().all():
+            raise UserError("The model's scores are not finite: its weights are damaged, or its training diverged.")
         picked, _ = choose(logits, draws[:, step], temperature, top_k, top_p)  # (B,)
         new = picked[:, None]  # (B, 1)
         text = torch.cat([text, new], dim=1)  # (B, T + step + 1)

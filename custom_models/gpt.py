@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
-from custom_models.layers import GatedFeedForward, RMSNorm
+from custom_models.layers import GatedFeedForward, RMSNorm, check_cache, check_ids
 from custom_models.positions import LearnedPositions
 from custom_models.rope import rope_table
 from workflows.errors import UserError, report_all, run_file
@@ -237,8 +237,9 @@ class GPT(nn.Module):
             Logits, (B, T, vocab_size).
 
         Raises:
-            UserError: If the text is longer than the context.
+            UserError: If the text is longer than the context, or an id is none of the vocabulary.
         """
+        check_ids(ids, self.config.vocab_size)
         begin = caches[0].length if caches else 0
         end = begin + ids.shape[1]
         if end > self.config.context:
@@ -257,7 +258,12 @@ class GPT(nn.Module):
         return F.linear(x, self.tokens.weight if self.head is None else self.head.weight)  # (B, T, vocab_size)
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
-        """An empty cache for each layer, for B texts of at most so many tokens."""
+        """An empty cache for each layer, for B texts of at most so many tokens.
+
+        Raises:
+            UserError: If the context does not reach that far.
+        """
+        check_cache(length, self.max_length)
         attention: Any = self.blocks[0].attention
         n_kv_head = attention.k.out_features // attention.head_size
         weight = attention.k.weight

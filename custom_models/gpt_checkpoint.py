@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from custom_models.configuration import configured
 from custom_models.gpt import GPT, GPTConfig
 from custom_models.tokenization import tokenizer_json
 from custom_models.tokenization.bpe import ByteBPE
@@ -37,7 +38,13 @@ _CONFIG = {
     "n_layer": "n_layer",
     "n_head": "n_head",
 }
-"""What GPT-2's `config.json` calls things -> fields of `GPTConfig`."""
+_OPTIONS = {
+    "n_inner": "inner_width",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tied_head",
+    "resid_pdrop": "dropout",
+}
+"""What GPT-2's `config.json` calls things -> fields of `GPTConfig`; the latter may be left out."""
 _INSIDE = {
     "ln_1": "attention_norm",
     "attn.c_proj": "attention.out",
@@ -86,13 +93,10 @@ def config_from_hf(config: dict[str, Any], place: str) -> GPTConfig:
     if foreign or not config.get("scale_attn_weights", True):
         raise UserError(f"{place} scales its attention or crosses it with another text's ({', '.join(foreign)}), which "
                         "GPT-2 itself does not. Such models are not read here.")  # fmt: skip
-    return GPTConfig(
-        **{ours: config[theirs] for theirs, ours in _CONFIG.items()},
-        inner_width=config.get("n_inner"),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        tied_head=config.get("tie_word_embeddings", True),
-        dropout=config.get("resid_pdrop", 0.1),
-    )
+    values = {ours: config[theirs] for theirs, ours in _CONFIG.items()}
+    values |= {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
+    names = {ours: theirs for theirs, ours in (_CONFIG | _OPTIONS).items()}
+    return configured(GPTConfig, {"dropout": 0.1, **values}, f"{place}/config.json", names)
 
 
 def from_hf_names(tensors: dict[str, Tensor], tied_head: bool) -> dict[str, Tensor]:
@@ -191,7 +195,8 @@ def load_own(folder: Path) -> GPT:
     config = read_json(folder / "config.json")
     known = {field.name for field in fields(GPTConfig)}
     try:
-        shape = GPTConfig(**{name: value for name, value in config["gpt"].items() if name in known})
+        values = {name: value for name, value in config["gpt"].items() if name in known}
+        shape = configured(GPTConfig, values, f"{folder}/config.json")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
     except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
@@ -211,6 +216,8 @@ def load_gpt(place: Path | str) -> tuple[GPT, CharacterTokenizer | ByteBPE]:
     """
     directory = Path(place)
     recover_dir(directory)
+    if directory.is_file():
+        raise UserError(f"{place} is a file. Name its folder, {directory.parent}.")
     if not directory.is_dir():
         if str(place).count("/") > 1 or str(place).startswith((".", "/")) or directory.parent.is_dir():
             raise UserError(f"There is no folder {place}. Train a model first: make gpt.")

@@ -7,7 +7,7 @@ Against the decoder of "Attention Is All You Need" it changes five things, each 
     what                  in place of                                                 where
     ====================  ==========================================================  ====================
     RMSNorm, first        layer norm, last                                            `layers.py`
-    RoPE                  sine waves that are added to the tokens                     `positions.py`
+    RoPE                  sine waves that are added to the tokens                     `rope.py`
     SwiGLU                two matrices with ReLU between them                         `layers.py`
     grouped-query heads   as many key and value heads as query heads                  `attention.py`
     no biases             biases everywhere (Qwen2 kept those of query, key, value)
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
-from custom_models.layers import GatedFeedForward, RMSNorm, check_ids
+from custom_models.layers import GatedFeedForward, RMSNorm, check_cache, check_ids
 from custom_models.rope import RopeScaling, rope_table
-from workflows.errors import UserError, report_all, run_file
+from workflows.errors import report_all, run_file
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ class Llama(nn.Module):
         Raises:
             UserError: If the model's positions do not reach that far.
         """
-        if length > self.max_length:
-            raise UserError(f"A cache of {length} tokens is longer than the {self.max_length} that the model reaches.")
+        check_cache(length, self.max_length)
         weight, n_kv_head = self.tokens.weight, self.config.n_kv_head
         return [
             KVCache(batch, n_kv_head, length, self.head_size, dtype=weight.dtype, device=weight.device)

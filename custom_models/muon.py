@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workflows.errors import UserError, run_file
+from workflows.errors import UserError, report_all, run_file
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of p(s) = a s + b s^3 + c s^5. It grows tiny singular values as fast as it can (a is p's slope at 0), at the
@@ -73,7 +73,7 @@ class Muon(Optimizer):
         steps: Rounds of Newton-Schulz.
 
     Raises:
-        UserError: If a parameter is no matrix.
+        UserError: If a parameter is no matrix, or a setting makes no sense.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         steps: int = 5,
     ) -> None:
+        report_all(
+            ([] if lr >= 0 else [f"Muon's lr must be at least 0, not {lr}."])
+            + ([] if 0 <= momentum < 1 else [f"Muon's momentum must be from 0 to below 1, not {momentum}."])
+            + ([] if weight_decay >= 0 else [f"Muon's weight_decay must be at least 0, not {weight_decay}."])
+        )
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workflows.errors import UserError
+from workflows.errors import UserError, run_file
 
 # ---- sums with the token vectors ----
 
@@ -212,4 +212,4 @@ def main(width: int = 128, n_head: int = 8, length: int = 512) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_file(main)

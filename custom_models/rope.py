@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from workflows.errors import UserError, report_all
+from custom_models.configuration import configured
+from workflows.errors import UserError, report_all, run_file
 
 ROPE_KINDS = {"linear": "linear", "dynamic": "ntk", "yarn": "yarn", "llama3": "llama3"}
 """The ways of stretching, by the names that `config.json` has for them."""
@@ -73,22 +74,27 @@ class RopeScaling:
             UserError: If the kind is none of ours, or something it needs is missing.
         """
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise UserError(f"RoPE's parameters are {given!r:.40}, which they cannot be.")
         name = given.get("rope_type") or given.get("type") or "default"
         if name == "default":
             return None
-        if name not in ROPE_KINDS:
+        if not isinstance(name, str) or name not in ROPE_KINDS:
             raise UserError(f"config.json asks for RoPE of type {name!r}; known are default, {', '.join(ROPE_KINDS)}.")
         length = config.get("max_position_embeddings") or 0
         original = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
         original = length if name == "dynamic" else original or length  # a dynamic model's own length is the original
-        factor = given.get("factor") or (length / original if original else None)
+        factor = given.get("factor")
+        if factor is None and isinstance(length, int) and isinstance(original, int) and original > 0:
+            factor = length / original
         if factor is None:
             raise UserError(f"config.json asks for RoPE of type {name!r} without a factor. Add it to rope_parameters.")
         renamed = {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
         known = {field.name for field in dataclasses.fields(cls)} - {"kind", "factor", "original_length"}
-        options = {renamed.get(key, key): value for key, value in given.items() if value is not None}
+        options = {renamed.get(str(key), str(key)): value for key, value in given.items() if value is not None}
         options = {key: value for key, value in options.items() if key in known}
-        return cls(ROPE_KINDS[name], factor, original, **options)  # type: ignore[arg-type]
+        values = {"kind": ROPE_KINDS[name], "factor": factor, "original_length": original, **options}
+        return configured(cls, values, "RoPE's scaling")
 
 
 def rope_frequencies(
@@ -241,4 +247,4 @@ def main(head_size: int = 64, base: float = 10000.0, original_length: int = 2048
 
 
 if __name__ == "__main__":
-    main()
+    run_file(main)

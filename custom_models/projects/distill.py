@@ -30,7 +30,7 @@ from custom_models.projects.classifier import (
     share_right,
     steps_of,
 )
-from custom_models.projects.fitting import FitArgs
+from custom_models.projects.fitting import FitArgs, seed_problems
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.texts import Batch, read_labelled
 from workflows.checkpoint import metric, share_metric, versions, write_metrics
@@ -115,7 +115,7 @@ def setup(
     seeds = [1] if seeds is None else seeds
     problems = weights.problems() + fit.problems() + ([] if seeds else ["--seeds needs at least one."])
     problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
-    report_all(problems)
+    report_all(problems + seed_problems(*seeds))
     teacher, tokenizer = load_classifier(teacher_dir)
     learned_from = read_own(teacher_dir)[0].get("data", data.name)
     if learned_from != data.name:  # sets of the same reviews share sentences: the teacher may know the test's

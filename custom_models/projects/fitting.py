@@ -1,5 +1,6 @@
 """Training by Lightning's Trainer: early stopping, the best epoch kept, what each epoch gave."""
 
+import math
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from workflows.errors import UserError
 from workflows.training.processes import Accelerator, choose_accelerator, default_precision
 
 
@@ -40,17 +42,19 @@ class FitArgs:
     precision: Literal["32-true", "bf16-mixed"] | None = "32-true"
     """What it computes in; null: "bf16-mixed", which is faster, where the processor or the GPU knows bfloat16."""
 
-    def problems(self) -> list[str]:
-        """Everything that is wrong with them, as messages."""
-        found = [f"--fit.{name} must be at least 1, not {getattr(self, name)}."
+    def problems(self, group: str = "fit") -> list[str]:
+        """Everything that is wrong with them, as messages that name the group of options they are."""
+        found = [f"--{group}.{name} must be at least 1, not {getattr(self, name)}."
                  for name in ("batch_size", "max_epochs", "patience") if getattr(self, name) < 1]  # fmt: skip
-        found += [f"--fit.{name} must be positive, not {getattr(self, name)}."
+        found += [f"--{group}.{name} must be positive, not {getattr(self, name)}."
                   for name in ("learning_rate", "max_norm") if not getattr(self, name) > 0]  # fmt: skip
         found += (
-            [] if 0 <= self.ema_decay < 1 else [f"--fit.ema_decay must be from 0 to below 1, not {self.ema_decay}."]
+            [] if 0 <= self.ema_decay < 1 else [f"--{group}.ema_decay must be from 0 to below 1, not {self.ema_decay}."]
         )
-        found += [] if 0 <= self.warmup < 1 else [f"--fit.warmup must be from 0 to below 1, not {self.warmup}."]
-        found += [] if self.weight_decay >= 0 else [f"--fit.weight_decay must be at least 0, not {self.weight_decay}."]
+        found += [] if 0 <= self.warmup < 1 else [f"--{group}.warmup must be from 0 to below 1, not {self.warmup}."]
+        found += (
+            [] if self.weight_decay >= 0 else [f"--{group}.weight_decay must be at least 0, not {self.weight_decay}."]
+        )
         return found
 
     def optimizer(self, module: nn.Module, total_steps: int) -> Any:
@@ -76,14 +80,25 @@ def fast_precision(accelerator: Accelerator) -> Literal["32-true", "bf16-mixed"]
     return "bf16-mixed" if fast else "32-true"
 
 
+def seed_problems(*seeds: int) -> list[str]:
+    """What is wrong with seeds, as messages: NumPy and Lightning take 32 bits."""
+    return [f"--seed must be from 0 to {(1 << 32) - 1}, not {seed}." for seed in seeds if not 0 <= seed < 1 << 32]
+
+
 class _History(Callback):
     """The numbers of each epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
         self.epochs: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not math.isfinite(numbers[self.monitor]):
+            raise UserError(
+                f"{self.monitor} is not finite after epoch {trainer.current_epoch + 1}: the training diverged. Lower "
+                "the learning rate. What was there before is as it was."
+            )
         self.epochs.append({"epoch": trainer.current_epoch, **numbers})
 
 
@@ -107,9 +122,12 @@ def fit_best(
 
     Returns:
         The numbers of each epoch.
+
+    Raises:
+        UserError: If that number is not finite any more.
     """
     mode = "max" if "accuracy" in monitor else "min"
-    history, folder = _History(), out_dir / ".fitting"  # a name that nothing of a user has
+    history, folder = _History(monitor), out_dir / ".fitting"  # a name that nothing of a user has
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
     callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]

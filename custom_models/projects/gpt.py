@@ -8,6 +8,7 @@ their gradients), since a batch's rows are dealt out to however many there are.
 
 import math
 import re
+import time
 import warnings
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -16,15 +17,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from custom_models.generation import Generated, generate
 from custom_models.gpt import GPT, GPTConfig, count_parameters, modern
 from custom_models.gpt_checkpoint import Tokenizer, load_gpt, save_gpt
-from custom_models.projects.fitting import fast_precision
-from custom_models.projects.gpt_data import Kind, TokenData, TokenFiles, read_corpus, token_files
+from custom_models.projects.fitting import fast_precision, seed_problems
+from custom_models.projects.gpt_data import Kind, TokenData, TokenFiles, encoder_of, read_corpus, token_files
 from custom_models.projects.gpt_training import GPTFit, GPTTask
 from custom_models.tokenization.bpe import SpecialBPE
 from custom_models.tokenization.characters import CharacterTokenizer
@@ -87,6 +89,7 @@ def setup(
     began = step_began()
     problems = fit.problems() + ([] if max_texts is None or max_texts >= 1 else ["--max_texts must be at least 1."])
     problems += device_problems(accelerator, devices, num_nodes, "auto", fit.batch_size // max(1, fit.accumulate))
+    problems += seed_problems(seed)
     report_all([problem.replace("--train.global_batch_size", "--fit.batch_size / accumulate") for problem in problems])
     files = token_files(read_corpus(text, max_texts), tokenizer, model.vocab_size, tokens_dir)
     config = replace(model, vocab_size=files.vocab_size)
@@ -97,8 +100,8 @@ def setup(
 
     L.seed_everything(seed, verbose=False)
     task = GPTTask(GPT(config), fit, identity)
-    timer = Timer()
-    trainer = make_trainer(fit, out_dir, step_of(checkpoint), timer, accelerator, devices, num_nodes)
+    watch = Stopwatch()
+    trainer = make_trainer(fit, out_dir, step_of(checkpoint), watch, accelerator, devices, num_nodes)
     tell(f"{count_parameters(task.model):,} parameters; {files.tokens['train']:,} tokens to learn from, "
          f"{files.tokens['validation']:,} held out; {config.vocab_size:,} in the vocabulary")  # fmt: skip
     if checkpoint is not None:
@@ -114,22 +117,55 @@ def setup(
         loss = trainer.validate(task, datamodule=data, verbose=False)[0]["val_loss"]
     if not trainer.is_global_zero:
         return
+    if not math.isfinite(loss):
+        raise UserError(
+            "The validation loss is not finite: the training diverged in its last steps. Lower --fit.learning_rate or "
+            f"--fit.matrix_rate, and begin anew. {out_dir}/final is as it was."
+        )
     task.cpu().eval()
     save_gpt(task.model, files.tokenizer, out_dir / "final")
-    seconds = (timer.time_elapsed("train") or 0) - (timer.time_elapsed("validate") or 0)
     learned = (fit.max_steps - step_of(checkpoint)) * fit.batch_size * config.context
-    _report(out_dir, files, task.model, loss, began, peak.bytes, learned / max(seconds, 1e-9))
+    _report(out_dir, files, task.model, loss, began, peak.bytes, learned / max(watch.seconds, 1e-9))
     for file in (out_dir / CHECKPOINTS).glob("step-*.ckpt"):
         file.unlink()
     wrote = write(task.model, files.tokenizer, "", temperature=0.8, seed=seed)
     tell(f"\n{wrote[0]}\n\n{out_dir}/final, metrics.json, logs")
 
 
+class Stopwatch(Callback):
+    """The seconds that training takes, without the validations in between."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began: float | None = None
+
+    def _start(self) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self) -> None:
+        if self._began is not None:
+            self.seconds += time.perf_counter() - self._began
+        self._began = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._start()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+
 def make_trainer(
     fit: GPTFit,
     out_dir: Path,
     start: int,
-    timer: Timer,
+    watch: Stopwatch,
     accelerator: Accelerator = "auto",
     devices: int | str = 1,
     num_nodes: int = 1,
@@ -140,7 +176,7 @@ def make_trainer(
         fit: How is trained.
         out_dir: Where logs and checkpoints go.
         start: Steps that were done before; a run that goes on gets a log of its own.
-        timer: Tells training from validation.
+        watch: Tells training from validation.
         accelerator: What computes.
         devices: Devices of each machine.
         num_nodes: Machines.
@@ -166,7 +202,7 @@ def make_trainer(
         log_every_n_steps=fit.log_interval,
         use_distributed_sampler=False,  # the data deals its rows out itself
         logger=loggers,
-        callbacks=[keep, timer, Bar()],
+        callbacks=[keep, watch, Bar()],
         enable_model_summary=False,
     )
 
@@ -217,14 +253,14 @@ def _differences(before: Any, now: Any, name: str) -> Any:
     elif name == "text" and before != now:
         yield "text or tokenizer were others"
     elif before != now:
-        yield f"{name} was {before!r}, and is {now!r} now"
+        yield f"{name} was {before!r:.40}, and is {now!r:.40} now"
 
 
 def _report(
     out_dir: Path, files: TokenFiles, model: GPT, loss: float, began: float, peak_bytes: int, rate: float
 ) -> None:
     """Write metrics.json and say how good the model is."""
-    tokens, characters = files.tokens["validation"], files.characters["validation"]
+    tokens, characters = files.tokens["validation"] - 1, files.characters["validation"]  # nothing predicts the first
     # Nats a token depend on how long tokens are; bits a character do not.
     bits = loss / math.log(2) * tokens / max(1, characters)
     told = [metric("val_loss", loss, n=tokens, split="validation"),
@@ -292,7 +328,7 @@ def write(
     """
     ends = [tokenizer.special_tokens[END_OF_TEXT]] if isinstance(tokenizer, SpecialBPE) else []
     # A text begins where another has ended: after the token for that, or, of characters, after a line's end.
-    ids = tokenizer.encode(prompt) or ends or [_line_end(tokenizer)]
+    ids = encoder_of(tokenizer)(prompt) or ends or [_line_end(tokenizer)]
     most = max(1, model.max_length - len(ids)) if max_new_tokens is None else max_new_tokens
     device = next(model.parameters()).device
     made = generate(model, torch.tensor([ids], device=device), most, stop_ids=ends, **settings)

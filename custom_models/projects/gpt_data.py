@@ -12,8 +12,9 @@ it is), or from any text file.
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from custom_models import demo
-from custom_models.gpt_checkpoint import load_tokenizer, save_tokenizer
+from custom_models.gpt_checkpoint import Tokenizer, load_tokenizer, save_tokenizer
 from custom_models.tokenization.bpe import SpecialBPE
 from custom_models.tokenization.characters import CharacterTokenizer
 from custom_models.tokenization.gpt2_files import END_OF_TEXT
@@ -91,6 +92,8 @@ def read_corpus(text: str, max_texts: int | None = None) -> Corpus:
         corpus = Corpus(name, {"train": [whole[:cut]], "validation": [whole[cut:]]}, _hash(whole), ended=False)
     if max_texts is None:
         return corpus
+    if not corpus.ended:
+        raise UserError(f"--max_texts takes the first of many texts, and {text} is a single one. Leave it out.")
     shorter = {split: list(islice(documents, max_texts)) for split, documents in corpus.splits.items()}
     return Corpus(corpus.name, shorter, f"{corpus.identity} {max_texts}", corpus.ended)
 
@@ -199,7 +202,7 @@ def token_files(corpus: Corpus, kind: Kind, vocab_size: int, folder: Path) -> To
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         recover_dir(folder)
         meta = read_json(folder / _META) if (folder / _META).is_file() else {}
-        if meta.get("made_from") != made_from:
+        if meta.get("made_from") != made_from or not all((folder / f"{split}.bin").is_file() for split in SPLITS):
             tokenizer = _learn(corpus, kind, vocab_size)
             with atomic_dir(folder) as temporary:
                 save_tokenizer(tokenizer, temporary)
@@ -232,10 +235,9 @@ def _learn(corpus: Corpus, kind: Kind, vocab_size: int) -> CharacterTokenizer | 
 
 def _write(corpus: Corpus, split: str, tokenizer: CharacterTokenizer | SpecialBPE, folder: Path) -> tuple[int, int]:
     """Write a split's ids; returns how many, and of how many characters."""
-    if isinstance(tokenizer, CharacterTokenizer):
-        encode, end = tokenizer.encode, tokenizer.encode("\n") if corpus.ended else []
-    else:
-        encode, end = _as_text(tokenizer), [tokenizer.special_tokens[END_OF_TEXT]] if corpus.ended else []
+    encode, end = encoder_of(tokenizer), []
+    if corpus.ended:
+        end = encode("\n") if isinstance(tokenizer, CharacterTokenizer) else [tokenizer.special_tokens[END_OF_TEXT]]
     tokens = characters = 0
     with open(folder / f"{split}.bin", "wb") as file:
         shown = tqdm(corpus.splits[split], f"{corpus.name}, {split}", unit=" texts", disable=None, leave=False)
@@ -246,9 +248,9 @@ def _write(corpus: Corpus, split: str, tokenizer: CharacterTokenizer | SpecialBP
     return tokens, characters
 
 
-def _as_text(tokenizer: SpecialBPE) -> Any:
-    """Encode what looks like the end-of-text token as ordinary text: a document cannot end another."""
-    return lambda text: tokenizer.encode(text, special="text")
+def encoder_of(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Encodes what looks like the end-of-text token as ordinary text: a document cannot end another."""
+    return partial(tokenizer.encode, special="text") if isinstance(tokenizer, SpecialBPE) else tokenizer.encode
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):

@@ -7,118 +7,49 @@
    log pi / pi_ref less the rejected one's, -log sigmoid(beta h). The reference pi_ref is the model of step 2, whose
    log-probabilities are computed once.
 
+The pairs are, if no others are given, each question's own answer against one that belongs to another question.
+
 All three read training rows only. How often the chosen answer of held-out pairs is ahead of the rejected one is counted
 before and after: by log-probability, and by reward, which is beta log pi / pi_ref and so a tie before.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from custom_models.gpt import GPT, GPTConfig, modern
 from custom_models.gpt_checkpoint import Tokenizer, load_gpt, save_gpt
 from custom_models.projects import gpt
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.gpt_answers import (
+    Answered,
+    Batch,
+    Pair,
+    answer_logprobs,
+    encoded,
+    fitting,
+    loader,
+    mismatched,
+    padded,
+    padded_pairs,
+    token_logprobs,
+)
 from custom_models.projects.gpt_training import GPTFit
 from custom_models.projects.texts import LengthBatches
 from custom_models.tokenization.bpe import SpecialBPE
-from custom_models.tokenization.gpt2_files import END_OF_TEXT
 from data_prep.rows import Row, read_rows
 from workflows.checkpoint import metric, share_metric, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.files import write_text
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 from workflows.training import losses
+from workflows.training.resume import Resume
 
 SHOWN = 3
 """Prompts that are answered to be read."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt with an answer to it, as token ids; the answer ends with the token that ends a text."""
-
-    prompt: list[int]
-    answer: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt.
-
-    Attributes:
-        chosen: The better one.
-        rejected: The other.
-        reference: The log-probabilities of both under the reference, (2,).
-    """
-
-    chosen: Answered
-    rejected: Answered
-    reference: Tensor
-
-    def __len__(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Texts, padded at their ends; what stands there is seen by no token before it.
-
-    Attributes:
-        ids: (B, T).
-        targets: The token after each, (B, T).
-        learned: Whether that one belongs to an answer, (B, T).
-        reference: The log-probability of each answer under the reference, (B,); of pairs only.
-    """
-
-    ids: Tensor
-    targets: Tensor
-    learned: Tensor
-    reference: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device (Lightning calls it)."""
-        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
-
-
-def padded(texts: Sequence[Answered], reference: Tensor | None = None) -> Batch:
-    """Texts as one batch."""
-    longest = max(map(len, texts))
-    ids = torch.zeros(len(texts), longest, dtype=torch.long)  # (B, T + 1)
-    learned = torch.zeros(len(texts), longest, dtype=torch.bool)  # (B, T + 1)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.tensor(text.prompt + text.answer)
-        learned[i, len(text.prompt) : len(text)] = True
-    return Batch(ids[:, :-1], ids[:, 1:], learned[:, 1:], reference)
-
-
-def padded_pairs(pairs: Sequence[Pair]) -> Batch:
-    """Pairs as one batch, in which each chosen answer is followed by its rejected one."""
-    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-    return padded(texts, torch.cat([pair.reference for pair in pairs]))
-
-
-def token_logprobs(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log pi of each answer's tokens, (N,), and which text each of them belongs to, (N,)."""
-    logits = model(batch.ids)[batch.learned]  # (N, vocab_size)
-    logprobs = -F.cross_entropy(logits.float(), batch.targets[batch.learned], reduction="none")  # (N,)
-    return logprobs, batch.learned.nonzero()[:, 0]
-
-
-def answer_logprobs(model: GPT, batch: Batch) -> Tensor:
-    """log pi(answer | prompt), the sum over its tokens, (B,)."""
-    logprobs, owners = token_logprobs(model, batch)  # (N,) each
-    return losses.per_completion(logprobs, owners, len(batch.ids))
 
 
 class TuningTask(L.LightningModule):
@@ -177,26 +108,28 @@ class DPOTask(L.LightningModule):
 
 def setup(
     data: Path = Path("data/hpo"),
-    pairs: Path = Path("data/hpo_pairs"),
+    pairs: Path | None = None,
     out_dir: Path = Path("out/gpt-dpo"),
     base_dir: str | None = None,
     model: GPTConfig = modern(vocab_size=2048, context=128, width=128, n_layer=4, n_head=4),
     pretrain: GPTFit = GPTFit(max_steps=600),
-    tune: FitArgs = FitArgs(batch_size=32, learning_rate=1e-3, max_epochs=2, patience=1),
-    align: FitArgs = FitArgs(batch_size=16, learning_rate=1e-4, max_epochs=1, patience=1),
+    tune: FitArgs = FitArgs(batch_size=32, learning_rate=2e-3, max_epochs=3, patience=1),
+    align: FitArgs = FitArgs(batch_size=16, learning_rate=3e-4, max_epochs=1, patience=1),
     beta: float = 0.1,
     kinds: list[str] | None = None,
-    max_rows: int = 6000,
-    max_pairs: int = 3000,
+    max_rows: int = 24000,
+    max_pairs: int = 12000,
     max_test_rows: int = 1000,
     max_new_tokens: int = 60,
     seed: int = 1337,
+    resume: Resume = "auto",
 ) -> None:
     """Teach a GPT to answer, and to prefer better answers.
 
     Args:
         data: A data directory of {"messages"} rows.
-        pairs: One of {"prompt", "chosen", "rejected"} rows, whose held-out questions are none of the others.
+        pairs: One of {"prompt", "chosen", "rejected"} rows, whose held-out questions are none of the others; if null,
+            answers of `data` against answers to other questions.
         out_dir: Where numbers go; the model is in its `final` folder, that before DPO in `tuned`, the base in `base`.
         base_dir: A GPT with byte pairs to begin with (folder or Hub id); one is trained on `data`'s answers if null.
         model: The base's shape.
@@ -209,25 +142,32 @@ def setup(
         max_pairs: At most so many pairs are.
         max_test_rows: At most so many held-out pairs are counted.
         max_new_tokens: Of the answers that are shown.
-        seed: Of weights and order.
+        seed: Of weights, order and exchanged answers.
+        resume: Whether the base goes on from a checkpoint of its own, see `gpt.setup`; what comes after begins anew.
 
     Raises:
         UserError: If an argument, the data or the base is not usable.
     """
     began = step_began()
-    problems = pretrain.problems() + tune.problems() + align.problems()
+    problems = pretrain.problems("pretrain") + tune.problems("tune") + align.problems("align") + seed_problems(seed)
     problems += [] if beta > 0 else [f"--beta must be positive, not {beta}."]
     limits = {"max_rows": max_rows, "max_pairs": max_pairs, "max_test_rows": max_test_rows,
               "max_new_tokens": max_new_tokens}  # fmt: skip
     problems += [f"--{name} must be at least 1, not {value}." for name, value in limits.items() if value < 1]
     report_all(problems)
     kinds = ["definition", "name"] if kinds is None else kinds
-    rows = {split: of_kinds(read_rows(data / f"{split}.jsonl"), kinds) for split in ("train", "validation")}
-    preferred = {split: read_rows(pairs / f"{split}.jsonl", "preference") for split in ("train", "validation", "test")}
+    splits = ("train", "validation", "test") if pairs is None else ("train", "validation")
+    rows = {split: of_kinds(read_rows(data / f"{split}.jsonl"), kinds) for split in splits}
+    if pairs is None:
+        preferred = {split: mismatched(members, seed) for split, members in rows.items()}
+    else:
+        preferred = {
+            split: read_rows(pairs / f"{split}.jsonl", "preference") for split in ("train", "validation", "test")
+        }
     L.seed_everything(seed, verbose=False)
     with PeakMemory() as peak:
         if base_dir is None:
-            base_dir = str(pretrain_base(rows["train"], out_dir, model, pretrain, seed))
+            base_dir = str(pretrain_base(rows["train"], out_dir, model, pretrain, seed, resume))
         policy, tokenizer = load_gpt(base_dir)
         if not isinstance(tokenizer, SpecialBPE):
             raise UserError(f"{base_dir} has no token that ends a text. Train a base with --tokenizer bpe.")
@@ -269,21 +209,13 @@ def of_kinds(rows: list[Row], kinds: list[str]) -> list[Row]:
     return kept
 
 
-def pretrain_base(rows: list[Row], out_dir: Path, model: GPTConfig, fit: GPTFit, seed: int) -> Path:
+def pretrain_base(rows: list[Row], out_dir: Path, model: GPTConfig, fit: GPTFit, seed: int, resume: Resume) -> Path:
     """Train a base on the answers of training rows, each once, in their order; returns its folder."""
     answers = dict.fromkeys(row["messages"][-1]["content"] for row in rows)
     text = out_dir / "base" / "answers.txt"
     write_text(text, "".join(f"{answer}\n" for answer in answers))
-    gpt.setup(str(text), "bpe", out_dir / "base" / "tokens", out_dir / "base", model, fit, seed=seed)
+    gpt.setup(str(text), "bpe", out_dir / "base" / "tokens", out_dir / "base", model, fit, seed=seed, resume=resume)
     return out_dir / "base" / "final"
-
-
-def encoded(tokenizer: Tokenizer, turns: Sequence[Row], answer: str) -> Answered:
-    """A conversation's turns, each on a line of its own, and the answer to them."""
-    assert isinstance(tokenizer, SpecialBPE)
-    prompt = "".join(f"{turn['content']}\n" for turn in turns)
-    end = tokenizer.special_tokens[END_OF_TEXT]
-    return Answered(tokenizer.encode(prompt, special="text"), [*tokenizer.encode(answer, special="text"), end])
 
 
 def reply(model: GPT, tokenizer: Tokenizer, row: Row, max_new_tokens: int) -> str:
@@ -291,26 +223,6 @@ def reply(model: GPT, tokenizer: Tokenizer, row: Row, max_new_tokens: int) -> st
     prompt = "".join(f"{turn['content']}\n" for turn in row["prompt"])
     room = model.max_length - len(tokenizer.encode(prompt))
     return gpt.write(model, tokenizer, prompt, min(max_new_tokens, room))[0].strip() if room > 0 else ""
-
-
-def fitting(texts: list[Any], context: int, what: str) -> list[Any]:
-    """Those texts that the model can read; the last token is predicted and not read.
-
-    Raises:
-        UserError: If there is none.
-    """
-    kept = [text for text in texts if len(text) <= context + 1]
-    if not kept:
-        raise UserError(f"None of the {what} fits into {context} tokens. Take a model with a longer context.")
-    if len(kept) < len(texts):
-        print(f"{len(texts) - len(kept):,} of {len(texts):,} {what} are longer than {context} tokens: left out")
-    return kept
-
-
-def loader(items: Sequence[Any], batch_size: int, collate: Any, seed: int | None = None) -> DataLoader[Any]:
-    """Batches of items of similar length, in an order that a seed decides, or by length."""
-    batches = LengthBatches([len(item) for item in items], batch_size, seed)
-    return DataLoader(items, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def learn_to_answer(

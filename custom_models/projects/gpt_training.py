@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from custom_models.gpt import GPT, next_token_loss
 from custom_models.muon import Muon, Together, split_parameters
+from workflows.errors import UserError
 
 Schedule = Literal["trapezoidal", "linear", "cosine", "constant"]
 _NOT_THE_RESULT = ("eval_interval", "save_interval", "log_interval", "compile")
@@ -67,21 +68,22 @@ class GPTFit:
     precision: Literal["32-true", "bf16-mixed"] | None = "32-true"
     """What it computes in; null: "bf16-mixed" where the processor or the GPU knows bfloat16."""
 
-    def problems(self) -> list[str]:
-        """Everything that is wrong with them, as messages."""
-        found = [f"--fit.{name} must be at least 1, not {getattr(self, name)}."
+    def problems(self, group: str = "fit") -> list[str]:
+        """Everything that is wrong with them, as messages that name the group of options they are."""
+        found = [f"--{group}.{name} must be at least 1, not {getattr(self, name)}."
                  for name in ("max_steps", "batch_size", "accumulate", "eval_interval", "save_interval", "log_interval")
                  if getattr(self, name) < 1]  # fmt: skip
-        found += [f"--fit.{name} must be positive, not {getattr(self, name)}."
+        found += [f"--{group}.{name} must be positive, not {getattr(self, name)}."
                   for name in ("learning_rate", "matrix_rate", "max_norm") if not getattr(self, name) > 0]  # fmt: skip
-        found += [f"--fit.{name} must be from 0 to below 1, not {getattr(self, name)}."
+        found += [f"--{group}.{name} must be from 0 to below 1, not {getattr(self, name)}."
                   for name in ("beta1", "beta2", "momentum", "least") if not 0 <= getattr(self, name) < 1]  # fmt: skip
-        found += [] if self.weight_decay >= 0 else [f"--fit.weight_decay must be at least 0, not {self.weight_decay}."]
-        found += [] if 0 <= self.decay <= 1 else [f"--fit.decay must be from 0 to 1, not {self.decay}."]
+        if not self.weight_decay >= 0:
+            found.append(f"--{group}.weight_decay must be at least 0, not {self.weight_decay}.")
+        found += [] if 0 <= self.decay <= 1 else [f"--{group}.decay must be from 0 to 1, not {self.decay}."]
         if not 0 <= self.warmup_steps <= self.max_steps:
-            found.append(f"--fit.warmup_steps must be from 0 to max_steps, not {self.warmup_steps}.")
+            found.append(f"--{group}.warmup_steps must be from 0 to max_steps, not {self.warmup_steps}.")
         if self.accumulate >= 1 and self.batch_size % self.accumulate:
-            found.append(f"--fit.batch_size {self.batch_size} cannot be cut into {self.accumulate} equal parts.")
+            found.append(f"--{group}.batch_size {self.batch_size} cannot be cut into {self.accumulate} equal parts.")
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -100,8 +102,9 @@ class GPTFit:
 
         A trapezoid's flat part can be made longer, and the fall tried from any point of it: a cosine has one length.
         """
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        risen = (step + 1) / (self.warmup_steps + 1) if step < self.warmup_steps else 1.0
+        if risen < 1 and self.schedule != "trapezoidal":
+            return risen
         x = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
         falls = 1 - self.least
         if self.schedule == "cosine":
@@ -109,7 +112,8 @@ class GPTFit:
         if self.schedule == "constant":
             return 1.0
         falling = self.max_steps - self.warmup_steps if self.schedule == "linear" else self.decay * self.max_steps
-        return self.least + falls * min(1.0, max(0, self.max_steps - step) / max(1.0, falling))
+        fallen = self.least + falls * min(1.0, max(0, self.max_steps - step) / max(1.0, falling))
+        return min(risen, fallen)  # a trapezoid of few steps may fall before it has risen
 
     def make_optimizer(self, model: GPT) -> Optimizer:
         """The optimizer of a model's parameters; norms and biases do not decay."""
@@ -143,6 +147,11 @@ class GPTTask(L.LightningModule):
         """The loss of a batch of inputs and targets, (B, T) each."""
         ids, targets = batch
         loss = next_token_loss(self.model(ids), targets)
+        if not torch.isfinite(loss):  # or the next checkpoint would be what a run goes on from
+            raise UserError(
+                f"The loss is not finite at step {self.global_step}: the training diverged. Lower the learning rate "
+                "and the matrix rate. What was there before is as it was."
+            )
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from custom_models.llama import Llama
 from custom_models.llama_checkpoint import check_vocabulary, hf_module_names, load_llama, save_llama, smollm2_directory
 from custom_models.lora import add_lora, problems_of, save_lora, trainable_parameters
+from custom_models.projects.fitting import seed_problems
 from data_prep.chat_data import ChatData, encode_rows
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import LORA_WEIGHTS, load_weights, metric, plain, write_metrics
@@ -192,8 +193,7 @@ def setup(
         problems.append(
             f"--road compares adapters on {ALL_LAYERS} without rslora; leave --lora.targets and --lora.rslora."
         )
-    if not 0 <= seed < 1 << 32:
-        problems.append(f"--seed must be from 0 to {(1 << 32) - 1}, not {seed}.")
+    problems += seed_problems(seed)
     report_all(problems)
     settings["checkpoint_dir"] = checkpoint_dir or smollm2_directory()
     found: dict[str, dict[str, Any]] = {}

@@ -26,7 +26,7 @@ from custom_models.demo import read
 from custom_models.encoder import Encoder
 from custom_models.encoder_checkpoint import save_encoder
 from custom_models.masked_language_model import IGNORED, MaskedLanguageModel, mask_tokens
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.shape import Shape
 from custom_models.projects.vocabulary import END, MASK, PAD, START, learn_vocabulary
 from custom_models.tokenization.words import sentences
@@ -220,7 +220,7 @@ def setup(
     began = step_began()
     problems = fit.problems() + ([] if shape.n_position >= 8 else ["--shape.n_position must be at least 8."])
     problems += [] if max_texts is None or max_texts >= 2 else [f"--max_texts must be at least 2, not {max_texts}."]
-    report_all(problems)
+    report_all(problems + seed_problems(seed))
     L.seed_everything(seed, verbose=False)
     lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]
     random.Random(seed).shuffle(lines)

@@ -26,7 +26,7 @@ from custom_models.projects.classifier import (
     share_right,
     steps_of,
 )
-from custom_models.projects.fitting import FitArgs
+from custom_models.projects.fitting import FitArgs, seed_problems
 from custom_models.projects.pictures import draw_confusion, draw_curves
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import read_labelled
@@ -71,7 +71,7 @@ def setup(
     problems += [] if 0 <= hidden_tokens < 1 else [f"--hidden_tokens must be from 0 to below 1, not {hidden_tokens}."]
     problems += [] if mixup >= 0 else [f"--mixup must be at least 0, not {mixup}."]
     problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
-    report_all(problems)
+    report_all(problems + seed_problems(*seeds))
     train_texts, labels = read_labelled(data, "train")
     texts = {"train": train_texts[:max_rows]}
     texts |= {split: read_labelled(data, split, labels)[0] for split in ("validation", "test")}

@@ -55,8 +55,8 @@ def test_ours_has_no_more_parameters():
 @pytest.mark.long
 def test_both_are_trained_by_one_loop_and_measured_alike(files):
     config, fit = read_recipe()
-    nano = train_nano(files, 10, 5)
-    ours = train_ours(files, config, replace(fit, max_steps=10, warmup_steps=2), 5)
+    nano = train_nano(files, 10, 5, 1)
+    ours = train_ours(files, config, replace(fit, max_steps=10, warmup_steps=2), 5, 1)
     for run in (nano, ours):
         assert [step for step, _, _ in run["curve"]] == [5, 10] and run["loss"] == run["curve"][-1][2] < 3.5
         assert 0 < run["curve"][0][1] < run["curve"][1][1] == run["seconds"]
@@ -98,3 +98,5 @@ def test_what_is_missed_is_told():
         compare(runs(parameters=11))
     with pytest.raises(UserError, match=r"Ours ended at 1\.9000, above nanoGPT's 1\.8860"):
         compare(runs() | {"ours": [run(1.9, [(1, 1.0, 1.9)])]})
+    with pytest.raises(UserError, match=r"not validated before nanoGPT ended: lower --eval_interval"):
+        compare(runs(seconds=3.5))

@@ -173,7 +173,7 @@ def test_texts_that_do_not_fit_are_told():
         model(texts(11))
     with pytest.raises(UserError, match="8 tokens and 3 new ones are more than the 10"):
         generate(model, texts(8), 3)
-    caches = model.new_caches(3, 20)
+    caches = model.new_caches(3, 10)
     model(texts(10), caches)
     with pytest.raises(UserError, match="11 tokens, and the model was made for 10 positions"):
         model(texts(1), caches)
@@ -194,9 +194,18 @@ def test_a_config_that_does_not_fit_is_told(tmp_path):
         return str(told.value)
 
     assert "architecture 'deepseek_v2'; this decoder reads 'deepseek_v3'" in refused(model_type="deepseek_v2")
-    said = refused(hidden_size=None, n_group="many", q_lora_rank=1.5, scoring_func="softmax", hidden_act="gelu")
-    assert "5 problems" in said and "None for hidden_size" in said and "'many' for n_group" in said
-    assert "'softmax' for scoring_func; this decoder knows 'sigmoid' only" in said
+    said = refused(scoring_func="softmax", hidden_act="gelu")
+    assert "2 problems" in said and "'softmax' for scoring_func; this decoder knows 'sigmoid' only" in said
+    said = refused(hidden_size=None, q_lora_rank=1.5, rms_norm_eps="x", rope_interleave="no", vocab_size=True)
+    assert "5 problems" in said and "None for hidden_size" in said and "'x' for rms_norm_eps" in said
+    assert "'many' for n_group" in refused(n_group="many") and "for num_hidden_layers" in refused(
+        num_hidden_layers=10**9
+    )
+    assert "take it in 16 bits" in refused(quantization_config={"quant_method": "fp8"})
+    assert "RoPE's parameters are [1]" in refused(rope_parameters=[1])
+    assert "'abc' for rope_theta" in refused(rope_parameters={"rope_theta": "abc"})
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 16}
+    assert "has 'x' for factor" in refused(rope_parameters={**yarn, "factor": "x"})
     assert "RoPE of type 'longrope'" in refused(rope_parameters={"rope_type": "longrope"})
     assert f"{tmp_path}/config.json: 8 experts do not make 3 equal groups" in refused(n_group=3)
     # the vocabulary, the layers and the ranks of another model

@@ -1,5 +1,6 @@
 """What every decoder of this folder is held to: the cache changes nothing, a seed decides, settings are obeyed."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -197,3 +198,20 @@ def test_the_longest_text_just_fits(decoder):
     assert len(generate(decoder, prompts(1), LONGEST - 5).ids[0]) == LONGEST - 5
     with pytest.raises(UserError, match="are more than the 48"):
         generate(decoder, prompts(1), LONGEST - 4)
+
+
+def test_scores_that_are_no_numbers_and_ids_that_are_no_tokens_are_told(decoder):
+    for temperature in (0.0, 1.0):
+        weight = decoder.tokens.weight
+        kept = weight.data.clone()
+        weight.data.fill_(math.nan)
+        try:
+            with pytest.raises(UserError, match="scores are not finite: its weights are damaged"):
+                generate(decoder, prompts(), 3, temperature=temperature)
+        finally:
+            weight.data.copy_(kept)
+    for wrong in (VOCABULARY, -1):
+        with pytest.raises(UserError, match=f"from 0 to {VOCABULARY - 1}, and these go from"):
+            decoder(torch.tensor([[1, wrong]]))
+    with pytest.raises(UserError, match=f"A cache of {LONGEST + 1} tokens is longer than"):
+        decoder.new_caches(1, LONGEST + 1)

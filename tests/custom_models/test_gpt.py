@@ -109,11 +109,16 @@ def test_each_part_changes_what_is_computed_and_looks_back_only(changes):
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[:, :15], model(later)[:, :15])
         assert not torch.allclose(model(ids)[:, 15:], model(later)[:, 15:], atol=1e-3)
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(**SMALL))
-    assert {n: p.shape for n, p in model.named_parameters()} != {n: p.shape for n, p in plain.named_parameters()} or (
-        not torch.allclose(model(ids), plain.eval()(ids))
-    )
+    plain = GPT(GPTConfig(**SMALL)).eval()
+    ours, theirs = model.state_dict(), plain.state_dict()  # what both have is made the same: the part is what differs
+    shared = {name: tensor for name, tensor in ours.items() if name in theirs and tensor.shape == theirs[name].shape}
+    plain.load_state_dict(theirs | {name: 3 * tensor for name, tensor in shared.items()})
+    model.load_state_dict(ours | {name: 3 * tensor for name, tensor in shared.items()})
+    with torch.no_grad():
+        if changes == {"bias": False}:  # a new model's biases are zero: they count once they are not
+            for name, parameter in plain.named_parameters():
+                parameter.data += 0.1 * name.endswith("bias")
+        assert not torch.allclose(model(ids), plain(ids), atol=1e-4)
 
 
 def test_relu2_and_swiglu_are_their_equations():
@@ -220,3 +225,33 @@ def test_a_damaged_checkpoint_of_ours_is_told(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json: it is no checkpoint"):
         load_gpt(tmp_path / "empty")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "custom_models.gpt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_embd": "32"}, "'32' for n_embd"),
+        ({"n_layer": None}, "None for n_layer"),
+        ({"n_embd": 32.0}, "32.0 for n_embd"),
+        ({"resid_pdrop": "x"}, "'x' for resid_pdrop"),
+        ({"layer_norm_epsilon": "x"}, "'x' for layer_norm_epsilon"),
+        ({"tie_word_embeddings": "no"}, "'no' for tie_word_embeddings"),
+    ],
+)
+def test_values_of_a_config_that_cannot_be_are_told(tmp_path, changes, said):
+    tiny(tmp_path)
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), **changes})
+    with pytest.raises(UserError, match=rf"config\.json has {said}, which it cannot be"):
+        load_hf(tmp_path)
+
+
+def test_our_own_config_is_read_as_carefully(tmp_path):
+    save_gpt(GPT(modern(vocab_size=5, context=8, width=16, n_layer=1, n_head=2)), CharacterTokenizer("abc\n?", "?"),
+             tmp_path / "a")  # fmt: skip
+    config = read_json(tmp_path / "a" / "config.json")
+    for name, value in (("width", 16.0), ("norm_eps", "x")):
+        write_json(tmp_path / "a" / "config.json", {**config, "gpt": {**config["gpt"], name: value}})
+        with pytest.raises(UserError, match=f"{value!r} for {name}, which it cannot be"):
+            load_gpt(tmp_path / "a")
+    with pytest.raises(UserError, match=r"config\.json is a file\. Name its folder"):
+        load_gpt(tmp_path / "a" / "config.json")

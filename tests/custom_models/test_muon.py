@@ -119,6 +119,11 @@ def test_state_is_taken_up():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match=r"3 problems[\s\S]*lr must be at least 0, not -1"):
+        Muon([nn.Parameter(torch.ones(2, 2))], lr=-1, momentum=1.0, weight_decay=-0.1)
+
+
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(UserError, match=r"shape \(3,\) is none"):
         Muon([nn.Parameter(torch.zeros(3))])

@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from custom_models.projects import distill, pretrain, sentiment
-from custom_models.projects.fitting import FitArgs, fast_precision
+from custom_models.projects.fitting import FitArgs, fast_precision, seed_problems
 
 RECIPES = Path("custom_models/recipes")
 
@@ -33,4 +33,11 @@ def test_everything_wrong_with_the_settings_is_told_at_once():
     told = FitArgs(batch_size=0, learning_rate=float("nan"), warmup=1.0, ema_decay=-0.1, weight_decay=-1).problems()
     assert [line.split()[0] for line in told] == [
         "--fit.batch_size", "--fit.learning_rate", "--fit.ema_decay", "--fit.warmup", "--fit.weight_decay"
+    ]  # fmt: skip
+
+
+def test_seeds_are_those_that_numpy_takes():
+    assert seed_problems(0, (1 << 32) - 1) == []
+    assert seed_problems(-1, 1 << 32) == [
+        "--seed must be from 0 to 4294967295, not -1.", "--seed must be from 0 to 4294967295, not 4294967296."
     ]  # fmt: skip

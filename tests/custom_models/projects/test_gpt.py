@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,9 @@ def test_rates_follow_their_equations(schedule, expected):
     floor = replace(fit, least=0.1)
     assert floor.share_of_rate(10) == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert floor.share_of_rate(2) == 1.0
+    short = replace(fit, warmup_steps=6, decay=0.8)  # which falls before it has risen
+    rates = [short.share_of_rate(step) for step in range(11)]
+    assert all(abs(one - other) < 0.3 for one, other in pairwise(rates[:10]))
 
 
 def test_muon_steps_matrices_and_adamw_the_rest():
@@ -241,7 +246,7 @@ def test_a_compiled_run_learns_the_same(text, tmp_path):
 
 def test_without_tensorboard_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpt, "find_spec", lambda name: None)
-    trainer = gpt.make_trainer(FIT, tmp_path, 0, gpt.Timer(), "cpu")
+    trainer = gpt.make_trainer(FIT, tmp_path, 0, gpt.Stopwatch(), "cpu")
     assert len(trainer.loggers) == 1
     assert "TensorBoard is not installed, so there is logs/*/metrics.csv only" in capsys.readouterr().out
 
@@ -268,3 +273,41 @@ def test_the_bench_reads_the_small_recipe():
     config, fit = read_recipe()
     recipe = yaml.safe_load((ROOT / "custom_models" / "recipes" / "gpt-shakespeare-small.yaml").read_text())
     assert config.width == recipe["model"]["width"] and fit.max_steps == recipe["fit"]["max_steps"]
+
+
+@pytest.mark.parametrize("when", ["in training", "in the last step"])
+def test_a_training_that_diverges_leaves_what_was_there(text, tmp_path, monkeypatch, when):
+    train(text, tmp_path, fit=replace(FIT, max_steps=2))
+    before = {file: file.read_bytes() for file in (tmp_path / "final").iterdir()}
+    if when == "in training":
+        with pytest.raises(UserError, match=r"not finite at step \d+: the training diverged\. Lower the learning rate"):
+            train(text, tmp_path, fit=replace(FIT, learning_rate=1e30, matrix_rate=1e30))
+    else:
+        step = GPTTask.on_validation_epoch_end
+
+        def ruined(self: GPTTask) -> None:
+            self.validated += math.nan
+            step(self)
+
+        monkeypatch.setattr(GPTTask, "on_validation_epoch_end", ruined)
+        with pytest.raises(UserError, match="validation loss is not finite"):
+            train(text, tmp_path, fit=FIT, resume=False)
+    assert {file: file.read_bytes() for file in (tmp_path / "final").iterdir()} == before
+
+
+def test_the_speed_is_that_of_training_alone(text, tmp_path, monkeypatch):
+    validation = GPTTask.validation_step
+    seconds: list[float] = []
+
+    def slow(self: GPTTask, *batch: Any) -> None:
+        time.sleep(0.2)
+        validation(self, *batch)
+
+    monkeypatch.setattr(GPTTask, "validation_step", slow)
+    monkeypatch.setattr(gpt.Stopwatch, "on_train_end", lambda self, *_: (self._stop(), seconds.append(self.seconds)))
+    began = time.perf_counter()
+    train(text, tmp_path, fit=replace(FIT, eval_interval=2))
+    whole = time.perf_counter() - began
+    assert 0 < seconds[0] < whole - 6 * 0.2
+    speed = json.loads((tmp_path / "metrics.json").read_text())["tokens_per_second"]
+    assert speed == pytest.approx(12 * 4 * 16 / seconds[0])

@@ -60,6 +60,8 @@ def test_files_are_made_anew_only_if_text_or_tokenizer_are_others(tmp_path, monk
     other = token_files(corpus("rivers and livers", identity="2"), "bpe", 262, tmp_path)
     assert learned[3:] == ["bpe"] and other.tokens != first.tokens
     assert token_files(texts, "bpe", 262, tmp_path).tokens == first.tokens and len(learned) == 5
+    (first.folder / "train.bin").unlink()  # lost: made anew, too
+    assert len(token_files(texts, "bpe", 262, tmp_path).read("train")) == first.tokens["train"]
 
 
 def test_a_writing_that_was_stopped_leaves_what_was_there(tmp_path, monkeypatch):
@@ -194,3 +196,9 @@ def test_settings_that_cannot_be_are_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="vocab_size must be at least 257"):
         token_files(corpus("a liver"), "bpe", 256, tmp_path)
     assert not list(tmp_path.glob("*/meta.json"))
+
+
+def test_the_first_of_many_texts_are_not_asked_for_of_a_single_one(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world, hello")
+    with pytest.raises(UserError, match=r"--max_texts takes the first of many texts, and .*a\.txt is a single one"):
+        read_corpus(str(tmp_path / "a.txt"), max_texts=3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from custom_models.gpt import GPT, modern
 from custom_models.gpt_checkpoint import load_gpt, save_gpt
 from custom_models.projects import gpt_dpo
 from custom_models.projects.fitting import FitArgs
-from custom_models.projects.gpt_dpo import Answered, DPOTask, Pair, answer_logprobs, padded, padded_pairs, scores, setup
+from custom_models.projects.gpt_answers import Answered, Pair, answer_logprobs, mismatched, padded, padded_pairs
+from custom_models.projects.gpt_dpo import DPOTask, scores, setup
 from custom_models.projects.gpt_training import GPTFit
 from custom_models.tokenization.bpe import SpecialBPE
 from custom_models.tokenization.characters import CharacterTokenizer
@@ -114,10 +116,33 @@ def test_preferences_are_learned_and_counted(data, tmp_path, capsys):
     setup(**data, **settings, base_dir=str(out_dir / "tuned"), max_pairs=8)  # goes on from a base that is there
     assert "learning to prefer: 8 pairs" in capsys.readouterr().out
 
+    other = {**settings, "pretrain": replace(PRETRAIN, max_steps=21)}
+    (out_dir / "base" / "checkpoints").mkdir(exist_ok=True)
+    torch.save({"run": {"seed": 0}}, out_dir / "base" / "checkpoints" / "step-5.ckpt")
+    with pytest.raises(UserError, match=r"of a run with other settings: .* or begin anew: --resume false"):
+        setup(data["data"], **other, model=MODEL)
+    setup(data["data"], **other, model=MODEL, resume=False, max_pairs=8)  # and its own pairs
+    assert "learning to prefer: 8 pairs" in capsys.readouterr().out
+
+
+def test_without_pairs_an_answer_stands_against_that_to_another_question():
+    told = [
+        {"messages": row["prompt"] + row["chosen"], "kind": f"kind {n % 2}"} for n, row in enumerate(rows(range(9)))
+    ]
+    pairs = mismatched([*told, {**told[0]}], seed=1)
+    kinds = {row["messages"][-1]["content"]: row["kind"] for row in told}
+    own = {row["messages"][0]["content"]: row["messages"][-1]["content"] for row in told}
+    chosen, rejected = ([pair[side][0]["content"] for pair in pairs] for side in ("chosen", "rejected"))
+    assert chosen == [own[pair["prompt"][0]["content"]] for pair in pairs] and 8 <= len(pairs) <= 10
+    assert all(one != other and kinds[one] == kinds[other] for one, other in zip(chosen, rejected, strict=True))
+    assert sorted(rejected) == sorted(chosen)  # no answer is better by itself
+    assert mismatched(told, seed=2) != mismatched(told, seed=1) == mismatched(told, seed=1)
+
 
 def test_what_cannot_be_is_told(data, tmp_path):
-    with pytest.raises(UserError, match="4 problems"):
-        setup(**data, beta=0, max_rows=0, tune=FitArgs(batch_size=0), pretrain=GPTFit(max_steps=0, warmup_steps=0))
+    with pytest.raises(UserError, match=r"5 problems[\s\S]*--pretrain\.max_steps[\s\S]*--tune\.batch_size"):
+        setup(**data, beta=0, max_rows=0, tune=FitArgs(batch_size=0), seed=-1,
+              pretrain=GPTFit(max_steps=0, warmup_steps=0))  # fmt: skip
     with pytest.raises(UserError, match="no rows of kind signs; there are definition"):
         setup(**data, kinds=["signs"], out_dir=tmp_path)
     with pytest.raises(UserError, match=r"validation\.jsonl does not exist"):
