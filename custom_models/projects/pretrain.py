@@ -197,7 +197,7 @@ def setup(
     style: Style = "roberta",
     out_dir: Path = Path("out/pretrain"),
     shape: Shape = Shape(vocab_size=4000, n_layer=2, inner_width=512, n_position=64, dropout=0.1),
-    fit: FitArgs = FitArgs(batch_size=64, learning_rate=1e-3, max_epochs=8, patience=2),
+    fit: FitArgs = FitArgs(batch_size=16, learning_rate=1e-3, max_epochs=8, patience=2),
     validation_size: int = 500,
     seed: int = 1,
     max_texts: int | None = None,

@@ -188,7 +188,7 @@ def test_rates_follow_their_equations(schedule, expected):
     assert floor.share_of_rate(2) == 1.0
     short = replace(fit, warmup_steps=6, decay=0.8)  # which falls before it has risen
     rates = [short.share_of_rate(step) for step in range(11)]
-    assert all(abs(one - other) < 0.3 for one, other in pairwise(rates[:10]))
+    assert schedule != "trapezoidal" or all(abs(one - other) < 0.3 for one, other in pairwise(rates))
 
 
 def test_muon_steps_matrices_and_adamw_the_rest():
