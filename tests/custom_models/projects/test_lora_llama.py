@@ -126,6 +126,18 @@ def test_every_loss_is_the_roads_from_the_same_beginning(chats, tiny_llama, tmp_
     assert found[0].real_tokens == found[1].real_tokens
 
 
+def test_the_real_model_learns_what_it_learns_on_the_road(embedded_checkpoint, tmp_path):
+    template = ChatTemplate.from_checkpoint(embedded_checkpoint)
+    rows = [template.encode_chat(talk(n)) for n in range(8)]
+    train = TrainArgs(**{**vars(TRAIN), "max_steps": 3, "global_batch_size": 2, "learning_rate": 1e-3})
+    found = [
+        fit(make_fabric(), model, kind(rows[:6], rows[6:], train, 7), train, tmp_path / name, seed=7, identity={})
+        for name, model, kind in zip(("ours", "road"), adapted(embedded_checkpoint), (FineTuning, SFT), strict=True)
+    ]  # fmt: skip
+    assert found[0].losses == pytest.approx(found[1].losses, abs=2e-3)  # float32 over thirty layers
+    assert found[0].metrics["val_loss"] == pytest.approx(found[1].metrics["val_loss"], abs=2e-3)
+
+
 def test_adapters_are_trained_and_left_for_us_and_for_peft(data, tiny_llama, tiny_llama_hf, tmp_path, capsys):
     setup(tiny_llama, data, tmp_path / "out", max_val_rows=8, lora=Adapters(rank=4, alpha=8), train=TRAIN)
     made = numbers(tmp_path / "out")["methods"]["lora"]
