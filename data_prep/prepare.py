@@ -4,7 +4,8 @@
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
 `data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
-are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows.
+are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows;
+documents with summaries (docstrings, scitldr and others) are {"sentences", "summaries"} rows.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews
+from data_prep import docstrings, exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews, summaries
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -22,6 +23,7 @@ Name = Literal[
     "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
     "movie_snippets", "sentence_polarity", "sst2",
+    "docstrings", "scitldr", "meqsum", "pubmedqa_conclusions", "cnn_dailymail", "xsum",
     "jsonl",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
@@ -34,6 +36,11 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "movie_snippets": reviews.prepare_snippets,
     "sentence_polarity": reviews.prepare_polarity,
     "sst2": reviews.prepare_sst2,
+    "docstrings": docstrings.prepare,
+    "scitldr": summaries.prepare_scitldr,
+    "meqsum": summaries.prepare_meqsum,
+    "pubmedqa_conclusions": summaries.prepare_pubmedqa,
+    **{name: partial(summaries.prepare_news, name) for name in summaries.NEWS},
 }
 _OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
 
@@ -54,12 +61,15 @@ def setup(
     Args:
         data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
             file of your own; for preferences: instruction_preference, orca, ultrafeedback_binarized or
-            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2.
+            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2;
+            documents with summaries: docstrings (needs no Hub), scitldr, meqsum, pubmedqa_conclusions, cnn_dailymail,
+            xsum.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
         file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
-            instruction/output or question/answer; or preferences, prompt with chosen and rejected.
+            instruction/output or question/answer; or preferences, prompt with chosen and rejected; or document with
+            summary.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
         test_size: How much is held out for the test, where there is no official one.
@@ -88,7 +98,11 @@ def setup(
     report_all(problems)
 
     if file is not None:
-        of_file = preferences.prepare_file if preferences.holds_pairs(file) else jsonl.prepare
+        of_file = jsonl.prepare
+        if preferences.holds_pairs(file):
+            of_file = preferences.prepare_file
+        elif summaries.holds_summaries(file):
+            of_file = summaries.prepare_file
         dataset = of_file(file, validation_size, test_size, seed)
     else:
         dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)

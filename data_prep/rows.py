@@ -2,8 +2,8 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified. Further fields ("kind", "id") are kept and ignored by readers that do
-not know them.
+comparison, `text` + `label` rows are classified, `sentences` + `summaries` rows are documents with what sums them up.
+Further fields ("kind", "id") are kept and ignored by readers that do not know them.
 """
 
 import json
@@ -25,6 +25,7 @@ SHAPES = {
     "scoring": '{"prompt": [...], "choices": [TEXT, ...], "answer": INDEX}',
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
     "classified": '{"text": TEXT, "label": NAME}',
+    "summarised": '{"sentences": [TEXT, ...], "summaries": [TEXT, ...]}',
 }
 
 
@@ -51,6 +52,8 @@ def row_problem(row: Any, shape: str) -> str | None:
     if shape == "classified":
         empty = [field for field in ("text", "label") if not isinstance(row.get(field), str) or not row[field].strip()]
         return f'"{empty[0]}" must be a text that is not empty' if empty else None
+    if shape == "summarised":
+        return _texts_problem(row, "sentences") or _texts_problem(row, "summaries")
     if shape == "messages":
         return _messages_problem(row.get("messages"), "messages", ("assistant",))
     if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):
@@ -64,15 +67,21 @@ def row_problem(row: Any, shape: str) -> str | None:
             return '"label" must be true or false'
         return _messages_problem(row.get("completion"), "completion", ("assistant",))
     field = "choices" if shape == "scoring" else "answers"
-    texts = row.get(field)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        return f'"{field}" must be a list of texts, none of them empty'
+    if problem := _texts_problem(row, field):
+        return problem
     if shape == "scoring":
-        answer = row.get("answer")
+        texts, answer = row[field], row.get("answer")
         if len(texts) < 2 or len(set(texts)) != len(texts):
             return '"choices" must be at least two different texts'
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
             return f'"answer" must be the index of a choice, 0 to {len(texts) - 1}, but is {answer!r}'
+    return None
+
+
+def _texts_problem(row: Row, field: str) -> str | None:
+    texts = row.get(field)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return f'"{field}" must be a list of texts, none of them empty'
     return None
 
 
