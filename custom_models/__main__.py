@@ -17,6 +17,8 @@ PROJECTS = {
     "gpt-dpo": ("custom_models.projects.gpt_dpo", "setup", "teach a GPT to answer, and align it by DPO"),
     "lora-scratch": ("custom_models.projects.lora_llama", "setup", "fine-tune a Llama by our LoRA, and by all weights"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
+    "summarize": ("custom_models.projects.summarize", "setup", "train a summariser, BERTSum's way or two BERTs"),
+    "summary": ("custom_models.projects.summarize", "summary", "summarise a text file"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
     "expert-load": ("custom_models.expert_load", "setup", "draw the load of a mixture's experts, balanced and not"),
 }

@@ -3,7 +3,8 @@
 Liu 2019, arXiv 1903.10318 (section 2); Liu and Lapata 2019, arXiv 1908.08345 (section 3.2). Three things make a BERT,
 which reads one sentence or two, read a document:
 
-* each sentence has its own [CLS] before it, whose state stands for the sentence, and its [SEP] behind it;
+* each sentence has its own [CLS] before it, whose state stands for the sentence, and its [SEP] behind it
+  (`pooling="mean"` takes the mean of its tokens' states instead, which is how MiniLM was trained);
 * sentences belong to the two segments by turns, so that neighbours are told apart (RoBERTa and DistilBERT have no two
   segments and go without);
 * Transformer layers over the sentences' states, with sine waves for their places, in which sentences see each other.
@@ -15,6 +16,7 @@ see the document whole. So the encoder's work grows with a document's length and
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +26,27 @@ from custom_models.encoder import Encoder, EncoderLayer
 from custom_models.positions import sinusoidal_table
 from workflows.errors import UserError
 
+Pooling = Literal["cls", "mean"]
+
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents as windows of tokens. B documents of at most S sentences are read in W windows of at most T tokens, in
-    which sentences begin N times.
+    """Documents as windows of tokens: B documents of at most S sentences in W windows of at most T tokens.
 
     Attributes:
         ids: (W, T), padded at the ends.
         lengths: How many tokens of each window are real, (W,).
         segments: 0 for the tokens of even sentences, 1 for those of odd ones, (W, T).
-        windows: The window of each sentence's beginning, (N,).
-        starts: Its place there, (N,).
-        places: Whose it is, document * S + sentence, (N,).
+        places: Each token's sentence, document * S + sentence, (W, T); B * S for padding.
+        first: Whether a token is its sentence's [CLS], (W, T).
         n_sentences: How many sentences each document has, (B,).
     """
 
     ids: Tensor
     lengths: Tensor
     segments: Tensor
-    windows: Tensor
-    starts: Tensor
     places: Tensor
+    first: Tensor
     n_sentences: Tensor
 
     def to(self, device: torch.device) -> "DocumentBatch":
@@ -106,25 +107,22 @@ def batch_documents(documents: Sequence[Sequence[Sequence[int]]], longest: int, 
         raise UserError("A document without sentences cannot be summarised.")
     most = max(map(len, documents))
     rows: list[list[int]] = []
-    parts: list[list[int]] = []
-    beginnings: list[tuple[int, int, int]] = []  # window, place in it, document * S + sentence
+    sentence_of: list[list[int]] = []  # of each token: the sentence in its document
+    owners = []  # of each window: its document
     for number, document in enumerate(documents):
         for begin, end in windows([len(sentence) for sentence in document], longest):
-            ids: list[int] = []
-            segments: list[int] = []
-            for i in range(begin, end):
-                beginnings.append((len(rows), len(ids), number * most + i))
-                ids += document[i]
-                segments += [i % 2] * len(document[i])
-            rows.append(ids)
-            parts.append(segments)
-    width = max(map(len, rows))
+            rows.append([i for sentence in document[begin:end] for i in sentence])
+            sentence_of.append([i for i in range(begin, end) for _ in document[i]])
+            owners.append(number)
     lengths = torch.tensor([len(row) for row in rows])  # (W,)
-    ids_of = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])  # (W, T)
-    segments_of = torch.tensor([part + [0] * (width - len(part)) for part in parts])  # (W, T)
+    width = int(lengths.max())
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])  # (W, T)
+    inner = torch.tensor([row + [0] * (width - len(row)) for row in sentence_of])  # (W, T)
+    places = torch.tensor(owners)[:, None] * most + inner  # (W, T)
+    places = places.masked_fill(~real_tokens(lengths, width), len(documents) * most)  # (W, T)
+    before = torch.nn.functional.pad(places[:, :-1], (1, 0), value=-1)  # (W, T), the place of the token before
     n_sentences = torch.tensor([len(document) for document in documents])  # (B,)
-    in_window, starts, places = torch.tensor(beginnings).unbind(dim=1)  # (N,) each
-    return DocumentBatch(ids_of, lengths, segments_of, in_window, starts, places, n_sentences)
+    return DocumentBatch(ids, lengths, inner % 2, places, places != before, n_sentences)
 
 
 class BertSum(nn.Module):
@@ -133,11 +131,12 @@ class BertSum(nn.Module):
     Args:
         encoder: What reads the tokens: a BERT, RoBERTa or DistilBERT.
         n_layer: Layers over the sentences; the paper's best has two.
+        pooling: What stands for a sentence: the state of its [CLS], or the mean of its tokens' states.
     """
 
-    def __init__(self, encoder: Encoder, n_layer: int = 2) -> None:
+    def __init__(self, encoder: Encoder, n_layer: int = 2, pooling: Pooling = "cls") -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.pooling = encoder, pooling
         # a pooler is not used, and a parameter without gradient is a nuisance on several devices
         encoder.pooler, encoder.config = None, replace(encoder.config, pooler=False)
         config = replace(encoder.config, norm_first=True)
@@ -149,12 +148,16 @@ class BertSum(nn.Module):
     def forward(self, batch: DocumentBatch) -> Tensor:
         """Documents -> logits of their sentences, (B, S); those behind a document's end are -inf."""
         segments = batch.segments if self.encoder.config.n_segment == 2 else None
-        states = self.encoder(batch.ids, batch.lengths, segments).last  # (W, T, width)
-        found = states[batch.windows, batch.starts]  # (N, width)
+        states = self.encoder(batch.ids, batch.lengths, segments).last.float()  # (W, T, width), to be summed up
         n_document, most = len(batch.n_sentences), int(batch.n_sentences.max())
-        total = found.new_zeros(n_document * most, found.shape[-1]).index_add(0, batch.places, found)  # (B * S, width)
-        times = torch.bincount(batch.places, minlength=len(total)).clamp(min=1)  # (B * S,)
-        x = (total / times[:, None]).view(n_document, most, -1)  # (B, S, width), the mean over windows
+        places = batch.places  # (W, T)
+        if self.pooling == "cls":
+            places = places.masked_fill(~batch.first, n_document * most)  # (W, T)
+        # every state is added to its sentence's; the last row takes those that are no sentence's, and is left out
+        total = states.new_zeros(n_document * most + 1, states.shape[-1])  # (B * S + 1, width)
+        total = total.index_add(0, places.flatten(), states.flatten(0, 1))[:-1]  # (B * S, width)
+        times = torch.bincount(places.flatten(), minlength=len(total) + 1)[:-1].clamp(min=1)  # (B * S,)
+        x = (total / times[:, None]).view(n_document, most, -1)  # (B, S, width), over a sentence's windows, too
         x = self.dropout(x + sinusoidal_table(most, x.shape[-1]).to(x))  # (B, S, width)
         for layer in self.between:
             x, _ = layer(x, batch.n_sentences, False)  # (B, S, width)
