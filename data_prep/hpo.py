@@ -109,17 +109,33 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
             "validation": _with_questions(validation, ontology, seed, notes),
             "test": _with_questions(test, ontology, seed, notes),
         },
-        source=Source(
+        source=replace(
+            ontology_source(version, origin, texts["hp.obo"]),
             title="Human Phenotype Ontology: terms and disease annotations",
-            origin=origin,
             revision=f"{version}; phenotype.hpoa {hpoa_version}",
-            licence=_LICENCE,
-            attribution=_ATTRIBUTION.format(version=version.rpartition("/")[2]),
             files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         ),
         split_rule=_SPLIT_RULE,
         dropped=dict(dropped),
         notes=dict(notes),
+    )
+
+
+def ontology_source(version: str, origin: str, obo: str) -> Source:
+    """Where data came from that was made of the ontology alone.
+
+    Args:
+        version: The ontology's.
+        origin: The wheel or folder it was read from.
+        obo: The text of `hp.obo`.
+    """
+    return Source(
+        title="Human Phenotype Ontology: terms",
+        origin=origin,
+        revision=version,
+        licence=_LICENCE,
+        attribution=_ATTRIBUTION.format(version=version.rpartition("/")[2]),
+        files={"hp.obo": hashlib.sha256(obo.encode()).hexdigest()},
     )
 
 

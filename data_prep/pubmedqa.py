@@ -7,6 +7,7 @@ The split is the official one: 500 questions for the test, named in `test_ground
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,17 +44,34 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     Raises:
         UserError: If the data cannot be had or is malformed.
     """
+    return _data_set("pubmedqa", raw_dir, validation_size, seed, _item)
+
+
+def prepare_decisions(raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+    """The same questions as texts to classify: question and abstract, and yes, no or maybe; see `prepare`."""
+    return _data_set("pubmedqa_decisions", raw_dir, validation_size, seed, _decision_item, "classified")
+
+
+def _data_set(
+    name: str,
+    raw_dir: Path | None,
+    validation_size: int | None,
+    seed: int,
+    make: Callable[[Row], Item],
+    shape: str = "messages",
+) -> DataSet:
     raw = read(raw_dir)
-    items = {str(row["pubid"]): _item(row) for row in raw.table.rows}
+    items = {str(row["pubid"]): make(row) for row in raw.table.rows}
     test = [item for pubid, item in items.items() if pubid in raw.test_ids]
     rest, shared = without_shared([item for pubid, item in items.items() if pubid not in raw.test_ids], test)
     validation, train = hold_out(rest, 50 if validation_size is None else validation_size, seed)
     return DataSet(
-        name="pubmedqa",
+        name=name,
         splits={"train": train, "validation": validation, "test": test},
         source=source(raw_dir, raw),
         split_rule="test: the official 500 questions; validation: at random by seed from the other 500",
         dropped={"shares its question or abstract with the test": shared},
+        shape=shape,
     )
 
 
@@ -180,6 +198,11 @@ def _check(table: Table) -> dict[str, str]:
             raise UserError(f"{table.place(index)}: question {row['pubid']} is there twice.")
         labels[str(row["pubid"])] = row["final_decision"]
     return labels
+
+
+def _decision_item(row: Row) -> Item:
+    text = " ".join([row["question"].strip(), *row["context"]["contexts"]])
+    return Item(_item(row).keys, ({"text": text, "label": row["final_decision"]},))
 
 
 def _item(row: Row) -> Item:

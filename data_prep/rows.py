@@ -2,7 +2,8 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified, `sentences` + `summaries` rows are documents with what sums them up.
+comparison, `text` + `label` rows are classified, `sentences` + `summaries` rows are documents with what sums them up,
+`question` + `context` + `answers` rows have their answers in a text.
 Further fields ("kind", "id") are kept and ignored by readers that do not know them.
 """
 
@@ -26,6 +27,7 @@ SHAPES = {
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
     "classified": '{"text": TEXT, "label": NAME}',
     "summarised": '{"sentences": [TEXT, ...], "summaries": [TEXT, ...]}',
+    "spans": '{"question": TEXT, "context": TEXT, "answers": {"text": [TEXT, ...], "answer_start": [INDEX, ...]}}',
 }
 
 
@@ -52,6 +54,8 @@ def row_problem(row: Any, shape: str) -> str | None:
     if shape == "classified":
         empty = [field for field in ("text", "label") if not isinstance(row.get(field), str) or not row[field].strip()]
         return f'"{empty[0]}" must be a text that is not empty' if empty else None
+    if shape == "spans":
+        return _spans_problem(row)
     if shape == "summarised":
         return _texts_problem(row, "sentences") or _texts_problem(row, "summaries")
     if shape == "messages":
@@ -75,6 +79,22 @@ def row_problem(row: Any, shape: str) -> str | None:
             return '"choices" must be at least two different texts'
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
             return f'"answer" must be the index of a choice, 0 to {len(texts) - 1}, but is {answer!r}'
+    return None
+
+
+def _spans_problem(row: Row) -> str | None:
+    for field in ("question", "context"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            return f'"{field}" must be a text that is not empty'
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or _texts_problem(answers, "text"):
+        return '"answers" must hold "text", a list of texts, and "answer_start", where each begins'
+    starts = answers.get("answer_start")
+    if not isinstance(starts, list) or len(starts) != len(answers["text"]):
+        return '"answer_start" must say for each answer where it begins'
+    for text, start in zip(answers["text"], starts, strict=True):
+        if type(start) is not int or start < 0 or row["context"][start : start + len(text)] != text:
+            return f"the answer {text!r:.60} does not stand in the context at {start!r}"
     return None
 
 

@@ -211,7 +211,7 @@ def prepare_pubmedqa(raw_dir: Path | None, validation_size: int | None, test_siz
     for row in raw.table.rows:
         pubid = str(row["pubid"])
         document = Document(
-            "\n".join(row["context"]["contexts"]),
+            "\n\n".join(row["context"]["contexts"]),
             [row["long_answer"]],
             frozenset({f"id:{pubid}", key("question", row["question"])}),
         )
