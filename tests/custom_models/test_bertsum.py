@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_windows_begin_and_end_with_sentences_overlap_and_leave_nothing_out():
         assert found[0][0] == 0 and found[-1][1] == len(lengths)
         for begin, end in found:
             assert 0 < sum(lengths[begin:end]) <= longest
-        for (first, last), (begin, end) in zip(found, found[1:], strict=False):
+        for (first, last), (begin, end) in pairwise(found):
             assert first < begin <= last < end  # nothing skipped, something new
             assert sum(lengths[begin:last]) <= 0.25 * longest
     assert windows([10] * 10, 40) == [(0, 4), (3, 7), (6, 10)]

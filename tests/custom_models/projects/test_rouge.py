@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from custom_models.projects.rouge import KINDS, baselines, choose, interval, joined, oracle, rouge, rouge_metrics, table
 
-WORDS = "the patient has fever and pain in both knees since monday walking hurts".split()
+WORDS = ["the", "patient", "has", "fever", "and", "pain", "in", "both", "knees", "since", "monday", "walking", "hurts"]
 
 
 def sentence(chance: random.Random) -> str:

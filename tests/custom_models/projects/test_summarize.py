@@ -22,8 +22,8 @@ from workflows.errors import UserError
 
 pytestmark = pytest.mark.long
 
-WORDS = "the a of film plot scene actor with and then there was".split()
-FIT = FitArgs(batch_size=8, learning_rate=3e-3, max_epochs=4, patience=4)
+WORDS = ["the", "a", "of", "film", "plot", "scene", "actor", "with", "and", "then", "there", "was"]
+FIT = FitArgs(batch_size=8, learning_rate=5e-3, max_epochs=8, patience=8)
 
 
 def document(chance: random.Random) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("summarize")
-    summarize.setup(data, encoder=str(encoder), out_dir=out_dir, n_layer=1, fit=FIT, seeds=[1, 2])
+    summarize.setup(data, encoder=str(encoder), out_dir=out_dir, n_layer=1, pooling="mean", fit=FIT, seeds=[1, 2])
     return out_dir
 
 
@@ -147,12 +147,13 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
     (tmp_path / "bert" / "tokenizer.json").write_bytes((minilm / "tokenizer.json").read_bytes())
     decoding = abstractive.Decoding(beams=2, max_length=10)
     fit = FitArgs(batch_size=8, learning_rate=5e-3, max_epochs=6, patience=6)
-    summarize.setup(data, "abstractive", str(tmp_path / "bert"), tmp_path / "out", decoding=decoding, fit=fit)
+    summarize.setup(data, "abstractive", str(tmp_path / "bert"), tmp_path / "out", decoding=decoding, fit=fit,
+                    max_test_rows=8)  # fmt: skip
     found = numbers(tmp_path / "out")
-    assert found["abstractive_rouge1"]["value"] > 0.3 and found["lead1_rouge1"]["n"] == 24
+    assert found["abstractive_rouge1"]["value"] > 0.3 and found["lead1_rouge1"]["n"] == 8
     model, tokenizer = abstractive.load(tmp_path / "out" / "final")
     assert model.generation_config.num_beams == 2 and model.generation_config.no_repeat_ngram_size == 3
-    long = [sentence for row in range(12) for sentence in document(random.Random(row))["sentences"]]
+    long = [sentence for row in range(6) for sentence in document(random.Random(row))["sentences"]]
     calls = []
     real = abstractive.write
 
@@ -163,7 +164,7 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(abstractive, "write", counted)
         text = abstractive.summarize(long, model, tokenizer)
-    assert calls[0] > 5 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text
+    assert calls[0] > 2 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text
     file = tmp_path / "text.txt"
     file.write_text("We found pain with film. The scene was.")
     summarize.summary(tmp_path / "out" / "final", file)
