@@ -24,7 +24,7 @@ from workflows.errors import UserError
 pytestmark = pytest.mark.long
 
 NAMES = ["anna", "bert", "carl", "dora", "emil", "fritz", "gerd", "hans"]
-SHAPE = Shape(vocab_size=320, width=32, n_layer=2, n_head=2, inner_width=64, n_position=64, dropout=0.0)
+SHAPE = Shape(vocab_size=290, width=32, n_layer=2, n_head=2, inner_width=64, n_position=64, dropout=0.0)
 FIT = FitArgs(batch_size=16, learning_rate=5e-3, max_epochs=12, patience=12)
 
 
