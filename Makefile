@@ -48,6 +48,15 @@ T5        ?= scratch
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
+# What is summarised, and how: by choosing sentences (extractive) or in words of the model's own (abstractive).
+DOCUMENTS ?= $(if $(wildcard $(WORKFLOW_DATA)/scitldr),scitldr,docstrings)
+METHOD    ?= extractive
+# Questions about texts: hpo_spans, squad, or one's own; and the file that `make answer` answers from.
+QUESTIONS ?= hpo_spans
+CONTEXT   ?=
+SUMMARIZER = out/summarize/$(call filename,$(pretrained))$(if $(filter extractive,$(METHOD)),,-$(METHOD))
+# The encoder of projects that begin at pretrained weights.
+pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
 # A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
 recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
@@ -116,7 +125,7 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
-  pretrain-t5 ner ner-predict
+  pretrain-t5 ner ner-predict summarize qa answer
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -150,8 +159,8 @@ help:  ## list the targets
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2 (what they read), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample),'
-	@echo '            ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner)'
+	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad (what they read), T5=google-t5/t5-small (ner),'
+	@echo '            METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -232,6 +241,28 @@ out/$(RECIPE)/final/config.json: | $(INSTALLED)
 gpt-dpo: $(INSTALLED)  ## a GPT of our own learns to answer, and by DPO to prefer better answers
 	@test -f data/hpo/manifest.json || $(STEP) data --data hpo
 	@$(PROJECT) gpt-dpo --config custom_models/recipes/gpt-dpo.yaml --out_dir out/gpt-dpo $(ARGS)
+
+summarize: $(if $(TEXT),$(SUMMARIZER)/final/config.json,data/$(DOCUMENTS)/manifest.json)  ## train a summariser of documents; TEXT=file: summarise it (METHOD=abstractive: in own words)
+	@$(PROJECT) $(if $(TEXT),summary --checkpoint_dir $(SUMMARIZER)/final --file $(call quoted,$(TEXT)),$(train_summarizer)) $(ARGS)
+
+summarize_recipe = $(if $(filter extractive,$(METHOD)),$(call project_recipe,summarize-$(pretrained),summarize-pretrained),\
+  custom_models/recipes/summarize-$(METHOD).yaml)
+train_summarizer = summarize --config $(strip $(summarize_recipe)) --data data/$(DOCUMENTS) \
+  --encoder $(call quoted,$(pretrained)) --out_dir $(SUMMARIZER)
+
+$(SUMMARIZER)/final/config.json:
+	@$(MAKE) --no-print-directory summarize TEXT= ARGS=
+
+qa: data/$(QUESTIONS)/manifest.json  ## train a model that finds answers in texts: ENCODER=scratch, minilm, or a BERT from the Hub
+	@$(PROJECT) qa --config $(call project_recipe,qa-$(ENCODER),qa-pretrained) --data data/$(QUESTIONS) \
+	  --encoder $(call quoted,$(ENCODER)) --out_dir out/qa/$(call filename,$(ENCODER)) $(ARGS)
+
+answer: out/qa/$(call filename,$(ENCODER))/final/config.json  ## let it answer TEXT, a question, from CONTEXT, a file
+	@$(PROJECT) answer --checkpoint_dir out/qa/$(call filename,$(ENCODER))/final --question $(call quoted,$(TEXT)) \
+	  --context $(call quoted,$(CONTEXT)) $(ARGS)
+
+out/qa/$(call filename,$(ENCODER))/final/config.json:
+	@$(MAKE) --no-print-directory qa ARGS=
 
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
 	@$(PROJECT) attention-map $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
@@ -317,15 +348,13 @@ else
 	@echo 'error: there is no data/$(DATA). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(DATA)"' >&2; exit 1
 endif
 
-ifneq ($(REVIEWS),$(DATA))
-data/$(REVIEWS)/manifest.json: | $(INSTALLED)
-	@$(STEP) data --data $(REVIEWS) $(if $(wildcard $(WORKFLOW_DATA)/$(REVIEWS)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(REVIEWS)))
-endif
-
-ifeq ($(filter $(ENTITIES),$(DATA) $(REVIEWS)),)
-data/$(ENTITIES)/manifest.json: | $(INSTALLED)
-	@$(STEP) data --data $(ENTITIES) $(if $(wildcard $(WORKFLOW_DATA)/$(ENTITIES)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(ENTITIES)))
-endif
+# The raw files of a project's data lie in a folder of its name, or of the name of what they are part of.
+raw_of = $(firstword $(subst _conclusions,,$(subst _decisions,,$(1))))
+define project_data
+data/$(1)/manifest.json: | $(INSTALLED)
+	@$$(STEP) data --data $(1) $(if $(wildcard $(WORKFLOW_DATA)/$(call raw_of,$(1))),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(call raw_of,$(1))))
+endef
+$(foreach name,$(filter-out $(DATA),$(sort $(REVIEWS) $(ENTITIES) $(DOCUMENTS) $(QUESTIONS))),$(eval $(call project_data,$(name))))
 
 # The pairs of a prepared data set are written together with it.
 ifneq ($(PAIRS),$(DATA))

@@ -20,6 +20,10 @@ PROJECTS = {
     "ner": ("custom_models.projects.ner", "setup", "teach a T5 to name the entities of a sentence"),
     "ner-predict": ("custom_models.projects.ner", "predict", "name the entities of a sentence"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
+    "summarize": ("custom_models.projects.summarize", "setup", "train a summariser, BERTSum's way or two BERTs"),
+    "summary": ("custom_models.projects.summarize", "summary", "summarise a text file"),
+    "qa": ("custom_models.projects.qa", "setup", "train a model that finds the answer to a question in a text"),
+    "answer": ("custom_models.projects.qa", "answer", "answer a question from a text file"),
     "attention-map": ("custom_models.attention_map", "setup", "draw what the heads of a real model look at"),
     "expert-load": ("custom_models.expert_load", "setup", "draw the load of a mixture's experts, balanced and not"),
 }

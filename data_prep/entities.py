@@ -7,11 +7,12 @@ training and validation that a later split has, too, are left out ("Methods :" s
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.dataset import DataSet, Source
-from data_prep.hpo import ATTRIBUTION, LICENCE, read_files
+from data_prep.hpo import ontology_source, read_files
 from data_prep.iob import Entity, longest_matches, read_iob, tags_of
 from data_prep.ontology import read_obo
 from data_prep.rows import Row, normalise, row_problem
@@ -125,13 +126,8 @@ def prepare_definitions(raw_dir: Path | None, validation_size: int | None, test_
     for term in terms.values():
         if words := WORD.findall(term.definition):
             rows.append(_row(words, tags_of(longest_matches(words, names), len(words))))
-    source = Source(
-        title="Human Phenotype Ontology: definitions with its own names marked",
-        origin=origin,
-        revision=version,
-        licence=LICENCE,
-        attribution=ATTRIBUTION.format(version=version.rpartition("/")[2]),
-    )
+    title = "Human Phenotype Ontology: definitions with its own names marked"
+    source = replace(ontology_source(version, origin, texts["hp.obo"]), title=title)
     items = _items(rows)
     return _random_data_set("hpo_entities", items, source, validation_size, test_size, seed)
 

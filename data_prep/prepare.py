@@ -5,7 +5,9 @@ get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "ans
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
 `data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
 are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows,
-sentences with marked entities (hpo_entities, bc5cdr, ncbi_disease, wnut_17, conll2003, iob) {"tokens", "tags"} rows.
+sentences with marked entities (hpo_entities, bc5cdr, ncbi_disease, wnut_17, conll2003, iob) {"tokens", "tags"} rows,
+documents with summaries (docstrings, scitldr and others) {"sentences", "summaries"} rows, questions about a text
+(hpo_spans, squad) {"question", "context", "answers"} rows.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import entities, exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews
+from data_prep import docstrings, entities, exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews, spans, summaries
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -24,6 +26,8 @@ Name = Literal[
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
     "movie_snippets", "sentence_polarity", "sst2",
     "hpo_entities", "bc5cdr", "ncbi_disease", "wnut_17", "conll2003",
+    "docstrings", "scitldr", "meqsum", "pubmedqa_conclusions", "cnn_dailymail", "xsum",
+    "hpo_spans", "squad", "pubmedqa_decisions",
     "jsonl", "iob",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
@@ -38,9 +42,17 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "sst2": reviews.prepare_sst2,
     "hpo_entities": entities.prepare_definitions,
     **{name: partial(entities.prepare, name) for name in entities.OFFICIAL},
+    "docstrings": docstrings.prepare,
+    "scitldr": summaries.prepare_scitldr,
+    "meqsum": summaries.prepare_meqsum,
+    "pubmedqa_conclusions": summaries.prepare_pubmedqa,
+    **{name: partial(summaries.prepare_news, name) for name in summaries.NEWS},
+    "hpo_spans": spans.prepare_hpo,
+    "squad": spans.prepare_squad,
+    "pubmedqa_decisions": pubmedqa.prepare_decisions,
 }
 _OF_FILE = ("jsonl", "iob")
-_OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
+_OFFICIAL_TEST = ("pubmedqa", "pubmedqa_decisions", "medqa", "medmcqa")
 
 
 def setup(
@@ -61,13 +73,16 @@ def setup(
             file of your own (iob for one in IOB2); for preferences: instruction_preference, orca,
             ultrafeedback_binarized or ultramedical_preference; movie reviews to classify: movie_snippets (needs no
             Hub), sentence_polarity, sst2; sentences with marked entities: hpo_entities (needs no Hub), bc5cdr,
-            ncbi_disease, wnut_17, conll2003.
+            ncbi_disease, wnut_17, conll2003; documents with summaries: docstrings (needs no Hub), scitldr, meqsum,
+            pubmedqa_conclusions, cnn_dailymail, xsum; questions about a text: hpo_spans (needs no Hub), squad,
+            pubmedqa_decisions (yes, no, maybe).
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
         file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
-            instruction/output or question/answer; or preferences, prompt with chosen and rejected. With --data iob: a
-            file of one word and its IOB2 tag a line, an empty line after each sentence.
+            instruction/output or question/answer; or preferences, prompt with chosen and rejected; or document with
+            summary; or question, context and answers, as SQuAD has them. With --data iob: a file of one word and its
+            IOB2 tag a line, an empty line after each sentence.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
         test_size: How much is held out for the test, where there is no official one.
@@ -98,7 +113,13 @@ def setup(
     if file is not None and data == "iob":
         dataset = entities.prepare_iob(file, validation_size, test_size, seed)
     elif file is not None:
-        of_file = preferences.prepare_file if preferences.holds_pairs(file) else jsonl.prepare
+        of_file = jsonl.prepare
+        if preferences.holds_pairs(file):
+            of_file = preferences.prepare_file
+        elif summaries.holds_summaries(file):
+            of_file = summaries.prepare_file
+        elif spans.holds_spans(file):
+            of_file = spans.prepare_file
         dataset = of_file(file, validation_size, test_size, seed)
     else:
         dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)

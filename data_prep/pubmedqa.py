@@ -7,6 +7,8 @@ The split is the official one: 500 questions for the test, named in `test_ground
 import hashlib
 import math
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
@@ -42,6 +44,56 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     Raises:
         UserError: If the data cannot be had or is malformed.
     """
+    return _data_set("pubmedqa", raw_dir, validation_size, seed, _item)
+
+
+def prepare_decisions(raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+    """The same questions as texts to classify: question and abstract, and yes, no or maybe; see `prepare`."""
+    return _data_set("pubmedqa_decisions", raw_dir, validation_size, seed, _decision_item, "classified")
+
+
+def _data_set(
+    name: str,
+    raw_dir: Path | None,
+    validation_size: int | None,
+    seed: int,
+    make: Callable[[Row], Item],
+    shape: str = "messages",
+) -> DataSet:
+    raw = read(raw_dir)
+    items = {str(row["pubid"]): make(row) for row in raw.table.rows}
+    test = [item for pubid, item in items.items() if pubid in raw.test_ids]
+    rest, shared = without_shared([item for pubid, item in items.items() if pubid not in raw.test_ids], test)
+    validation, train = hold_out(rest, 50 if validation_size is None else validation_size, seed)
+    return DataSet(
+        name=name,
+        splits={"train": train, "validation": validation, "test": test},
+        source=source(raw_dir, raw),
+        split_rule="test: the official 500 questions; validation: at random by seed from the other 500",
+        dropped={"shares its question or abstract with the test": shared},
+        shape=shape,
+    )
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The labelled questions as they were read.
+
+    Attributes:
+        table: A row for each, in the Hub's columns.
+        test_ids: Those of the official test.
+        revision: What was read.
+        files: sha256 of the raw files by name.
+    """
+
+    table: Table
+    test_ids: set[str]
+    revision: str
+    files: dict[str, str]
+
+
+def read(raw_dir: Path | None) -> Raw:
+    """Read and check the labelled questions; see `prepare`."""
     files: dict[str, str] = {}
     test_ids: set[str] | None = None
     if raw_dir is None:
@@ -63,25 +115,19 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         test_ids = official_test_ids(labels)
     elif unknown := sorted(test_ids - set(labels)):
         raise UserError(f"{table.name} lacks {len(unknown)} of the test's questions, {unknown[0]} among them.")
+    return Raw(table, test_ids, revision, files)
 
-    items = {str(row["pubid"]): _item(row) for row in table.rows}
-    test = [item for pubid, item in items.items() if pubid in test_ids]
-    rest, shared = without_shared([item for pubid, item in items.items() if pubid not in test_ids], test)
-    validation, train = hold_out(rest, 50 if validation_size is None else validation_size, seed)
-    return DataSet(
-        name="pubmedqa",
-        splits={"train": train, "validation": validation, "test": test},
-        source=Source(
-            title="PubMedQA, labelled subset (PQA-L)",
-            origin=f"{HUB_ID}, pqa_labeled" if raw_dir is None else str(raw_dir),
-            revision=revision,
-            licence="MIT",
-            attribution="Jin Q et al.: PubMedQA: A Dataset for Biomedical Research Question Answering. EMNLP 2019. "
-            "https://pubmedqa.github.io",
-            files=files,
-        ),
-        split_rule="test: the official 500 questions; validation: at random by seed from the other 500",
-        dropped={"shares its question or abstract with the test": shared},
+
+def source(raw_dir: Path | None, raw: Raw) -> Source:
+    """Where the questions came from."""
+    return Source(
+        title="PubMedQA, labelled subset (PQA-L)",
+        origin=f"{HUB_ID}, pqa_labeled" if raw_dir is None else str(raw_dir),
+        revision=raw.revision,
+        licence="MIT",
+        attribution="Jin Q et al.: PubMedQA: A Dataset for Biomedical Research Question Answering. EMNLP 2019. "
+        "https://pubmedqa.github.io",
+        files=raw.files,
     )
 
 
@@ -152,6 +198,11 @@ def _check(table: Table) -> dict[str, str]:
             raise UserError(f"{table.place(index)}: question {row['pubid']} is there twice.")
         labels[str(row["pubid"])] = row["final_decision"]
     return labels
+
+
+def _decision_item(row: Row) -> Item:
+    text = " ".join([row["question"].strip(), *row["context"]["contexts"]])
+    return Item(_item(row).keys, ({"text": text, "label": row["final_decision"]},))
 
 
 def _item(row: Row) -> Item:

@@ -2,8 +2,9 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified, `tokens` + `tags` rows are sentences with marked entities. Further
-fields ("kind", "id") are kept and ignored by readers that do not know them.
+comparison, `text` + `label` rows are classified, `tokens` + `tags` rows are sentences with marked entities,
+`sentences` + `summaries` rows are documents with what sums them up, `question` + `context` + `answers` rows have their
+answers in a text. Further fields ("kind", "id") are kept and ignored by readers that do not know them.
 """
 
 import json
@@ -27,6 +28,8 @@ SHAPES = {
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
     "classified": '{"text": TEXT, "label": NAME}',
     "tagged": '{"tokens": [WORD, ...], "tags": ["B-TYPE", "I-TYPE" or "O", ...]}',
+    "summarised": '{"sentences": [TEXT, ...], "summaries": [TEXT, ...]}',
+    "spans": '{"question": TEXT, "context": TEXT, "answers": {"text": [TEXT, ...], "answer_start": [INDEX, ...]}}',
 }
 
 
@@ -55,6 +58,10 @@ def row_problem(row: Any, shape: str) -> str | None:
         return f'"{empty[0]}" must be a text that is not empty' if empty else None
     if shape == "tagged":
         return _tagged_problem(row.get("tokens"), row.get("tags"))
+    if shape == "spans":
+        return _spans_problem(row)
+    if shape == "summarised":
+        return _texts_problem(row, "sentences") or _texts_problem(row, "summaries")
     if shape == "messages":
         return _messages_problem(row.get("messages"), "messages", ("assistant",))
     if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):
@@ -68,11 +75,10 @@ def row_problem(row: Any, shape: str) -> str | None:
             return '"label" must be true or false'
         return _messages_problem(row.get("completion"), "completion", ("assistant",))
     field = "choices" if shape == "scoring" else "answers"
-    texts = row.get(field)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        return f'"{field}" must be a list of texts, none of them empty'
+    if problem := _texts_problem(row, field):
+        return problem
     if shape == "scoring":
-        answer = row.get("answer")
+        texts, answer = row[field], row.get("answer")
         if len(texts) < 2 or len(set(texts)) != len(texts):
             return '"choices" must be at least two different texts'
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
@@ -88,6 +94,29 @@ def _tagged_problem(tokens: Any, tags: Any) -> str | None:
         return f'"tokens" has {len(tokens)} words and "tags" {len(tags)}'
     problems = (tag_problem(tag, before) for before, tag in zip([OUTSIDE, *tags], tags, strict=False))
     return next((f'"tags": {problem}' for problem in problems if problem), None)
+
+
+def _spans_problem(row: Row) -> str | None:
+    for field in ("question", "context"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            return f'"{field}" must be a text that is not empty'
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or _texts_problem(answers, "text"):
+        return '"answers" must hold "text", a list of texts, and "answer_start", where each begins'
+    starts = answers.get("answer_start")
+    if not isinstance(starts, list) or len(starts) != len(answers["text"]):
+        return '"answer_start" must say for each answer where it begins'
+    for text, start in zip(answers["text"], starts, strict=True):
+        if type(start) is not int or start < 0 or row["context"][start : start + len(text)] != text:
+            return f"the answer {text!r:.60} does not stand in the context at {start!r}"
+    return None
+
+
+def _texts_problem(row: Row, field: str) -> str | None:
+    texts = row.get(field)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return f'"{field}" must be a list of texts, none of them empty'
+    return None
 
 
 def _messages_problem(messages: Any, field: str, last_roles: tuple[str, ...]) -> str | None:

@@ -35,7 +35,7 @@ made = {
     "download": ("--path_file", ""),
     **{name: ("--out_dir", "final/provenance.json") for name in "lora dpo reward ppo grpo shrink distill-lm".split()},
     "teach": ("--out_dir", "manifest.json"),
-    **{name: ("--out_dir", "final/config.json") for name in ("sentiment", "gpt", "gpt-dpo")},
+    **{name: ("--out_dir", "final/config.json") for name in ("sentiment", "gpt", "gpt-dpo", "summarize", "qa")},
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
@@ -469,6 +469,40 @@ def test_a_student_of_reviews_needs_its_teacher_once(project, tmp_path):
     # other reviews need their data; what WORKFLOW_DATA lacks comes from elsewhere
     assert project.calls("distill", raw, "REVIEWS=sst2")[0] == ["data", "--data", "sst2"]
     assert "exactly one of" in project.refusal("sentiment", "distill", "ARGS=--seeds [1,2]")
+
+
+def test_a_text_is_summarised_by_a_model_that_is_trained_once(project, tmp_path):
+    calls = project.calls("summarize", "TEXT=it's mine.txt", "ARGS=--n_sentences 2")
+    assert [call[0] for call in calls] == ["data", "summarize", "summary"]
+    assert calls[0] == ["data", "--data", "docstrings"] and option(calls[1], "--encoder") == "minilm"
+    assert option(calls[1], "--config").endswith("summarize-minilm.yaml") and "--n_sentences" not in calls[1]
+    assert option(calls[2], "--file") == "it's mine.txt" and calls[2][-2:] == ["--n_sentences", "2"]
+    assert (
+        option(calls[2], "--checkpoint_dir") == option(calls[1], "--out_dir") + "/final" == "out/summarize/minilm/final"
+    )
+    assert project.steps("summarize", "TEXT=other.txt") == ["summary"]
+    assert project.steps("summarize") == ["summarize"]  # asked for by name it trains again
+    (own,) = project.calls("summarize", "METHOD=abstractive", "ARGS=--max_rows 9")
+    assert option(own, "--config").endswith("summarize-abstractive.yaml") and own[-2:] == ["--max_rows", "9"]
+    assert option(own, "--out_dir") == "out/summarize/minilm-abstractive"
+    (bert,) = project.calls("summarize", "ENCODER=google-bert/bert-base-uncased")
+    assert option(bert, "--config").endswith("summarize-pretrained.yaml")
+    for name in ("scitldr", "pubmedqa"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    raw = f"WORKFLOW_DATA={tmp_path / 'raw'}"
+    assert project.calls("summarize", raw)[0][2:] == ["scitldr", "--raw_dir", f"{tmp_path}/raw/scitldr"]
+    data, _ = project.calls("summarize", raw, "DOCUMENTS=pubmedqa_conclusions")
+    assert option(data, "--raw_dir") == f"{tmp_path}/raw/pubmedqa"
+
+
+def test_a_question_is_answered_by_a_model_that_is_trained_once(project):
+    calls = project.calls("answer", "TEXT=What's that?", "CONTEXT=a b.txt", "ENCODER=minilm")
+    assert [call[0] for call in calls] == ["data", "qa", "answer"]
+    assert option(calls[0], "--data") == "hpo_spans" and option(calls[1], "--config").endswith("qa-pretrained.yaml")
+    assert option(calls[2], "--question") == "What's that?" and option(calls[2], "--context") == "a b.txt"
+    assert project.steps("answer", "TEXT=x", "CONTEXT=y", "ENCODER=minilm") == ["answer"]
+    (scratch,) = project.calls("qa", "ARGS=--seeds [1,2]")
+    assert option(scratch, "--config").endswith("qa-scratch.yaml") and scratch[-2:] == ["--seeds", "[1,2]"]
 
 
 def test_pictures_are_drawn_with_the_options_that_were_given(project):

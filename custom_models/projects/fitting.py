@@ -118,7 +118,7 @@ def fit_best(
         validation: Validation batches.
         out_dir: Where Lightning keeps its checkpoint meanwhile.
         fit: How.
-        monitor: The number that decides, to rise if it is an accuracy and to fall if it is a loss.
+        monitor: The number that decides, to fall if it is a loss and else to rise.
 
     Returns:
         The numbers of each epoch.
@@ -126,7 +126,7 @@ def fit_best(
     Raises:
         UserError: If that number is not finite any more.
     """
-    mode = "max" if "accuracy" in monitor else "min"
+    mode = "min" if "loss" in monitor else "max"
     history, folder = _History(monitor), out_dir / ".fitting"  # a name that nothing of a user has
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
