@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.dataset import DataSet, Source
 from data_prep.hpo import ontology_source, read_files
-from data_prep.iob import Entity, longest_matches, read_iob, tags_of
+from data_prep.iob import Dictionary, Entity, read_iob, tags_of
 from data_prep.ontology import read_obo
 from data_prep.rows import Row, normalise, row_problem
 from data_prep.splits import Item, key, random_splits, without_shared
@@ -121,11 +121,11 @@ def prepare_definitions(raw_dir: Path | None, validation_size: int | None, test_
     texts, origin = read_files(raw_dir)
     version, terms = read_obo(texts["hp.obo"].splitlines(), "hp.obo")
     labels = [label for term in terms.values() for label in term.labels if len(label) >= 4]
-    names = {tuple(word.casefold() for word in WORD.findall(label)): "Finding" for label in labels}
+    names = Dictionary({tuple(word.casefold() for word in WORD.findall(label)): "Finding" for label in labels})
     rows = []
     for term in terms.values():
         if words := WORD.findall(term.definition):
-            rows.append(_row(words, tags_of(longest_matches(words, names), len(words))))
+            rows.append(_row(words, tags_of(names.find(words), len(words))))
     title = "Human Phenotype Ontology: definitions with its own names marked"
     source = replace(ontology_source(version, origin, texts["hp.obo"]), title=title)
     items = _items(rows)

@@ -22,7 +22,7 @@ import lightning as L
 from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.classifier import over_seeds
-from custom_models.projects.entity_scores import Scores, Tagged, by_dictionary, majority_dictionary, score
+from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.ner_model import (
     Codec,
@@ -108,6 +108,8 @@ def setup(
                                             ("validation_rows", validation_rows, 1),
                                             ("max_unlabelled", max_unlabelled, 0), ("tag_weight", tag_weight, 0))
                  if value is not None and value < least]  # fmt: skip
+    if model == SCRATCH and pretrain.max_epochs:
+        problems += [problem.replace("--fit.", "--pretrain.") for problem in pretrain.problems()]
     if head == "tokens" and model != SCRATCH:
         problems.append("--head tokens is for --model scratch; a T5 from elsewhere answers by its decoder.")
     if fit.ema_decay and model != SCRATCH:
@@ -118,7 +120,8 @@ def setup(
     types = sorted({tag[2:] for rows in splits.values() for _, tags in rows for tag in tags if tag != OUTSIDE})
     if not types:
         raise UserError(f"{data} marks no entity; there is nothing to learn.")
-    dictionary = score(splits["test"], by_dictionary(splits["test"], majority_dictionary(splits["train"])))
+    names = majority_dictionary(splits["train"])
+    dictionary = score(splits["test"], [names.find(words) for words, _ in splits["test"]])
     print(f"{data}: {', '.join(types)}; " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
     print(f"majority dictionary, test: F1 {dictionary.f1:.3f}")
 
