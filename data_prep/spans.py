@@ -8,7 +8,6 @@ import io
 import random
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
@@ -72,8 +71,14 @@ def prepare_hpo(raw_dir: Path | None, validation_size: int | None, test_size: in
 
 
 def _entries_row(term: Term, ontology: Ontology, chance: random.Random) -> Row:
-    kin = [i for generation in ontology.kin(term.id) for i in chance.sample(sorted(generation), len(generation))]
-    others = [ontology.terms[i] for i in [*islice(kin, KIN), *chance.sample(kin[KIN:], min(OTHERS, len(kin[KIN:])))]]
+    nearest: list[str] = []
+    for generation in ontology.kin(term.id):  # the last one is all the rest, so few are drawn and no more made
+        nearest += chance.sample(sorted(generation), min(KIN - len(nearest), len(generation)))
+        if len(nearest) == KIN:
+            break
+    far = [i for i in chance.sample(list(ontology.terms), min(KIN + OTHERS + 1, len(ontology.terms)))
+           if i != term.id and i not in nearest]  # fmt: skip
+    others = [ontology.terms[i] for i in [*nearest, *far[:OTHERS]]]
     entries = chance.sample([term, *others], 1 + len(others))
     texts = [_entry(entry, ontology) for entry in entries]
     start = sum(len(text) + 1 for text in texts[: entries.index(term)])
