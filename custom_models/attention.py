@@ -231,6 +231,12 @@ class KVCache:
         self.length = end
         return self.seen()
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let text i go on from what text rows[i] has seen (beam search): rows (B,), numbers of texts."""
+        k, v = self.seen()
+        self.k[:, :, : self.length] = k[rows]  # (B, n_kv_head, length, head_size)
+        self.v[:, :, : self.length] = v[rows]  # (B, n_kv_head, length, value_size)
+
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens so far: (B, n_kv_head, length, head_size) and (.., value_size)."""
         return self.k[:, :, : self.length], self.v[:, :, : self.length]

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, MultiHeadAttention, real_tokens
-from custom_models.layers import check_ids
+from custom_models.layers import FeedForward, check_ids
 from custom_models.positions import LearnedPositions, SinusoidalPositions
 from workflows.errors import UserError, report_all, run_file
 
@@ -141,20 +141,6 @@ class Encoded(NamedTuple):
         return self.states[-1]
 
 
-class FeedForward(nn.Module):
-    """FFN(x) = act(x W_1 + b_1) W_2 + b_2, for each token by itself (arXiv 1706.03762, equation 2)."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.width, config.inner_width)
-        self.down = nn.Linear(config.inner_width, config.width)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) -> (B, T, width)."""
-        return self.down(self.activation(self.up(x)))  # (B, T, width), by way of (B, T, inner_width)
-
-
 class EncoderLayer(nn.Module):
     """Attention, then the feed-forward layer; each adds to what it reads, and the sum is normalised."""
 
@@ -164,7 +150,7 @@ class EncoderLayer(nn.Module):
             config.width, config.n_head, dropout=config.attention_dropout, backend=config.backend
         )
         self.attention_norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config.width, config.inner_width, ACTIVATIONS[config.activation])
         self.feed_forward_norm = nn.LayerNorm(config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_first = config.norm_first

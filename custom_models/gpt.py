@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.attention import Backend, KVCache, MultiHeadAttention
-from custom_models.layers import GatedFeedForward, RMSNorm
+from custom_models.layers import FeedForward, GatedFeedForward, RMSNorm
 from custom_models.positions import LearnedPositions
 from custom_models.rope import rope_table
 from workflows.errors import UserError, report_all, run_file
@@ -135,20 +135,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
-class FeedForward(nn.Module):
-    """FFN(x) = act(x W_1 + b_1) W_2 + b_2, for each token by itself (arXiv 1706.03762, equation 2)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.width, config.inner, bias=config.bias)
-        self.down = nn.Linear(config.inner, config.width, bias=config.bias)
-        self.activation = ACTIVATIONS[config.feed_forward]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) -> (B, T, width)."""
-        return self.down(self.activation(self.up(x)))  # (B, T, width), by way of (B, T, inner)
-
-
 class Block(nn.Module):
     """Attention to earlier tokens, then the feed-forward layer; each reads what is normalised and adds to the sum."""
 
@@ -168,7 +154,9 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config)
         gated = config.feed_forward == "swiglu"
         self.feed_forward = (
-            GatedFeedForward(config.width, config.inner, bias=config.bias) if gated else FeedForward(config)
+            GatedFeedForward(config.width, config.inner, bias=config.bias)
+            if gated
+            else FeedForward(config.width, config.inner, ACTIVATIONS[config.feed_forward], config.bias)
         )
         self.dropout = nn.Dropout(config.dropout)
 

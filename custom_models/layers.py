@@ -1,7 +1,7 @@
-"""What newer Transformers put in place of layer norm and the two-matrix feed-forward layer.
+"""The feed-forward layer, and what newer Transformers put in its place and in that of layer norm.
 
-Llama, DeepSeek, T5 v1.1 and the modern GPT of this folder are made of these two. Beside them stands the question that
-every model asks of what it is given: whether its tokens are tokens at all.
+Llama, DeepSeek, T5 v1.1 and the modern GPT of this folder are made of the newer ones. Beside them stands the question
+that every model asks of what it is given: whether its tokens are tokens at all.
 
 Run it: python -m custom_models.layers
 """
@@ -41,6 +41,29 @@ class RMSNorm(nn.Module):
         wide = x.float()  # (.., width)
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)  # (.., width)
         return self.weight * normed.to(x.dtype)  # (.., width)
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = act(x W_1 + b_1) W_2 + b_2, for each token by itself (arXiv 1706.03762, equation 2).
+
+    Args:
+        width: Of the tokens' vectors.
+        inner_width: Between the matrices.
+        activation: Between them, too.
+        bias: Whether they have one.
+    """
+
+    def __init__(
+        self, width: int, inner_width: int, activation: Callable[[Tensor], Tensor] = F.relu, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner_width, bias=bias)
+        self.down = nn.Linear(inner_width, width, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., width) -> (.., width)."""
+        return self.down(self.activation(self.up(x)))  # (.., width), by way of (.., inner_width)
 
 
 class GatedFeedForward(nn.Module):

@@ -1,0 +1,201 @@
+"""Hugging Face's checkpoints of T5 as our encoder-decoder, and checkpoints of our own.
+
+A checkpoint of our own is a folder with `config.json` (the fields of `EncoderDecoderConfig`), `model.safetensors` and
+`tokenizer.json`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from custom_models.encoder_checkpoint import tokenizer_of
+from custom_models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, t5
+from custom_models.weights import fill, read_hf, save_weights
+from workflows.errors import UserError
+from workflows.files import atomic_dir, read_json, recover_dir, write_json
+from workflows.hub import fetch_from_hub
+
+OURS = "custom_models.encoder_decoder"
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "width",
+    "d_kv": "head_size",
+    "d_ff": "inner_width",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "relative_attention_num_buckets": "n_bucket",
+}
+"""What T5's `config.json` calls things -> fields of `EncoderDecoderConfig`."""
+_OTHERS = {
+    "num_decoder_layers": "n_decoder_layer",
+    "relative_attention_max_distance": "max_distance",
+    "layer_norm_epsilon": "norm_eps",
+    "pad_token_id": "pad_id",
+    "eos_token_id": "end_id",
+    "decoder_start_token_id": "start_id",
+}
+"""The same, for what a file may leave out."""
+_FEED_FORWARD = {"relu": "relu", "gated-gelu": "gated_gelu"}
+_PARTS = {"encoder": ("attention", "feed_forward"), "decoder": ("attention", "cross", "feed_forward")}
+"""What a layer is made of, in the order by which T5 numbers it."""
+_INNER = {"q": "q", "k": "k", "v": "v", "o": "out", "wi": "up", "wi_0": "gate", "wi_1": "up", "wo": "down"}
+_LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.layer\.(\d)\.(?:layer_norm|\w+\.(\w+))")
+_OUTSIDE = {
+    "shared": "tokens",
+    "lm_head": "head",
+    "encoder.final_layer_norm": "encoder_norm",
+    "decoder.final_layer_norm": "decoder_norm",
+}
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+"""The first checkpoints have a bias that no version of T5 reads: a source and an answer have no distance."""
+
+
+def config_from_hf(config: Mapping[str, Any], place: str, tied: bool) -> EncoderDecoderConfig:
+    """Read a `config.json` of T5's architecture.
+
+    Args:
+        config: Its contents.
+        place: Where it lies, for messages.
+        tied: Whether the weights have no head of their own.
+
+    Raises:
+        UserError: If the model is of another architecture, or has a part that ours lacks.
+    """
+    if config.get("model_type") != "t5":
+        raise UserError(f"{place} is of the architecture {config.get('model_type')!r}; only t5 is read here.")
+    if missing := [name for name in _SIZES if name not in config]:
+        raise UserError(f"{place}/config.json lacks {', '.join(missing)}. Download it again.")
+    if (kind := config.get("feed_forward_proj", "relu")) not in _FEED_FORWARD:
+        raise UserError(f"{place} has the feed-forward layer {kind!r}; {' and '.join(_FEED_FORWARD)} are read here.")
+    if config.get("is_encoder_decoder") is False or config.get("is_decoder"):
+        raise UserError(f"{place} is half of a T5; only encoder and decoder together are read here.")
+    found = {ours: config[theirs] for theirs, ours in (_SIZES | _OTHERS).items() if config.get(theirs) is not None}
+    # transformers 5 writes tie_word_embeddings as true for all, and beside it whether the head's input is scaled.
+    scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    dropout = config.get("dropout_rate", 0.1)
+    return t5(
+        **{"n_decoder_layer": config["num_layers"], **found},
+        feed_forward=_FEED_FORWARD[kind],
+        tied=tied,
+        scale_head=bool(scaled),
+        dropout=dropout,
+        attention_dropout=dropout,
+    )
+
+
+def from_hf_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """T5's weights under our names; what is none of them keeps its name, and `fill` says that the model has none."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name in _COPIES or name == _UNUSED:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if stem in _OUTSIDE:
+            stem = _OUTSIDE[stem]
+        elif stem.endswith(".relative_attention_bias"):
+            stem = f"{stem.partition('.')[0]}_bias"
+        elif match := _LAYER.fullmatch(stem):
+            stack, layer, number, inner = match.groups()
+            part = dict(enumerate(_PARTS[stack])).get(int(number), "unknown")
+            stem = f"{stack}.{layer}.{part}" + ("_norm" if inner is None else f".{_INNER.get(inner, inner)}")
+        found[f"{stem}.{kind}"] = tensor
+    return found
+
+
+def load_hf(directory: Path) -> EncoderDecoder:
+    """An encoder-decoder with the weights of a Hugging Face directory of T5's architecture.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    tensors = read_hf(directory)
+    for copy in ("shared.weight", *_COPIES):  # a tied matrix may have been saved under any of its names
+        if copy in tensors:
+            tensors.setdefault("shared.weight", tensors[copy])
+    head, shared = tensors.get("lm_head.weight"), tensors.get("shared.weight")
+    if head is not None and shared is None:
+        tensors["shared.weight"] = shared = head
+    tied = head is None or (shared is not None and torch.equal(head, shared))
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    model = EncoderDecoder(config_from_hf(read_json(directory / "config.json"), str(directory), tied))
+    fill(model, from_hf_names(tensors), str(directory))
+    return model
+
+
+def save_encoder_decoder(
+    model: nn.Module, config: EncoderDecoderConfig, tokenizer: Tokenizer, folder: Path, **more: Any
+) -> None:
+    """Write a checkpoint of our own, whole or not at all.
+
+    Args:
+        model: An encoder-decoder, or a model with one.
+        config: The encoder-decoder's shape.
+        tokenizer: Whose ids it reads.
+        folder: Where; what was there is replaced.
+        **more: Further entries of `config.json`.
+    """
+    with atomic_dir(folder) as temporary:
+        write_json(temporary / "config.json", {"model_type": OURS, "encoder_decoder": asdict(config), **more})
+        save_weights(model, temporary)
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+
+
+def read_own(folder: Path) -> tuple[dict[str, Any], EncoderDecoderConfig, dict[str, Tensor]]:
+    """A checkpoint of our own: the contents of `config.json`, the model's shape, and the weights.
+
+    Raises:
+        UserError: If it is none, or damaged.
+    """
+    recover_dir(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no checkpoint.")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != OURS:
+        raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
+    known = {field.name for field in fields(EncoderDecoderConfig)}
+    try:
+        shape = EncoderDecoderConfig(**{k: value for k, value in config["encoder_decoder"].items() if k in known})
+        return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
+    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+
+
+def load_encoder_decoder(place: Path | str) -> tuple[EncoderDecoder, Tokenizer]:
+    """A model of our own or a T5 of Hugging Face's, in evaluation mode, and its tokenizer.
+
+    Args:
+        place: A folder, or the id of a T5 on the Hub.
+
+    Raises:
+        UserError: If it cannot be had or is damaged, or its tokenizer has ids that the model does not know.
+    """
+    directory = Path(place)
+    recover_dir(directory)
+    if not directory.is_dir():
+        if str(place).count("/") != 1 or str(place).startswith(".") or directory.parent.is_dir():
+            raise UserError(f"There is no folder {place}. Train a model first: make pretrain-t5.")
+        directory = fetch_from_hub(str(place))
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json: it is no checkpoint.")
+    if read_json(directory / "config.json").get("model_type") == OURS:
+        _, shape, weights = read_own(directory)
+        model = EncoderDecoder(shape)
+        fill(model, weights, str(directory))
+    else:
+        model = load_hf(directory)
+    tokenizer = tokenizer_of(directory)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise UserError(
+            f"The tokenizer in {directory} has {tokenizer.get_vocab_size():,} tokens, and the model knows "
+            f"{model.config.vocab_size:,}: they do not belong together."
+        )
+    return model.eval(), tokenizer
