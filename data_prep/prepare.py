@@ -4,7 +4,8 @@
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
 `data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
-are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows.
+are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows, what
+is translated (catalogues_fr, catalogues_de, opus_books_fr, opus_books_de, python_javascript) {"source", "target"} rows.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews
+from data_prep import exams, hpo, jsonl, medquad, preferences, programs, pubmedqa, reviews, translations
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -22,6 +23,7 @@ Name = Literal[
     "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
     "movie_snippets", "sentence_polarity", "sst2",
+    "catalogues_fr", "catalogues_de", "opus_books_fr", "opus_books_de", "python_javascript",
     "jsonl",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
@@ -34,6 +36,8 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "movie_snippets": reviews.prepare_snippets,
     "sentence_polarity": reviews.prepare_polarity,
     "sst2": reviews.prepare_sst2,
+    **translations.PREPARE,
+    "python_javascript": programs.prepare,
 }
 _OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
 
@@ -54,7 +58,8 @@ def setup(
     Args:
         data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
             file of your own; for preferences: instruction_preference, orca, ultrafeedback_binarized or
-            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2.
+            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2;
+            to translate: catalogues_fr, catalogues_de, python_javascript (need no Hub), opus_books_fr, opus_books_de.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
