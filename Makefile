@@ -42,6 +42,9 @@ KNOWN_AS  := $(shell awk -v model=$(call quoted,$(MODEL)) '/^[a-z]/ {name = $$1;
 REVIEWS   ?= $(if $(wildcard $(WORKFLOW_DATA)/sentence_polarity),sentence_polarity,movie_snippets)
 ENCODER   ?= scratch
 TEXT      ?=
+# Sentences with marked entities to learn from, and the T5 that learns: our own, or one by its folder or Hub id.
+ENTITIES  ?= $(if $(wildcard $(WORKFLOW_DATA)/bc5cdr),bc5cdr,hpo_entities)
+T5        ?= scratch
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
@@ -112,7 +115,8 @@ BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
 
 TRAINING  := lora dpo reward ppo grpo
-PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch
+PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
+  pretrain-t5 ner ner-predict
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -146,7 +150,7 @@ help:  ## list the targets
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2 (what they read), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
+	@echo '            REVIEWS=sst2 (what they read), ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -238,6 +242,16 @@ lora-scratch: data/$(DATA)/manifest.json $(BASE)  ## fine-tune our Llama by our 
 	@$(PROJECT) lora-scratch --config custom_models/recipes/lora-scratch.yaml --checkpoint_dir "$$(cat $(BASE))" \
 	  --data data/$(DATA) $(asked_kinds) $(ARGS)
 
+pretrain-t5: $(INSTALLED)  ## pretrain a small T5 by span corruption on definitions (ARGS="--file FILE": on a text of yours)
+	@$(PROJECT) pretrain-t5 --config custom_models/recipes/pretrain-t5.yaml $(ARGS)
+
+ner: data/$(ENTITIES)/manifest.json  ## name entities: a T5 of our own writes their list (ARGS="--head tokens": tags words); T5=google-t5/t5-small
+	@$(PROJECT) ner --config $(call project_recipe,ner-$(T5),ner-pretrained) --data data/$(ENTITIES) --model $(call quoted,$(T5)) \
+	  --out_dir out/ner/$(call filename,$(T5)) $(ARGS)
+
+ner-predict: $(INSTALLED)  ## name the entities of TEXT by that model
+	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
+
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -305,6 +319,11 @@ endif
 ifneq ($(REVIEWS),$(DATA))
 data/$(REVIEWS)/manifest.json: | $(INSTALLED)
 	@$(STEP) data --data $(REVIEWS) $(if $(wildcard $(WORKFLOW_DATA)/$(REVIEWS)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(REVIEWS)))
+endif
+
+ifeq ($(filter $(ENTITIES),$(DATA) $(REVIEWS)),)
+data/$(ENTITIES)/manifest.json: | $(INSTALLED)
+	@$(STEP) data --data $(ENTITIES) $(if $(wildcard $(WORKFLOW_DATA)/$(ENTITIES)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(ENTITIES)))
 endif
 
 # The pairs of a prepared data set are written together with it.

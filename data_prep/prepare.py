@@ -4,8 +4,10 @@
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
 `data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
-are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows, what
-is translated (catalogues_fr, catalogues_de, opus_books_fr, opus_books_de, python_javascript) {"source", "target"} rows.
+are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows,
+sentences with marked entities (hpo_entities, bc5cdr, ncbi_disease, wnut_17, conll2003, iob) {"tokens", "tags"} rows,
+what is translated (catalogues_fr, catalogues_de, opus_books_fr, opus_books_de, python_javascript) {"source", "target"}
+rows.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import exams, hpo, jsonl, medquad, preferences, programs, pubmedqa, reviews, translations
+from data_prep import (
+    entities,
+    exams,
+    hpo,
+    jsonl,
+    medquad,
+    preferences,
+    programs,
+    pubmedqa,
+    reviews,
+    translations,
+)
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -23,8 +36,9 @@ Name = Literal[
     "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
     "movie_snippets", "sentence_polarity", "sst2",
+    "hpo_entities", "bc5cdr", "ncbi_disease", "wnut_17", "conll2003",
     "catalogues_fr", "catalogues_de", "opus_books_fr", "opus_books_de", "python_javascript",
-    "jsonl",
+    "jsonl", "iob",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
     "hpo": hpo.prepare,
@@ -38,7 +52,10 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "sst2": reviews.prepare_sst2,
     **translations.PREPARE,
     "python_javascript": programs.prepare,
+    "hpo_entities": entities.prepare_definitions,
+    **{name: partial(entities.prepare, name) for name in entities.OFFICIAL},
 }
+_OF_FILE = ("jsonl", "iob")
 _OFFICIAL_TEST = ("pubmedqa", "medqa", "medmcqa")
 
 
@@ -57,14 +74,17 @@ def setup(
 
     Args:
         data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
-            file of your own; for preferences: instruction_preference, orca, ultrafeedback_binarized or
-            ultramedical_preference; movie reviews to classify: movie_snippets (needs no Hub), sentence_polarity, sst2;
-            to translate: catalogues_fr, catalogues_de, python_javascript (need no Hub), opus_books_fr, opus_books_de.
+            file of your own (iob for one in IOB2); for preferences: instruction_preference, orca,
+            ultrafeedback_binarized or ultramedical_preference; movie reviews to classify: movie_snippets (needs no
+            Hub), sentence_polarity, sst2; sentences with marked entities: hpo_entities (needs no Hub), bc5cdr,
+            ncbi_disease, wnut_17, conll2003; to translate: catalogues_fr, catalogues_de, python_javascript (need no
+            Hub), opus_books_fr, opus_books_de.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
         file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
-            instruction/output or question/answer; or preferences, prompt with chosen and rejected.
+            instruction/output or question/answer; or preferences, prompt with chosen and rejected. With --data iob: a
+            file of one word and its IOB2 tag a line, an empty line after each sentence.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
         test_size: How much is held out for the test, where there is no official one.
@@ -75,10 +95,10 @@ def setup(
     """
     began = step_began()
     problems = []
-    if (file is not None) != (data == "jsonl"):
-        problems.append("--data jsonl needs --file." if file is None else "--file belongs to --data jsonl.")
-    if raw_dir is not None and data == "jsonl":
-        problems.append("--raw_dir does not go with --data jsonl; name the one file by --file.")
+    if (file is not None) != (data in _OF_FILE):
+        problems.append(f"--data {data} needs --file." if file is None else "--file belongs to --data jsonl or iob.")
+    if raw_dir is not None and data in _OF_FILE:
+        problems.append(f"--raw_dir does not go with --data {data}; name the one file by --file.")
     elif raw_dir is not None and not raw_dir.is_dir():
         problems.append(f"--raw_dir {raw_dir} is not a folder.")
     problems += [
@@ -92,7 +112,9 @@ def setup(
         problems.append(f"--name {name!r} is not a folder's name.")
     report_all(problems)
 
-    if file is not None:
+    if file is not None and data == "iob":
+        dataset = entities.prepare_iob(file, validation_size, test_size, seed)
+    elif file is not None:
         of_file = preferences.prepare_file if preferences.holds_pairs(file) else jsonl.prepare
         dataset = of_file(file, validation_size, test_size, seed)
     else:

@@ -2,8 +2,8 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified, `source` + `target` rows are translated. Further fields ("kind", "id")
-are kept and ignored by readers that do not know them.
+comparison, `text` + `label` rows are classified, `source` + `target` rows are translated, `tokens` + `tags` rows are
+sentences with marked entities. Further fields ("kind", "id") are kept and ignored by readers that do not know them.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.iob import OUTSIDE, tag_problem
 from workflows.errors import UserError
 from workflows.untrusted import parse_json
 
@@ -26,6 +27,7 @@ SHAPES = {
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
     "classified": '{"text": TEXT, "label": NAME}',
     "translated": '{"source": TEXT, "target": TEXT}',
+    "tagged": '{"tokens": [WORD, ...], "tags": ["B-TYPE", "I-TYPE" or "O", ...]}',
 }
 
 
@@ -52,6 +54,8 @@ def row_problem(row: Any, shape: str) -> str | None:
     if fields := {"classified": ("text", "label"), "translated": ("source", "target")}.get(shape):
         empty = [field for field in fields if not isinstance(row.get(field), str) or not row[field].strip()]
         return f'"{empty[0]}" must be a text that is not empty' if empty else None
+    if shape == "tagged":
+        return _tagged_problem(row.get("tokens"), row.get("tags"))
     if shape == "messages":
         return _messages_problem(row.get("messages"), "messages", ("assistant",))
     if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):
@@ -75,6 +79,16 @@ def row_problem(row: Any, shape: str) -> str | None:
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
             return f'"answer" must be the index of a choice, 0 to {len(texts) - 1}, but is {answer!r}'
     return None
+
+
+def _tagged_problem(tokens: Any, tags: Any) -> str | None:
+    for field, texts in (("tokens", tokens), ("tags", tags)):
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.split() == [t] for t in texts):
+            return f'"{field}" must be a list of words, none of them empty or with white space in it'
+    if len(tokens) != len(tags):
+        return f'"tokens" has {len(tokens)} words and "tags" {len(tags)}'
+    problems = (tag_problem(tag, before) for before, tag in zip([OUTSIDE, *tags], tags, strict=False))
+    return next((f'"tags": {problem}' for problem in problems if problem), None)
 
 
 def _messages_problem(messages: Any, field: str, last_roles: tuple[str, ...]) -> str | None:

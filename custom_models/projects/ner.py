@@ -1,0 +1,381 @@
+"""`make ner`: which entities are named in a sentence? A T5 writes their list: "Chemical: aspirin ; Disease: ulcer".
+
+* `--model scratch`: a vocabulary and a small T5 of our own, pretrained by span corruption on the training sentences and
+  on other text, and then taught to write lists (`--head text`), or to tag each word by its encoder (`--head tokens`).
+* `--model google-t5/t5-small`, or the folder of a T5: taught to write lists by transformers' Seq2SeqTrainer.
+
+Beside it the dictionary of the training data's mentions. What counts is strict F1: type, first and last word.
+"""
+
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import lightning as L
+
+from custom_models import demo
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.projects.classifier import over_seeds
+from custom_models.projects.entity_scores import Scores, Tagged, by_dictionary, majority_dictionary, score
+from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.ner_model import (
+    Codec,
+    EntityModel,
+    EntityTask,
+    Sentence,
+    Written,
+    batch_of,
+    by_text,
+    load_entity_model,
+)
+from custom_models.projects.pictures import draw_curves
+from custom_models.projects.seq2seq import (
+    Seq2SeqTask,
+    T5Shape,
+    corruption_loader,
+    learn_t5_vocabulary,
+    pieces_of,
+    row_loader,
+)
+from data_prep.entities import WORD
+from data_prep.iob import OUTSIDE, Entity
+from data_prep.rows import normalise, read_rows
+from workflows.checkpoint import metric, versions, write_metrics
+from workflows.errors import UserError, report_all
+from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+
+Head = Literal["text", "tokens"]
+Row = TypeVar("Row")
+SCRATCH = "scratch"
+
+
+def setup(
+    data: Path = Path("data/hpo_entities"),
+    model: str = SCRATCH,
+    head: Head = "text",
+    out_dir: Path = Path("out/ner/scratch"),
+    shape: T5Shape = T5Shape(),
+    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=1e-3, max_epochs=4),
+    unlabelled: list[Path] | None = None,
+    max_unlabelled: int = 4000,
+    fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-3, max_epochs=20, patience=20),
+    tag_weight: float = 1.0,
+    constrained: bool = True,
+    n_beam: int = 1,
+    longest: int = 256,
+    seeds: list[int] | None = None,
+    validation_rows: int | None = 1000,
+    max_rows: int | None = None,
+) -> None:
+    """Teach a T5 to name entities.
+
+    Args:
+        data: A data directory of {"tokens", "tags"} rows, from `make data DATA=bc5cdr` and its like.
+        model: "scratch", the folder of a T5, or its id on the Hub.
+        head: "text": the decoder writes a list; "tokens": the encoder tags each word (from scratch only).
+        out_dir: Where the picture and numbers go; the model is in its `final` folder.
+        shape: The T5, if it is trained from scratch.
+        pretrain: How it is pretrained by span corruption before, from scratch only; no epochs, no pretraining.
+        unlabelled: Text files to pretrain on besides the training sentences; the Human Phenotype Ontology's definitions
+            if null.
+        max_unlabelled: At most so many of their lines, drawn at random.
+        fit: How it is trained on entities.
+        tag_weight: Of the encoder's tags as an auxiliary task where the decoder answers.
+        constrained: Whether the decoder can write nothing but a list of the sentence's own words.
+        n_beam: Beams; 1 is greedy search.
+        longest: The longest sentence in tokens; words beyond it are not read.
+        seeds: One fine-tuning for each; [1] if null. The first one's model is kept.
+        validation_rows: Sentences that are looked at after each epoch, drawn at random; all if null.
+        max_rows: Train on the first so many sentences only.
+
+    Raises:
+        UserError: If an argument, the data or the model is not usable.
+    """
+    began = step_began()
+    seeds = [1] if seeds is None else seeds
+    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems += [f"--{name} must be at least {least}, not {value}."
+                 for name, value, least in (("n_beam", n_beam, 1), ("longest", longest, 2), ("max_rows", max_rows, 1),
+                                            ("validation_rows", validation_rows, 1),
+                                            ("max_unlabelled", max_unlabelled, 0), ("tag_weight", tag_weight, 0))
+                 if value is not None and value < least]  # fmt: skip
+    if head == "tokens" and model != SCRATCH:
+        problems.append("--head tokens is for --model scratch; a T5 from elsewhere answers by its decoder.")
+    report_all(problems)
+    splits = {split: read_tagged(data, split) for split in ("train", "validation", "test")}
+    splits["train"] = splits["train"][:max_rows]
+    types = sorted({tag[2:] for rows in splits.values() for _, tags in rows for tag in tags if tag != OUTSIDE})
+    if not types:
+        raise UserError(f"{data} marks no entity; there is nothing to learn.")
+    dictionary = score(splits["test"], by_dictionary(splits["test"], majority_dictionary(splits["train"])))
+    print(f"{data}: {', '.join(types)}; " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
+    print(f"majority dictionary, test: F1 {dictionary.f1:.3f}")
+
+    trained = (
+        _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, head, tag_weight, longest,
+                      validation_rows, seeds, out_dir)
+        if model == SCRATCH
+        else _from_hf(model, data, splits, types, fit, longest, validation_rows, seeds, out_dir)
+    )  # fmt: skip
+    rounds: list[Round] = []
+    results: list[tuple[Scores, Written]] = []
+    beside: list[dict[str, float]] = []
+    with PeakMemory() as peak:
+        for seed, done in zip(seeds, trained, strict=True):
+            test, cut = encode(splits["test"], done.codec, longest)
+            written = find(done.model, done.codec, test, head, constrained, n_beam)
+            results.append((score(splits["test"], written.entities), written))
+            rounds.append(done)
+            beside.append(_beside(done, splits, test, head, tag_weight if model == SCRATCH else 0.0, n_beam, longest,
+                                  validation_rows))  # fmt: skip
+            print(_told(f"seed {seed}, test", *results[-1]) + f"; trained in {done.seconds:.0f} s")
+            print("".join(f"  {name}: {value:.3f}\n" for name, value in beside[-1].items()), end="")
+    if cut:
+        print(f"{cut:,} test sentences were over {longest} tokens; what is beyond counts as not found")
+    draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}")
+    first, f1s = results[0][0], [scores.f1 for scores, _ in results]
+    told = [metric(name, value, n=first.n, split="test")
+            for name, value in (("f1", first.f1), ("precision", first.precision), ("recall", first.recall),
+                                ("f1_dictionary", dictionary.f1),
+                                *((f"f1_{kind}", value) for kind, value in first.by_type.items()))]  # fmt: skip
+    told += over_seeds("f1", f1s)
+    write_metrics(
+        out_dir / "metrics.json",
+        told,
+        seconds=seconds_of_step(began),
+        peak_bytes=peak.bytes,
+        train_seconds=[done.seconds for done in rounds],
+        seeds=dict(zip(map(str, seeds), f1s, strict=True)),
+        malformed=[written.malformed for _, written in results],
+        unfinished=[written.unfinished for _, written in results],
+        beside=beside,
+        sentences_cut=cut,
+        parameters=sum(p.numel() for p in rounds[0].model.parameters()),
+        data=data.name,
+        settings={"model": model, "head": head, "shape": asdict(shape) if model == SCRATCH else None,
+                  "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
+                  "tag_weight": tag_weight, "constrained": constrained, "n_beam": n_beam, "longest": longest,
+                  "max_rows": max_rows},
+        hardware=hardware(),
+        versions=versions(),
+    )  # fmt: skip
+    spread = f" (from {min(f1s):.3f} to {max(f1s):.3f}, {len(f1s)} seeds)" if f1s[1:] else ""
+    print(f"\ntest F1: {model}, {head} {statistics.fmean(f1s):.3f}{spread}; majority dictionary {dictionary.f1:.3f}")
+    words = splits["test"][0][0]
+    print(f"  {' '.join(words)}\n    {_listed(words, results[0][1].entities[0])}")
+    print(f"{out_dir}/final, curves.png, metrics.json")
+
+
+class Round(NamedTuple):
+    """One training.
+
+    Attributes:
+        model: What it gave.
+        codec: The model's ids.
+        epochs: The numbers of each epoch.
+        seconds: How long it took, pretraining left out.
+    """
+
+    model: EntityModel
+    codec: Codec
+    epochs: list[dict[str, float]]
+    seconds: float
+
+
+def read_tagged(data: Path, split: str) -> list[Tagged]:
+    """Words and tags of a data directory's sentences.
+
+    Raises:
+        UserError: If the file is missing or malformed.
+    """
+    return [(row["tokens"], row["tags"]) for row in read_rows(data / f"{split}.jsonl", "tagged")]
+
+
+def encode(rows: Sequence[Tagged], codec: Codec, longest: int) -> tuple[list[Sentence], int]:
+    """Sentences for the model, and how many of them were cut."""
+    found = [codec.encode(words, tags, longest) for words, tags in rows]
+    return found, sum(len(sentence.words) < len(words) for sentence, (words, _) in zip(found, rows, strict=True))
+
+
+def looked_at(rows: Sequence[Row], most: int | None) -> list[Row]:
+    """Rows of validation drawn at random, always the same; all if None."""
+    return random.Random(0).sample(rows, len(rows) if most is None else min(most, len(rows)))
+
+
+def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], head: str, constrained: bool, n_beam: int
+) -> Written:  # fmt: skip
+    """The entities of sentences by one of the two heads; arguments as for `setup`."""
+    if head == "tokens":
+        return model.by_tags(sentences)
+    return by_text(model.t5.eval(), codec, sentences, constrained, n_beam)
+
+
+def _from_scratch(
+    data: Path,
+    splits: dict[str, list[Tagged]],
+    types: list[str],
+    shape: T5Shape,
+    pretrain: FitArgs,
+    unlabelled: list[Path] | None,
+    max_unlabelled: int,
+    fit: FitArgs,
+    head: Head,
+    tag_weight: float,
+    longest: int,
+    validation_rows: int | None,
+    seeds: list[int],
+    out_dir: Path,
+) -> Iterator[Round]:
+    """A T5 of our own, pretrained once and fine-tuned for each seed; the first one is kept."""
+    texts = _texts(splits, unlabelled, max_unlabelled)
+    formats = [f"{kind}:" for kind in types]
+    learn_from = [" ".join(words) for words in texts[: len(splits["train"])]]
+    tokenizer = learn_t5_vocabulary([*learn_from, " ".join(formats)], shape.vocab_size)
+    config = shape.config(tokenizer)
+    codec = Codec(tokenizer, types, config.end_id)
+    L.seed_everything(seeds[0], verbose=False)
+    pretrained = EncoderDecoder(config)
+    if pretrain.max_epochs:
+        _pretrain(pretrained, texts, codec, pretrain, longest, seeds[0], out_dir)
+    weights = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
+    rows = {}
+    for split in ("train", "validation"):
+        rows[split], cut = encode(splits[split], codec, longest)
+        print(f"{data / split}.jsonl: {len(rows[split]):,} sentences; {cut:,} cut: over {longest} tokens")
+    validation = looked_at(rows["validation"], validation_rows)
+    for number, seed in enumerate(seeds):
+        L.seed_everything(seed, verbose=False)
+        started = time.perf_counter()
+        model = EntityModel(EncoderDecoder(config), types)
+        model.t5.load_state_dict(weights)
+        loaders = [
+            row_loader(part, [len(row.source) for row in part], size, partial(batch_of, pad_id=config.pad_id), order)
+            for part, size, order in ((rows["train"], fit.batch_size, seed), (validation, 4 * fit.batch_size, None))
+        ]
+        task = EntityTask(model, fit, len(loaders[0]) * fit.max_epochs, head, tag_weight)
+        epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit)
+        if number == 0:
+            model.save(tokenizer, out_dir / "final", head, data.name)
+        yield Round(model, codec, epochs, time.perf_counter() - started)
+
+
+def _texts(splits: dict[str, list[Tagged]], unlabelled: list[Path] | None, most: int) -> list[list[str]]:
+    """The training sentences' words, then those of other texts; nothing that validation or test has."""
+    held = {normalise(" ".join(words)) for split in ("validation", "test") for words, _ in splits[split]}
+    files: list[Path | None] = [*unlabelled] if unlabelled else [None]
+    lines = [line for file in files for line in demo.read(file).splitlines()]
+    others = [words for line in lines if (words := WORD.findall(line)) and normalise(line) not in held]
+    others = random.Random(0).sample(others, min(most, len(others)))
+    return [*(words for words, _ in splits["train"]), *others]
+
+
+def _pretrain(
+    model: EncoderDecoder, texts: list[list[str]], codec: Codec, fit: FitArgs, longest: int, seed: int, out_dir: Path
+) -> None:
+    """Span corruption; a text that is over the limit goes in pieces."""
+    ids = [[i for word in words for i in codec.ids_of(word)] for words in texts]
+    pieces = [piece for text in ids for piece in pieces_of(text, longest)]
+    random.Random(seed).shuffle(pieces)
+    held = pieces[: max(1, len(pieces) // 20)]
+    train = corruption_loader(pieces[len(held) :], codec.tokenizer, fit.batch_size, seed)
+    validation = corruption_loader(held, codec.tokenizer, 4 * fit.batch_size, seed, fixed=True)
+    task = Seq2SeqTask(model, fit, len(train) * fit.max_epochs)
+    epochs = fit_best(task, train, validation, out_dir, fit, monitor="val_loss")
+    best = min(epochs, key=lambda row: row["val_loss"])
+    print(f"span corruption on {len(texts):,} texts: {best['val_accuracy']:.1%} of held-out tokens right")
+
+
+def _from_hf(
+    model: str,
+    data: Path,
+    splits: dict[str, list[Tagged]],
+    types: list[str],
+    fit: FitArgs,
+    longest: int,
+    validation_rows: int | None,
+    seeds: list[int],
+    out_dir: Path,
+) -> Iterator[Round]:
+    """A T5 from elsewhere, fine-tuned by transformers for each seed; the first one is kept."""
+    from custom_models.projects.ner_hf import fine_tune
+
+    for number, seed in enumerate(seeds):
+        started = time.perf_counter()
+        folder = out_dir / ("final" if number == 0 else ".other")
+        some = {**splits, "validation": looked_at(splits["validation"], validation_rows)}
+        epochs = fine_tune(model, some, types, fit, longest, seed, folder, data.name)
+        tagger, codec, _ = load_entity_model(folder)
+        if number:
+            shutil.rmtree(folder)
+        yield Round(tagger, codec, epochs, time.perf_counter() - started)
+
+
+def _beside(
+    done: Round,
+    splits: dict[str, list[Tagged]],
+    test: Sequence[Sentence],
+    head: Head,
+    tag_weight: float,
+    n_beam: int,
+    longest: int,
+    validation_rows: int | None,
+) -> dict[str, float]:
+    """Further F1s of a model that writes lists: by its encoder's tags, and with and without the grammar."""
+    if head == "tokens":
+        return {}
+    found = {}
+    if tag_weight:
+        found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
+    rows = looked_at(splits["validation"], validation_rows)
+    sentences, _ = encode(rows, done.codec, longest)
+    for name, constrained in (("constrained", True), ("free", False)):
+        written = find(done.model, done.codec, sentences, head, constrained, n_beam)
+        found[f"f1, {name}, {len(rows):,} of validation"] = score(rows, written.entities).f1
+        found[f"malformed entries, {name}"] = float(written.malformed)
+    return found
+
+
+def _told(name: str, scores: Scores, written: Written) -> str:
+    kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in scores.by_type.items())
+    wrong = f"; {written.malformed:,} malformed entries, {written.unfinished:,} unfinished lists"
+    return f"{name}: F1 {scores.f1:.3f} (precision {scores.precision:.3f}, recall {scores.recall:.3f}; {kinds}){wrong}"
+
+
+def _listed(words: Sequence[str], entities: Sequence[Entity]) -> str:
+    return " ; ".join(f"{e.type}: {' '.join(words[e.start : e.end])}" for e in entities) or "no entity"
+
+
+def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: int = 1, longest: int = 256) -> None:
+    """Name the entities of a sentence.
+
+    Args:
+        checkpoint_dir: What `make ner` left, such as out/ner/scratch/final.
+        text: The sentence.
+        constrained: Whether the decoder can write nothing but a list of the sentence's own words.
+        n_beam: Beams.
+        longest: The longest sentence in tokens.
+
+    Raises:
+        UserError: If the folder holds no such model, or the sentence is empty.
+    """
+    words = WORD.findall(text)
+    if not words:
+        raise UserError('There is nothing to read. Give a sentence: make ner-predict TEXT="…"')
+    model, codec, head = load_entity_model(checkpoint_dir)
+    sentence = codec.encode(words, [OUTSIDE] * len(words), longest)
+    written = find(model, codec, [sentence], head, constrained, n_beam)
+    for entity in written.entities[0]:
+        print(f"{entity.type:<12}{' '.join(words[entity.start : entity.end])}")
+    if not written.entities[0]:
+        print("no entity")
+    if written.malformed or written.unfinished:
+        print(f"{written.malformed} entries of the list name nothing in the sentence"
+              + ("; it was not finished" if written.unfinished else ""))  # fmt: skip
+    if len(sentence.words) < len(words):
+        print(f"only the first {len(sentence.words)} words were read")

@@ -1,0 +1,126 @@
+"""A T5 from the Hub taught to name entities by transformers' Seq2SeqTrainer, on the same lists as our own.
+
+What it leaves is a folder of transformers' form, which `ner_model.load_entity_model` reads into our T5.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from custom_models.encoder_checkpoint import tokenizer_of
+from custom_models.encoder_decoder_checkpoint import t5_directory
+from custom_models.masked_language_model import IGNORED
+from custom_models.projects.entity_scores import Tagged
+from custom_models.projects.fitting import FitArgs
+from custom_models.projects.ner_model import Codec, Sentence
+from custom_models.projects.seq2seq import padded
+from workflows.files import atomic_dir
+
+
+def fine_tune(
+    place: str,
+    splits: dict[str, list[Tagged]],
+    types: Sequence[str],
+    fit: FitArgs,
+    longest: int,
+    seed: int,
+    folder: Path,
+    data: str,
+) -> list[dict[str, float]]:
+    """Fine-tune a T5 and write it, whole or not at all.
+
+    Args:
+        place: Its folder, or its id on the Hub.
+        splits: Tagged sentences; train and validation are used.
+        types: The types of entities.
+        fit: Batch, rate, warm-up, decay and epochs.
+        longest: The longest sentence in tokens.
+        seed: Of order and dropout.
+        folder: Where the model goes.
+        data: The name of what it learned from.
+
+    Returns:
+        The numbers of each epoch.
+
+    Raises:
+        UserError: If the model cannot be had or is no T5.
+    """
+    import torch
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5ForConditionalGeneration, set_seed
+
+    directory = t5_directory(place)
+    set_seed(seed)
+    model = T5ForConditionalGeneration.from_pretrained(directory)
+    tokenizer = tokenizer_of(directory)
+    codec = Codec(tokenizer, types, int(model.config.eos_token_id))
+    rows: dict[str, list[Sentence]] = {}
+    for split in ("train", "validation"):
+        rows[split] = [codec.encode(words, tags, longest) for words, tags in splits[split]]
+        cut = sum(len(row.words) < len(words) for row, (words, _) in zip(rows[split], splits[split], strict=True))
+        print(f"{split}: {len(rows[split]):,} sentences; {cut:,} cut: over {longest} tokens")
+
+    def collate(chosen: list[Sentence]) -> dict[str, Any]:
+        source = padded([row.source for row in chosen], model.config.pad_token_id)  # (B, Ts)
+        lengths = torch.tensor([len(row.source) for row in chosen])  # (B,)
+        mask = torch.arange(source.shape[1]) < lengths[:, None]  # (B, Ts)
+        return {
+            "input_ids": source,
+            "attention_mask": mask.long(),
+            "labels": padded([r.target for r in chosen], IGNORED),
+        }
+
+    def right(found: Any) -> dict[str, float]:
+        real = found.label_ids != IGNORED  # (rows, T)
+        return {"accuracy": float((found.predictions == found.label_ids)[real].mean())}
+
+    runs = folder.with_name(f".{folder.name}.runs")
+    trainer = Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(
+            output_dir=str(runs),
+            per_device_train_batch_size=fit.batch_size,
+            per_device_eval_batch_size=fit.batch_size,
+            learning_rate=fit.learning_rate,
+            warmup_steps=round(fit.warmup * fit.max_epochs * -(-len(rows["train"]) // fit.batch_size)),
+            weight_decay=fit.weight_decay,
+            max_grad_norm=fit.max_norm,
+            num_train_epochs=fit.max_epochs,
+            bf16=fit.precision == "bf16-mixed",
+            use_cpu=fit.accelerator == "cpu",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            logging_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            report_to=[],
+            seed=seed,
+        ),
+        data_collator=collate,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],  # type: ignore[arg-type]
+        compute_metrics=right,
+        preprocess_logits_for_metrics=lambda logits, labels: (
+            logits[0] if isinstance(logits, tuple) else logits
+        ).argmax(-1),
+    )
+    trainer.train()
+    shutil.rmtree(runs, ignore_errors=True)
+    model.config.update({"entity_types": list(types), "head": "text", "data": data})
+    with atomic_dir(folder) as temporary:
+        model.cpu().save_pretrained(temporary)
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    return _epochs(trainer.state.log_history)
+
+
+def _epochs(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The trainer's log as the numbers of each epoch, under the names that pictures are drawn from."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    looks = [entry for entry in log if "eval_loss" in entry]
+    return [
+        {"epoch": number, "train_loss": loss, "val_loss": look["eval_loss"], "val_accuracy": look["eval_accuracy"]}
+        for number, (loss, look) in enumerate(zip(losses, looks, strict=False))
+    ]

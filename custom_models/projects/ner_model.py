@@ -1,0 +1,290 @@
+"""A T5 that names the entities of a sentence: its decoder writes their list, or its encoder tags each word.
+
+The encoder learns to tag in both, as its first word piece says; where the decoder writes, that is an auxiliary task
+which tells the encoder, word by word, what the decoder will have to know of it.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from custom_models.beam_search import beam_search
+from custom_models.encoder_checkpoint import tokenizer_of
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.encoder_decoder_checkpoint import load_encoder_decoder, read_own, save_encoder_decoder
+from custom_models.masked_language_model import IGNORED
+from custom_models.projects.entity_text import Grammar, entities_in, list_of
+from custom_models.projects.fitting import FitArgs
+from custom_models.projects.seq2seq import PairBatch, padded, text_loss
+from custom_models.weights import fill
+from data_prep.iob import OUTSIDE, Entity, entities_of
+from workflows.errors import UserError
+from workflows.files import read_json
+
+
+class Sentence(NamedTuple):
+    """A sentence for the model.
+
+    Attributes:
+        words: As the model reads them; what is beyond its limit is missing.
+        source: Their ids, and the end.
+        firsts: Where each word begins in `source`.
+        target: Ids of its list of entities, and the end.
+        tags: The class of each word.
+    """
+
+    words: list[str]
+    source: list[int]
+    firsts: list[int]
+    target: list[int]
+    tags: list[int]
+
+
+class Codec:
+    """Sentences and lists of entities as token ids, and back.
+
+    Args:
+        tokenizer: Whose ids; words are encoded one by one, so that a word is the same in the sentence and in the list.
+        types: The types of entities.
+        end_id: What ends a sentence and a list.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, types: Sequence[str], end_id: int) -> None:
+        self.tokenizer, self.types, self.end_id = tokenizer, list(types), end_id
+        self.labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
+        self.ids_of = lru_cache(maxsize=None)(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+        self.seen = lru_cache(maxsize=None)(lambda word: self.text(self.ids_of(word)).casefold())
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids stand for, the end left out."""
+        return self.tokenizer.decode([i for i in ids if i != self.end_id], skip_special_tokens=False).strip()
+
+    def encode(self, words: Sequence[str], tags: Sequence[str], longest: int) -> Sentence:
+        """A sentence with its entities; words that begin beyond `longest` tokens, and their entities, are missing."""
+        source: list[int] = []
+        firsts: list[int] = []
+        for word in words:
+            ids = self.ids_of(word)
+            if len(source) + len(ids) >= longest:
+                break
+            firsts.append(len(source))
+            source += ids
+        read, kept = list(words[: len(firsts)]), list(tags[: len(firsts)])
+        listed = list_of(read, entities_of(kept), self.seen)
+        target = [i for word in listed for i in self.ids_of(word)]
+        classes = [self.labels.index(tag) for tag in kept]
+        return Sentence(read, [*source, self.end_id], firsts, [*target, self.end_id], classes)
+
+    def grammar(self, words: Sequence[str]) -> Grammar:
+        """What the decoder may write about a sentence."""
+        return Grammar(words, self.types, self.ids_of, self.end_id, self.seen)
+
+    def entities(self, ids: Sequence[int], words: Sequence[str]) -> tuple[list[Entity], int]:
+        """The entities that a written list names, and how many of its entries are malformed."""
+        return entities_in(self.text(ids), words, self.types, self.seen)
+
+
+def batch_of(sentences: Sequence[Sentence], pad_id: int) -> PairBatch:
+    """Sentences, lists and tags as one batch."""
+    source = padded([sentence.source for sentence in sentences], pad_id)  # (B, Ts)
+    tags = torch.full_like(source, IGNORED)  # (B, Ts)
+    for row, sentence in zip(tags, sentences, strict=True):
+        row[sentence.firsts] = torch.tensor(sentence.tags)
+    lengths = torch.tensor([len(sentence.source) for sentence in sentences])  # (B,)
+    return PairBatch(source, lengths, padded([sentence.target for sentence in sentences], pad_id), tags)
+
+
+class Written(NamedTuple):
+    """What was found in sentences.
+
+    Attributes:
+        entities: Of each sentence.
+        malformed: Entries of written lists that name no entity of the sentence.
+        unfinished: Lists that reached the limit of tokens.
+    """
+
+    entities: list[list[Entity]]
+    malformed: int
+    unfinished: int
+
+
+class EntityModel(nn.Module):
+    """A T5 with a second head, which names the class of each word.
+
+    Args:
+        t5: The encoder-decoder.
+        types: The types of entities.
+    """
+
+    def __init__(self, t5: EncoderDecoder, types: Sequence[str]) -> None:
+        super().__init__()
+        self.t5, self.types = t5, list(types)
+        self.tag_head = nn.Linear(t5.config.width, 1 + 2 * len(self.types))
+
+    def tag_logits(self, context: Tensor) -> Tensor:
+        """The encoder's output, (B, Ts, width) -> logits of each token's class, (B, Ts, n_label)."""
+        return self.tag_head(context)  # (B, Ts, n_label)
+
+    def save(self, tokenizer: Tokenizer, folder: Path, head: str, data: str) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            tokenizer: Whose ids it reads.
+            folder: Where.
+            head: "text" or "tokens", what it answers by.
+            data: The name of what it learned from.
+        """
+        save_encoder_decoder(self, self.t5.config, tokenizer, folder, entity_types=self.types, head=head, data=data)
+
+    @torch.no_grad()
+    def by_tags(self, sentences: Sequence[Sentence], batch_size: int = 64) -> Written:
+        """The entities by the encoder's tags: for each word the likeliest one that may follow the one before it."""
+        self.eval()
+        labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
+        # An I-TYPE follows B-TYPE or I-TYPE, which stand before it and at its own place in the list.
+        may = [[after % 2 == 1 or after == 0 or before in (after - 1, after) for after in range(len(labels))]
+               for before in range(len(labels))]  # fmt: skip
+        follows = torch.tensor(may)  # (n_label, n_label)
+        found: dict[int, list[Entity]] = {}
+        for numbers in _by_length(sentences, batch_size):
+            chosen = [sentences[i] for i in numbers]
+            batch = batch_of(chosen, self.t5.config.pad_id)
+            logits = self.tag_logits(self.t5.encode(batch.source, batch.lengths))  # (B, Ts, n_label)
+            for i, sentence, row in zip(numbers, chosen, logits, strict=True):
+                before, tags = 0, []
+                for scores in row[sentence.firsts]:  # (n_label,)
+                    before = int(scores.masked_fill(~follows[before], -torch.inf).argmax())
+                    tags.append(labels[before])
+                found[i] = entities_of(tags)
+        return Written([found[i] for i in range(len(sentences))], 0, 0)
+
+
+@torch.no_grad()
+def by_text(
+    model: EncoderDecoder,
+    codec: Codec,
+    sentences: Sequence[Sentence],
+    constrained: bool = True,
+    n_beam: int = 1,
+    max_new_tokens: int = 160,
+    batch_size: int = 64,
+) -> Written:
+    """The entities by the lists that a model writes.
+
+    Args:
+        model: In evaluation mode.
+        codec: Its ids.
+        sentences: What is read.
+        constrained: Whether it can write nothing but a list of the sentence's own words.
+        n_beam: Beams; 1 is greedy search.
+        max_new_tokens: The longest list, in tokens.
+        batch_size: Sentences at a time.
+    """
+    found: dict[int, list[Entity]] = {}
+    malformed = unfinished = 0
+    for numbers in _by_length(sentences, batch_size):
+        chosen = [sentences[i] for i in numbers]
+        lengths = torch.tensor([len(sentence.source) for sentence in chosen])  # (B,)
+        writer = model.writer(padded([sentence.source for sentence in chosen], model.config.pad_id), lengths)
+        grammars = [codec.grammar(sentence.words) for sentence in chosen] if constrained else []
+        written = beam_search(
+            writer,
+            writer.prompts,
+            max_new_tokens,
+            n_beam=n_beam,
+            stop_ids=[codec.end_id],
+            allowed=partial(_allowed, grammars) if constrained else None,
+        )
+        for i, sentence, ids in zip(numbers, chosen, written.ids, strict=True):
+            found[i], wrong = codec.entities(ids, sentence.words)
+            malformed, unfinished = malformed + wrong, unfinished + (ids[-1] != codec.end_id)
+    return Written([found[i] for i in range(len(sentences))], malformed, unfinished)
+
+
+def _allowed(grammars: Sequence[Grammar], text: int, ids: list[int]) -> list[int]:
+    return grammars[text].allowed(ids)
+
+
+def _by_length(sentences: Sequence[Sentence], batch_size: int) -> list[list[int]]:
+    """Numbers of sentences in batches of similar length."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].source))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, str]:
+    """Read a checkpoint that `make ner` left: ours, or a T5 of transformers'.
+
+    Returns:
+        The model in evaluation mode, its codec, and its head, "text" or "tokens".
+
+    Raises:
+        UserError: If it is none, or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model that names entities. Train one with `make ner`, or name its folder.")
+    config = read_json(folder / "config.json")
+    types, head = config.get("entity_types"), config.get("head", "text")
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise UserError(f"{folder} is a model that names no entities. Train one with `make ner`.")
+    if config.get("model_type") == "t5":
+        t5, tokenizer = load_encoder_decoder(folder)
+        model = EntityModel(t5, types)
+    else:
+        _, shape, weights = read_own(folder)
+        model = EntityModel(EncoderDecoder(shape), types)
+        fill(model, weights, str(folder))
+        tokenizer = tokenizer_of(folder)
+    return model.eval(), Codec(tokenizer, types, model.t5.config.end_id), head
+
+
+class EntityTask(L.LightningModule):
+    """How it is trained: the list's tokens by cross-entropy, and each word's class.
+
+    Args:
+        model: The model.
+        fit: Rate and schedule.
+        total_steps: Optimizer steps in all.
+        head: "text" or "tokens": what it will answer by.
+        tag_weight: Of the classes' loss beside the list's, with the head "text".
+    """
+
+    def __init__(self, model: EntityModel, fit: FitArgs, total_steps: int, head: str, tag_weight: float) -> None:
+        super().__init__()
+        self.model, self.fit_args, self.total_steps = model, fit, total_steps
+        self.head, self.tag_weight = head, tag_weight
+
+    def losses(self, batch: PairBatch) -> tuple[Tensor, Tensor, int]:
+        """The loss of a batch, how many tokens (words, with the head "tokens") are right, and how many there are."""
+        t5 = self.model.t5
+        context = t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
+        assert batch.tags is not None
+        logits = self.model.tag_logits(context)  # (B, Ts, n_label)
+        tag_loss = F.cross_entropy(logits.flatten(0, 1), batch.tags.flatten(), ignore_index=IGNORED)
+        if self.head == "tokens":
+            right = (logits.argmax(dim=-1) == batch.tags).sum()
+            return tag_loss, right, int((batch.tags != IGNORED).sum())
+        loss, right, n = text_loss(t5, batch, context)
+        return loss + self.tag_weight * tag_loss, right, n
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """The loss, logged."""
+        loss, _, _ = self.losses(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.source))
+        return loss
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """The loss, and the share of tokens or words that are right."""
+        loss, right, n = self.losses(batch)
+        self.log("val_loss", loss, batch_size=n)
+        self.log("val_accuracy", right / n, batch_size=n, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with the rate's schedule."""
+        return self.fit_args.optimizer(self, self.total_steps)

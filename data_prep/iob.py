@@ -1,0 +1,116 @@
+"""Sentences with marked entities: IOB2 tags as spans and back, and files of one word and its tag a line.
+
+IOB2 (Ramshaw and Marcus 1995, cmp-lg/9505040; Tjong Kim Sang and Veenstra 1999, cs/9907006): B-TYPE is an entity's
+first word, I-TYPE each further one, O all others.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from workflows.errors import UserError
+from workflows.files import read_text
+
+OUTSIDE = "O"
+_NOT_TEXT = "-DOCSTART-"
+
+
+class Entity(NamedTuple):
+    """An entity within a sentence.
+
+    Attributes:
+        type: Such as "Disease".
+        start: Its first word.
+        end: The word after its last.
+    """
+
+    type: str
+    start: int
+    end: int
+
+
+def tag_problem(tag: str, before: str) -> str | None:
+    """What is wrong with a tag after another ("O" before the first), or None."""
+    if tag == OUTSIDE:
+        return None
+    prefix, dash, kind = tag.partition("-")
+    if prefix not in ("B", "I") or not dash or not kind or kind.split() != [kind]:
+        return f"{tag!r} is no tag of IOB2 (O, B-TYPE, I-TYPE)"
+    if prefix == "I" and before not in (f"B-{kind}", f"I-{kind}"):
+        return f"{tag!r} must follow B-{kind} or I-{kind}, not {before!r}"
+    return None
+
+
+def entities_of(tags: Sequence[str]) -> list[Entity]:
+    """The entities that valid IOB2 tags mark, in order."""
+    found: list[Entity] = []
+    for i, tag in enumerate(tags):
+        if tag.startswith("B-"):
+            found.append(Entity(tag[2:], i, i + 1))
+        elif tag != OUTSIDE:
+            found[-1] = found[-1]._replace(end=i + 1)
+    return found
+
+
+def tags_of(entities: Iterable[Entity], n_words: int) -> list[str]:
+    """The tags of a sentence of so many words; the entities must not overlap."""
+    tags = [OUTSIDE] * n_words
+    for entity in entities:
+        tags[entity.start : entity.end] = [f"I-{entity.type}"] * (entity.end - entity.start)
+        tags[entity.start] = f"B-{entity.type}"
+    return tags
+
+
+def longest_matches(words: Sequence[str], names: Mapping[tuple[str, ...], str]) -> list[Entity]:
+    """The names of a dictionary that stand in a sentence, from left to right, at each place the longest.
+
+    Args:
+        words: The sentence.
+        names: Case-folded words -> the type of what they name.
+    """
+    folded = [word.casefold() for word in words]
+    longest = max(map(len, names), default=0)
+    found: list[Entity] = []
+    i = 0
+    while i < len(words):
+        ends = (end for end in range(min(len(words), i + longest), i, -1) if tuple(folded[i:end]) in names)
+        if (end := next(ends, None)) is None:
+            i += 1
+        else:
+            found.append(Entity(names[tuple(folded[i:end])], i, end))
+            i = end
+    return found
+
+
+def read_iob(path: Path) -> list[tuple[list[str], list[str]]]:
+    """Read a file of lines `WORD ... TAG`, with an empty line after each sentence.
+
+    Columns lie between tabs, or between spaces where there are no tabs; those between the first and the last are
+    ignored, and so are the lines `-DOCSTART-` that CoNLL's files have.
+
+    Returns:
+        Each sentence's words and tags.
+
+    Raises:
+        UserError: If the file is missing, empty or not UTF-8, or a line is no word and tag of IOB2; with its number.
+    """
+    sentences: list[tuple[list[str], list[str]]] = []
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
+        columns = [part for part in (line.strip("\r").split("\t") if "\t" in line else line.split()) if part]
+        if not columns or columns[0] == _NOT_TEXT:
+            if words:
+                sentences.append((words, tags))
+            words, tags = [], []
+            continue
+        place = f"{path}, line {number}"
+        if len(columns) < 2 or columns[0].split() != [columns[0]]:
+            raise UserError(f"{place}: {line[:60]!r} is not a word and its tag. Mend that line.")
+        if problem := tag_problem(columns[-1], tags[-1] if tags else OUTSIDE):
+            raise UserError(f"{place}: {problem}. Mend that line; files of another scheme must be converted to IOB2.")
+        words.append(columns[0])
+        tags.append(columns[-1])
+    if not sentences:
+        raise UserError(f"{path} holds no sentence. A line is a word and its tag: aspirin<TAB>B-Chemical")
+    return sentences
