@@ -45,6 +45,8 @@ TEXT      ?=
 # Sentences with marked entities to learn from, and the T5 that learns: our own, or one by its folder or Hub id.
 ENTITIES  ?= $(if $(wildcard $(WORKFLOW_DATA)/bc5cdr),bc5cdr,hpo_entities)
 T5        ?= scratch
+# What `make translate` learns from: what programs say, catalogues_fr or _de; python_javascript; opus_books_fr or _de.
+PARALLEL  ?= catalogues_fr
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
@@ -116,7 +118,7 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
-  pretrain-t5 ner ner-predict
+  pretrain-t5 ner ner-predict translate translate-text
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -150,7 +152,8 @@ help:  ## list the targets
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2 (what they read), ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
+	@echo '            REVIEWS=sst2 (what they read), ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner), RECIPE=gpt-shakespeare'
+	@echo '            and PROMPT="…" (gpt, gpt-sample), PARALLEL=catalogues_de (translate)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -252,6 +255,13 @@ ner: data/$(ENTITIES)/manifest.json  ## name entities: a T5 of our own writes th
 ner-predict: $(INSTALLED)  ## name the entities of TEXT by that model
 	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
 
+translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
+	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \
+	  --data data/$(PARALLEL) --out_dir out/translate/$(PARALLEL) $(ARGS)
+
+translate-text: $(INSTALLED)  ## translate TEXT by it
+	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final --text $(call quoted,$(TEXT)) $(ARGS)
+
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -324,6 +334,11 @@ endif
 ifeq ($(filter $(ENTITIES),$(DATA) $(REVIEWS)),)
 data/$(ENTITIES)/manifest.json: | $(INSTALLED)
 	@$(STEP) data --data $(ENTITIES) $(if $(wildcard $(WORKFLOW_DATA)/$(ENTITIES)),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(ENTITIES)))
+endif
+
+ifeq ($(filter $(PARALLEL),$(DATA) $(REVIEWS) $(ENTITIES)),)
+data/$(PARALLEL)/manifest.json: | $(INSTALLED)
+	@$(STEP) data --data $(PARALLEL)
 endif
 
 # The pairs of a prepared data set are written together with it.

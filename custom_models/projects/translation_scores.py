@@ -1,0 +1,79 @@
+"""How good translations are: BLEU and chrF, what became of placeholders; and two translators that understand nothing.
+
+* Copying: the source as it is, right for names and for what both languages share.
+* A translation memory: the target of the training source that is most alike in its pieces of two to five letters, with
+  the placeholders of the text at hand. It is what translators had before there were models, and hard to beat on texts
+  that repeat themselves.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from custom_models.projects.program_runs import do_the_same
+from custom_models.projects.translation_text import Marked, mark, mark_as, unmark
+from data_prep.rows import Row
+from data_prep.translations import PLACEHOLDER
+
+
+def bleu_and_chrf(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Both scores of sacrebleu's with its settings, from 0 to 100 (Papineni et al. 2002; Popović 2015)."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    references = [list(targets)]
+    return {"bleu": BLEU().corpus_score(list(written), references).score,
+            "chrf": CHRF().corpus_score(list(written), references).score}  # fmt: skip
+
+
+def placeholders_as_words(texts: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Translations with one word in place of each placeholder.
+
+    Scores cut "%(name)s" into five tokens, which a copy has right. So nearly half of BLEU is about what no translator
+    needs to know; with these texts it is about the words.
+    """
+    marked = (mark_as(text, mark(source).values) for text, source in zip(texts, sources, strict=True))
+    return [re.sub(r"<(\d)>", r"placeholder\1", text) for text in marked]
+
+
+def exactly(written: Sequence[str], targets: Sequence[str]) -> float:
+    """The share of translations that are the given ones to the letter."""
+    return sum(map(str.__eq__, written, targets)) / len(targets)
+
+
+def placeholders_kept(written: Sequence[str], sources: Sequence[str]) -> tuple[int, int]:
+    """How many translations have just the placeholders of their source, and how many sources have any."""
+    found = [
+        (Counter(PLACEHOLDER.findall(a)), Counter(PLACEHOLDER.findall(b)))
+        for a, b in zip(written, sources, strict=True)
+    ]
+    asked = [(ours, theirs) for ours, theirs in found if theirs]
+    return sum(ours == theirs for ours, theirs in asked), len(asked)
+
+
+def working(written: Sequence[str], rows: Sequence[Row]) -> float:
+    """The share of programs that give the results of their sources for all inputs."""
+    return sum(do_the_same(row["source"], text, row["inputs"]) for text, row in zip(written, rows, strict=True)) / len(
+        rows
+    )
+
+
+def from_memory(train: Sequence[Row], sources: Sequence[str], placeholders: bool) -> list[str]:
+    """Translations by the training source that is most alike.
+
+    Args:
+        train: Rows with sources and targets.
+        sources: What to translate.
+        placeholders: Whether the text's placeholders are put into the places of those that the found target has.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    known = [mark(row["source"]) if placeholders else Marked(row["source"], []) for row in train]
+    asked = [mark(text) if placeholders else Marked(text, []) for text in sources]
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), lowercase=True)
+    memory = vectorizer.fit_transform([text for text, _ in known])
+    alike = vectorizer.transform([text for text, _ in asked]) @ memory.T  # (sources, rows), sparse
+    nearest = alike.toarray().argmax(axis=1)  # (sources,)
+    return [
+        unmark(mark_as(train[i]["target"], known[i][1]), values) for (_, values), i in zip(asked, nearest, strict=True)
+    ]
