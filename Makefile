@@ -152,8 +152,8 @@ help:  ## list the targets
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2 (what they read), ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner), RECIPE=gpt-shakespeare'
-	@echo '            and PROMPT="…" (gpt, gpt-sample), PARALLEL=catalogues_de (translate)'
+	@echo '            REVIEWS=sst2 (what they read), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample),'
+	@echo '            ENTITIES=ncbi_disease and T5=google-t5/t5-small (ner), PARALLEL=catalogues_de (translate)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -248,7 +248,7 @@ lora-scratch: data/$(DATA)/manifest.json $(BASE)  ## fine-tune our Llama by our 
 pretrain-t5: $(INSTALLED)  ## pretrain a small T5 by span corruption on definitions (ARGS="--file FILE": on a text of yours)
 	@$(PROJECT) pretrain-t5 --config custom_models/recipes/pretrain-t5.yaml $(ARGS)
 
-ner: data/$(ENTITIES)/manifest.json  ## name entities: a T5 of our own writes their list (ARGS="--head tokens": tags words); T5=google-t5/t5-small
+ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 of our own (ARGS="--head tokens": by its encoder), or by T5=google-t5/t5-small
 	@$(PROJECT) ner --config $(call project_recipe,ner-$(T5),ner-pretrained) --data data/$(ENTITIES) --model $(call quoted,$(T5)) \
 	  --out_dir out/ner/$(call filename,$(T5)) $(ARGS)
 

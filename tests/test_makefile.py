@@ -445,6 +445,24 @@ def test_a_translator_is_trained_by_the_recipe_of_its_texts(project):
     assert option(asked, "--checkpoint_dir") == "out/translate/catalogues_de/final"
 
 
+def test_entities_are_named_by_the_t5_that_is_asked_for(project, tmp_path):
+    data, ner = project.calls("ner", "ARGS=--head tokens")
+    assert data == ["data", "--data", "hpo_entities"] and ner[-2:] == ["--head", "tokens"]
+    assert option(ner, "--config") == "custom_models/recipes/ner-scratch.yaml"
+    assert option(ner, "--data") == "data/hpo_entities" and option(ner, "--out_dir") == "out/ner/scratch"
+    (tmp_path / "bc5cdr").mkdir()
+    data, ner = project.calls("ner", f"WORKFLOW_DATA={tmp_path}", "T5=google-t5/t5-small")
+    assert option(data, "--raw_dir") == str(tmp_path / "bc5cdr") and option(ner, "--model") == "google-t5/t5-small"
+    assert option(ner, "--config") == "custom_models/recipes/ner-pretrained.yaml"
+    assert option(ner, "--out_dir") == "out/ner/google-t5--t5-small"
+    (asked,) = project.calls("ner-predict", "TEXT=it's lithium")
+    assert option(asked, "--text") == "it's lithium" and option(asked, "--checkpoint_dir") == "out/ner/scratch/final"
+    assert project.calls("data", "DATA=ncbi_disease") == [["data", "--data", "ncbi_disease"]]
+    (pretrained,) = project.calls("pretrain-t5", "ARGS=--file mine.txt")
+    assert option(pretrained, "--config") == "custom_models/recipes/pretrain-t5.yaml"
+    assert pretrained[-2:] == ["--file", "mine.txt"]
+
+
 def test_our_own_lora_learns_what_the_roads_does(project):
     data, download, scratch = project.calls("lora-scratch", "ARGS=--method lora")
     assert (data[0], download[0], scratch[-2:]) == ("data", "download", ["--method", "lora"])

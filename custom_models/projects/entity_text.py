@@ -1,8 +1,8 @@
 """Entities as text: "Chemical: aspirin ; Disease: gastric ulcer", and back to exactly the words of the sentence.
 
 The list has the sentence's order. A mention means its first occurrence behind the mention before it; if it is the
-second one, "@2" follows, and so on. Words of a mention that look like a part of the list are escaped by a backslash.
-So the way back is exact, and `entities_in` and `Grammar` rest on the same rules:
+second one, "@2" follows, and so on. Words of a mention that look like a part of the list have a slash before them (T5
+knows slashes, and no backslashes). So the way back is exact, and `entities_in` and `Grammar` rest on the same rules:
 
     list     = nothing, or entry (" ; " entry)*
     entry    = type ":" (" " word)+ [" @" number]
@@ -15,18 +15,18 @@ from functools import lru_cache
 from data_prep.iob import Entity
 
 SEPARATOR = ";"
-_STRUCTURE = re.compile(r"\\*(?:;|@\d+)")
+_STRUCTURE = re.compile(r"/*(?:;|@\d+)")
 _ORDINAL = re.compile(r"@(\d+)")
 
 
 def escaped(word: str) -> str:
     """A mention's word as it stands in the list."""
-    return f"\\{word}" if _STRUCTURE.fullmatch(word) else word
+    return f"/{word}" if _STRUCTURE.fullmatch(word) else word
 
 
 def unescaped(word: str) -> str:
     """The way back of `escaped`."""
-    return word[1:] if word.startswith("\\") and _STRUCTURE.fullmatch(word) else word
+    return word[1:] if word.startswith("/") and _STRUCTURE.fullmatch(word) else word
 
 
 def occurrences(mention: Sequence[str], words: Sequence[str], begin: int) -> list[int]:
@@ -43,7 +43,7 @@ def list_of(words: Sequence[str], entities: Sequence[Entity], seen: Callable[[st
     Args:
         words: The sentence.
         entities: In order, without overlap.
-        seen: What is left of a word when a model writes it (case may be lost): words that are alike then are the same.
+        seen: What is left of a word when a model writes it, case-folded: words that are alike then are the same.
     """
     alike = [seen(word) for word in words]
     found: list[str] = []
@@ -86,7 +86,7 @@ def entities_in(
         mention, number = entry[1:], 1
         if mention and (match := _ORDINAL.fullmatch(mention[-1])):
             mention, number = mention[:-1], int(match[1])
-        places = occurrences([seen(unescaped(word)) for word in mention], alike, cursor) if mention else []
+        places = occurrences([unescaped(word).casefold() for word in mention], alike, cursor) if mention else []
         if kind is None or not 1 <= number <= len(places):
             malformed += 1
             continue

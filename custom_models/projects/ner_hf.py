@@ -47,7 +47,13 @@ def fine_tune(
         UserError: If the model cannot be had or is no T5.
     """
     import torch
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5ForConditionalGeneration, set_seed
+    from transformers import (
+        EarlyStoppingCallback,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        T5ForConditionalGeneration,
+        set_seed,
+    )
 
     directory = t5_directory(place)
     set_seed(seed)
@@ -103,6 +109,7 @@ def fine_tune(
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],  # type: ignore[arg-type]
         compute_metrics=right,
+        callbacks=[EarlyStoppingCallback(fit.patience)],
         preprocess_logits_for_metrics=lambda logits, labels: (
             logits[0] if isinstance(logits, tuple) else logits
         ).argmax(-1),

@@ -60,7 +60,7 @@ def setup(
     """
     began = step_began()
     problems = fit.problems()
-    problems += [] if longest >= 2 else [f"--longest must be at least 2, not {longest}."]
+    problems += [] if longest >= 3 else [f"--longest must be at least 3, not {longest}."]
     report_all(problems)
     L.seed_everything(seed, verbose=False)
     lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]

@@ -138,7 +138,7 @@ def corruption_loader(
 
 
 def pieces_of(ids: list[int], longest: int) -> list[list[int]]:
-    """A text in pieces of about one length that are at most so long; one of a single token has none."""
+    """A text in pieces of about one length, at most `longest`, which is 3 or more; one of a single token has none."""
     n = -(-len(ids) // longest)
     bounds = [len(ids) * i // max(1, n) for i in range(n + 1)]
     return [ids[a:b] for a, b in pairwise(bounds) if b - a > 1]

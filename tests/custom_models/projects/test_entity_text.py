@@ -9,7 +9,7 @@ from custom_models.projects.entity_text import Grammar, entities_in, list_of
 from data_prep.iob import Entity
 
 TYPES = ["Chemical", "Disease"]
-WORDS = ["a", "A", "b", "ß", ";", "\\;", "@2", "\\@2", "\\\\@13", "chemical:", "Disease:", "@", "ulcer"]
+WORDS = ["a", "A", "b", "ß", ";", "/;", "@2", "/@2", "//@13", "/", "chemical:", "Disease:", "@", "ulcer"]
 
 
 @st.composite

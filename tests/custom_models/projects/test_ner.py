@@ -1,0 +1,219 @@
+"""Naming entities: ids and back, both heads, a T5 of transformers', the command line, bad input."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from custom_models.__main__ import PROJECTS
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.projects.entity_scores import by_dictionary, majority_dictionary, score
+from custom_models.projects.fitting import FitArgs
+from custom_models.projects.ner import _texts, predict, setup
+from custom_models.projects.ner_model import Codec, EntityModel, by_text, load_entity_model
+from custom_models.projects.seq2seq import T5Shape, learn_t5_vocabulary
+from data_prep.iob import Entity, entities_of, tags_of
+from data_prep.rows import write_rows
+from workflows.__main__ import main
+from workflows.errors import UserError
+
+TINY = T5Shape(vocab_size=420, width=32, n_layer=1, n_head=2, inner_width=32, dropout=0.0)
+DRUGS, ILLS = ["aspirin", "Ibuprofen", "lithium"], ["gastric ulcer", "fever", "renal failure"]
+
+
+def sentence(chance: random.Random) -> dict[str, list[str]]:
+    """A drug and an illness with words between them."""
+    drug, ill = chance.choice(DRUGS), chance.choice(ILLS)
+    words = [chance.choice(["Oral", "High"]), drug, chance.choice(["causes", "after"]), *ill.split(), "."]
+    entities = [Entity("Chemical", 1, 2), Entity("Disease", 3, len(words) - 1)]
+    return {"tokens": words, "tags": tags_of(entities, len(words))}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder, chance = tmp_path_factory.mktemp("data"), random.Random(0)
+    for split, n in {"train": 80, "validation": 12, "test": 20}.items():
+        write_rows(folder / f"{split}.jsonl", [sentence(chance) for _ in range(n)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codec(data) -> Codec:
+    lines = [" ".join(json.loads(line)["tokens"]) for line in (data / "train.jsonl").read_text().splitlines()]
+    tokenizer = learn_t5_vocabulary(lines, 400)
+    return Codec(tokenizer, ["Chemical", "Disease"], tokenizer.token_to_id("<end>"))
+
+
+words = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=6).filter(lambda w: w.split() == [w])
+
+
+@given(st.booleans(), st.lists(words, min_size=1, max_size=8), st.data())
+@settings(max_examples=200, deadline=None)
+def test_ids_lead_back_to_the_entities(codec, tiny_t5, ours, words, data):
+    if not ours:  # a tokenizer that knows few letters: to it all others are one
+        codec = Codec(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), codec.types, 1)
+    start = data.draw(st.integers(0, len(words) - 1))
+    entities = [Entity("Disease", start, data.draw(st.integers(start + 1, len(words))))]
+    row = codec.encode(words, tags_of(entities, len(words)), 500)
+    assert codec.entities(row.target, words) == (entities, 0)
+    grammar = codec.grammar(words)
+    for place, token in enumerate(row.target):
+        assert token in grammar.allowed(row.target[:place])
+
+
+def test_words_beyond_the_limit_are_not_read(codec):
+    words, tags = ["aspirin", "causes", "fever"], ["B-Chemical", "O", "B-Disease"]
+    whole = codec.encode(words, tags, 100)
+    assert whole.words == words and codec.entities(whole.target, words)[0] == entities_of(tags)
+    cut = codec.encode(words, tags, whole.firsts[2] + 1)
+    assert cut.words == words[:2] and cut.source == [*whole.source[: whole.firsts[2]], codec.end_id]
+    assert codec.entities(cut.target, words)[0] == [Entity("Chemical", 0, 1)] and len(cut.tags) == 2
+
+
+def test_an_untrained_decoder_can_write_nothing_but_lists(codec, data):
+    torch.manual_seed(0)
+    model = EncoderDecoder(TINY.config(codec.tokenizer)).eval()
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    sentences = [codec.encode(row["tokens"], row["tags"], 100) for row in rows]
+    for n_beam in (1, 3):
+        assert by_text(model, codec, sentences, constrained=True, n_beam=n_beam).malformed == 0
+    free = by_text(model, codec, sentences, constrained=False, max_new_tokens=30)
+    assert free.malformed + free.unfinished > 0
+
+
+def test_tags_are_a_valid_sequence(codec, data):
+    torch.manual_seed(0)
+    model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types)
+    torch.nn.init.normal_(model.tag_head.weight)
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    found = model.by_tags([codec.encode(row["tokens"], row["tags"], 100) for row in rows], batch_size=3)
+    for row, entities in zip(rows, found.entities, strict=True):
+        assert entities_of(tags_of(entities, len(row["tokens"]))) == entities
+
+
+def test_the_dictionary_knows_the_majority():
+    train = [(["Lead", "is", "lead"], ["B-X", "O", "B-X"]), (["lead", "on"], ["O", "O"]), (["ion"], ["B-Y"]),
+             (["a"], ["B-X"]), (["a"], ["O"]), (["a"], ["O"])]  # fmt: skip
+    names = majority_dictionary(train)
+    assert names == {("lead",): "X", ("ion",): "Y"}  # "a" is an entity once in three times
+    found = by_dictionary([(["LEAD", "ion", "a"], [])], names)
+    assert found == [[Entity("X", 0, 1), Entity("Y", 1, 2)]]
+
+
+def test_an_entity_counts_if_type_and_both_ends_are_right():
+    wanted = [(["a", "b", "c"], ["B-X", "I-X", "O"]), (["d"], ["B-Y"]), (["e"], ["O"])]
+    right = [[Entity("X", 0, 2)], [Entity("Y", 0, 1)], []]
+    assert score(wanted, right).f1 == 1 and score(wanted, right).n == 2
+    for wrong in ([Entity("X", 0, 1)], [Entity("Y", 0, 2)], [], [Entity("X", 0, 1), Entity("X", 1, 2)]):
+        found = score(wanted, [wrong, *right[1:]])
+        assert found.recall == 0.5 and found.by_type == {"X": 0.0, "Y": found.by_type["Y"]}
+    assert score([(["e"], ["O"])], [[]]).f1 == 0.0
+
+
+def test_other_text_has_nothing_of_the_held_out_splits(tmp_path):
+    (tmp_path / "more.txt").write_text("Short, one.\nNow: here is A held-out one!\nAnother, longer one.\n\n")
+    held = (["here", "is", "a", "held", "out", "one", "."], ["O"] * 7)
+    splits: dict[str, list[Any]] = {
+        "train": [(["a"], ["O"])],
+        "validation": [],
+        "test": [held, (["short", "one"], ["O"] * 2)],
+    }
+    assert _texts(splits, [tmp_path / "more.txt"], 9) == [["a"], ["Another", ",", "longer", "one", "."]]
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    return {row["name"]: row["value"] for row in json.loads((folder / "metrics.json").read_text())["metrics"]}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("head", ["text", "tokens"])
+def test_a_tiny_t5_learns_to_name_entities(data, tmp_path, capsys, head):
+    (tmp_path / "more.txt").write_text("Fever and ulcer are known.\n" * 20)
+    setup(
+        data,
+        head=head,
+        out_dir=tmp_path,
+        shape=TINY,
+        pretrain=FitArgs(16, learning_rate=5e-3, max_epochs=1),
+        unlabelled=[tmp_path / "more.txt"],
+        fit=FitArgs(8, learning_rate=1e-2, max_epochs=12, patience=12),
+        seeds=[1, 2] if head == "tokens" else None,
+    )
+    told = capsys.readouterr().out
+    assert "majority dictionary" in told and "span corruption on 100 texts" in told and "0 cut: over 256 tokens" in told
+    assert metrics(tmp_path)["f1"] > 0.8 and (tmp_path / "curves.png").stat().st_size > 0
+    assert ("f1_mean_of_seeds" in metrics(tmp_path)) == (head == "tokens")
+    assert "free, 12 of validation" in told or head == "tokens"
+    predict(tmp_path / "final", "Oral LITHIUM after renal failure.")
+    told = capsys.readouterr().out
+    assert "Chemical    LITHIUM" in told and "Disease     renal failure" in told
+    predict(tmp_path / "final", "Oral lithium after renal failure.", longest=4)
+    assert "words were read" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory) -> Path:
+    """A T5 of transformers' with a tokenizer that marks words as T5's own does."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
+    chance = random.Random(0)
+    texts = [" ".join(sentence(chance)["tokens"]) + " ; Chemical: Disease: / @ 0123456789" for _ in range(40)]
+    tokenizer.train_from_iterator(texts, trainer)
+    from tokenizers import decoders
+
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    config = T5Config(vocab_size=tokenizer.get_vocab_size(), decoder_start_token_id=0, **size)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+def test_a_t5_of_transformers_is_taught_by_its_own_trainer(data, tiny_t5, tmp_path, capsys):
+    main(["ner", "--data", str(data), "--model", str(tiny_t5), "--out_dir", str(tmp_path), "--fit.max_epochs", "2",
+          "--fit.learning_rate", "1e-2", "--fit.batch_size", "8", "--fit.accelerator", "cpu", "--max_rows", "40"],
+         steps=PROJECTS, program="custom_models")  # fmt: skip
+    told = capsys.readouterr().out
+    assert "0 malformed entries" in told and "train: 40 sentences; 0 cut" in told
+    model, codec, head = load_entity_model(tmp_path / "final")
+    assert head == "text" and codec.types == ["Chemical", "Disease"] and 0 <= metrics(tmp_path)["f1"] <= 1
+    assert model.t5.config.tied and not (tmp_path / ".final.runs").exists()
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert config["model_type"] == "t5" and config["entity_types"] == codec.types
+
+
+def test_what_cannot_be_is_told(data, tmp_path, tiny_t5):
+    with pytest.raises(UserError, match="--head tokens is for --model scratch"):
+        setup(data, model=str(tiny_t5), head="tokens", out_dir=tmp_path)
+    with pytest.raises(UserError, match="3 problems") as error:
+        setup(data, out_dir=tmp_path, n_beam=0, longest=1, seeds=[])
+    assert "--n_beam must be at least 1" in str(error.value) and "--seeds needs at least one" in str(error.value)
+    with pytest.raises(UserError, match="There is no folder"):
+        setup(data, model=str(tmp_path / "none"), out_dir=tmp_path / "out")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for split in ("train", "validation", "test"):
+        write_rows(bare / f"{split}.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "O"]}])
+    with pytest.raises(UserError, match="marks no entity"):
+        setup(bare, out_dir=tmp_path)
+    (bare / "train.jsonl").write_text('{"tokens": ["a", "b"], "tags": ["O", "I-X"]}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl, line 1: \"tags\": 'I-X' must follow"):
+        setup(bare, out_dir=tmp_path)
+    with pytest.raises(UserError, match="holds no model that names entities"):
+        predict(tmp_path, "aspirin")
+    with pytest.raises(UserError, match="names no entities"):
+        predict(tiny_t5, "aspirin")
+    with pytest.raises(UserError, match="nothing to read"):
+        predict(tiny_t5, "  ")
