@@ -174,14 +174,14 @@ def _usable(row: Row, dropped: Counter[str]) -> bool:
     """Whether there is something to learn from a row; if not, it is counted."""
     if not row["target"]:
         dropped["not translated"] += 1
-    elif not _words(row["source"]) or not _words(row["target"]):
+    elif not words_of(row["source"]) or not words_of(row["target"]):
         dropped["no words"] += 1
     else:
         return True
     return False
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
     """The words of a text, so that two of them that differ in case, punctuation or placeholders only are the same."""
     return normalise(PLACEHOLDER.sub(" ", text))
 
@@ -204,7 +204,7 @@ def _data_set(
         dropped["repeated"] += len(rows) - len(new)
         known |= {(row["source"], row["target"]) for row in new}
         if new:
-            keys = {key(side, _words(row[side])) for row in new for side in ("source", "target")}
+            keys = {key(side, words_of(row[side])) for row in new for side in ("source", "target")}
             items.append(Item(frozenset(keys), tuple(new)))
     rows = [row for item in items for row in item.rows]
     notes["rows with placeholders"] = sum(bool(PLACEHOLDER.search(row["source"])) for row in rows)

@@ -4,7 +4,7 @@
 * `--data data/python_javascript`: programs, of which those that were written are run, and must do what the source does.
 * `--data data/opus_books_fr`: books, from the Hub, for a machine with a GPU.
 
-Beside it stand two translators that understand nothing, copying and a translation memory (`translation_scores.py`).
+Beside it stand two translators that understand nothing: copying, and a translation memory, which a model may read too.
 """
 
 import random
@@ -24,10 +24,10 @@ from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.program_runs import find_node
 from custom_models.projects.seq2seq import PairBatch, Seq2SeqTask, T5Shape, batch_of, row_loader
+from custom_models.projects.translation_memory import Memory
 from custom_models.projects.translation_scores import (
     bleu_and_chrf,
     exactly,
-    from_memory,
     placeholders_as_words,
     placeholders_kept,
     working,
@@ -85,6 +85,7 @@ def setup(
     merge_dropout: float = 0.1,
     beam: BeamArgs = BeamArgs(),
     placeholders: bool = True,
+    memory: bool = False,
     longest: int = 128,
     seeds: list[int] | None = None,
     max_rows: int | None = None,
@@ -102,6 +103,7 @@ def setup(
             ever other pieces (BPE-dropout).
         beam: How translations are searched for.
         placeholders: Whether %(name)s and {name} are carried over unseen.
+        memory: Whether the model also reads what a translation memory finds for its text among the training pairs.
         longest: The most tokens of a text; longer pairs are not learned from.
         seeds: One training for each; [1] if null. The first one's model is kept.
         max_rows: Train on the first so many pairs only.
@@ -123,6 +125,11 @@ def setup(
     rows["train"] = rows["train"][:max_rows]
     pairs = [(row["source"], row["target"]) for row in rows["train"]]
     codec = Codec.learn(pairs, shape.vocab_size, placeholders, longest)
+    known = Memory(pairs, placeholders)
+    if memory:
+        rows["train"] = [{**row, "found": text} for row, text in zip(rows["train"], known.likest_others(), strict=True)]
+        found = known.likest([row["source"] for row in rows["validation"]])
+        rows["validation"] = [{**row, "found": text} for row, text in zip(rows["validation"], found, strict=True)]
     learned = {split: _fitting(data / f"{split}.jsonl", rows[split], codec) for split in ("train", "validation")}
     sources = [row["source"] for row in rows[scored]]
     epochs, runs, times = [], [], []
@@ -137,7 +144,7 @@ def setup(
             task = Seq2SeqTask(model, fit, len(train) * fit.max_epochs, label_smoothing)
             epochs.append(fit_best(task, train, validation, out_dir, fit, monitor="val_loss"))
             times.append(time.perf_counter() - begin)
-            translator = Translator(model, codec, beam)
+            translator = Translator(model, codec, beam, known if memory else None)
             written = translator.translate(sources)
             runs.append(scores(written.texts, rows[scored], placeholders))
             print(f"\nseed {seed}: {written.cut:,} sources cut, {written.unfinished:,} translations unfinished")
@@ -146,7 +153,7 @@ def setup(
     (translator, written) = kept
     translator.save(out_dir / "final", data.name)
     draw_curves(epochs, out_dir / "curves.png", f"{shape.kind} on {data.name}")
-    others = {"copy": sources, "memory": from_memory(rows["train"], sources, placeholders)}
+    others = {"copy": sources, "memory": known.translate(sources)}
     baselines = {title: scores(found, rows[scored], placeholders) for title, found in others.items()}
     if "inputs" in rows[scored][0] and not find_node():
         print("Node.js is not installed, so no program is run; only those that are the given ones to the letter count.")
@@ -163,7 +170,8 @@ def setup(
         data=data.name,
         settings={
             "shape": asdict(shape), "fit": asdict(fit), "label_smoothing": label_smoothing, "longest": longest,
-            "merge_dropout": merge_dropout, "beam": asdict(beam), "placeholders": placeholders, "max_rows": max_rows,
+            "merge_dropout": merge_dropout, "beam": asdict(beam), "placeholders": placeholders, "memory": memory,
+            "max_rows": max_rows,
         },
         hardware=hardware(),
         versions=versions(),
@@ -199,7 +207,7 @@ def pair_loader(
     def collate(drawn: list[Row]) -> PairBatch:
         pairs = []
         for row in drawn:
-            source, values, _ = codec.source(row["source"], merge_dropout, chance)
+            source, values, _ = codec.source(row["source"], row.get("found"), merge_dropout, chance)
             pairs.append(Pair(source, codec.target(row["target"], values, merge_dropout, chance)))
         return batch_of(pairs, codec.pad_id)
 

@@ -1,17 +1,11 @@
-"""How good translations are: BLEU and chrF, what became of placeholders; and two translators that understand nothing.
-
-* Copying: the source as it is, right for names and for what both languages share.
-* A translation memory: the target of the training source that is most alike in its pieces of two to five letters, with
-  the placeholders of the text at hand. It is what translators had before there were models, and hard to beat on texts
-  that repeat themselves.
-"""
+"""How good translations are: BLEU and chrF, what became of placeholders, whether programs do what they are to do."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
 from custom_models.projects.program_runs import do_the_same
-from custom_models.projects.translation_text import Marked, mark, mark_as, unmark
+from custom_models.projects.translation_text import mark, mark_as
 from data_prep.rows import Row
 from data_prep.translations import PLACEHOLDER
 
@@ -56,24 +50,3 @@ def working(written: Sequence[str], rows: Sequence[Row]) -> float:
     return sum(do_the_same(row["source"], text, row["inputs"]) for text, row in zip(written, rows, strict=True)) / len(
         rows
     )
-
-
-def from_memory(train: Sequence[Row], sources: Sequence[str], placeholders: bool) -> list[str]:
-    """Translations by the training source that is most alike.
-
-    Args:
-        train: Rows with sources and targets.
-        sources: What to translate.
-        placeholders: Whether the text's placeholders are put into the places of those that the found target has.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    known = [mark(row["source"]) if placeholders else Marked(row["source"], []) for row in train]
-    asked = [mark(text) if placeholders else Marked(text, []) for text in sources]
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), lowercase=True)
-    memory = vectorizer.fit_transform([text for text, _ in known])
-    alike = vectorizer.transform([text for text, _ in asked]) @ memory.T  # (sources, rows), sparse
-    nearest = alike.toarray().argmax(axis=1)  # (sources,)
-    return [
-        unmark(mark_as(train[i]["target"], known[i][1]), values) for (_, values), i in zip(asked, nearest, strict=True)
-    ]

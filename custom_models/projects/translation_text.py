@@ -19,6 +19,8 @@ from custom_models.projects.vocabulary import END, PAD, learn_vocabulary
 from data_prep.translations import PLACEHOLDER
 from workflows.errors import UserError
 
+MEMORY = "<memory>"
+"""What stands between a source and what a memory has found for it."""
 MARKS = [f"<{i}>" for i in range(10)]
 """Of the placeholders in a text; further ones stay as they are."""
 
@@ -72,9 +74,10 @@ class Codec:
     def __init__(self, tokenizer: Tokenizer, placeholders: bool, longest: int) -> None:
         self.tokenizer, self.placeholders, self.longest = tokenizer, placeholders, longest
         self.pad_id, self.end_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(END)
+        self.memory_id = tokenizer.token_to_id(MEMORY)
         self.mark_ids = [tokenizer.token_to_id(name) for name in MARKS] if placeholders else []
         self._id_of: dict[str, int] = tokenizer.get_vocab()
-        special = {self.end_id, self.pad_id, *self.mark_ids}
+        special = {self.end_id, self.pad_id, self.memory_id, *self.mark_ids}
         self._words = [i for i in self._id_of.values() if i not in special]
         merges = json.loads(tokenizer.to_str())["model"]["merges"]
         self._rank_of = {tuple(pair): rank for rank, pair in enumerate(merges)}
@@ -87,7 +90,7 @@ class Codec:
             UserError: See `learn_vocabulary`.
         """
         texts = [f" {mark(text).text if placeholders else text}" for pair in pairs for text in pair]
-        special = [PAD, END, *(MARKS if placeholders else [])]
+        special = [PAD, END, MEMORY, *(MARKS if placeholders else [])]
         return cls(learn_vocabulary(texts, vocab_size, special, as_written=True), placeholders, longest)
 
     def ids_of(self, text: str, left_out: float = 0.0, chance: random.Random | None = None) -> list[int]:
@@ -123,9 +126,15 @@ class Codec:
             pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
 
     def source(
-        self, text: str, left_out: float = 0.0, chance: random.Random | None = None
+        self, text: str, found: str | None = None, left_out: float = 0.0, chance: random.Random | None = None
     ) -> tuple[list[int], list[str], bool]:
         """A text to read; `left_out` and `chance` as for `ids_of`.
+
+        Args:
+            text: The text.
+            found: What a memory has found for it, with marks; it is read as far as there is room.
+            left_out: See `ids_of`.
+            chance: See there.
 
         Returns:
             Its tokens; the placeholders that its marks stand for; whether it was too long and lost its end.
@@ -138,7 +147,11 @@ class Codec:
         text, values = mark(text) if self.placeholders else Marked(text, [])
         ids = self.ids_of(text, left_out, chance)
         cut = len(ids) > self.longest
-        return ([*ids[: self.longest - 1], self.end_id] if cut else ids), values, cut
+        if cut:
+            ids = [*ids[: self.longest - 1], self.end_id]
+        if found is not None:
+            ids = [*ids[:-1], self.memory_id, *self.ids_of(found, left_out, chance)[: self.longest]]
+        return ids, values, cut
 
     def target(
         self, text: str, values: Sequence[str], left_out: float = 0.0, chance: random.Random | None = None

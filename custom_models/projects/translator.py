@@ -12,6 +12,7 @@ from custom_models.encoder_checkpoint import tokenizer_of
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import read_own, save_encoder_decoder
 from custom_models.projects.seq2seq import batch_of
+from custom_models.projects.translation_memory import Memory
 from custom_models.projects.translation_text import Codec
 from custom_models.span_corruption import Pair
 from custom_models.weights import fill
@@ -53,14 +54,16 @@ class Translator:
         model: The encoder-decoder.
         codec: Its texts.
         beam: How it searches.
+        memory: What it reads beside each text, if anything.
     """
 
-    def __init__(self, model: EncoderDecoder, codec: Codec, beam: BeamArgs) -> None:
-        self.model, self.codec, self.beam = model.eval(), codec, beam
+    def __init__(self, model: EncoderDecoder, codec: Codec, beam: BeamArgs, memory: Memory | None = None) -> None:
+        self.model, self.codec, self.beam, self.memory = model.eval(), codec, beam, memory
 
     def save(self, folder: Path, data: str) -> None:
         """Write a checkpoint, whole or not at all; `data` is the name of what it learned from."""
-        how = {"placeholders": self.codec.placeholders, "longest": self.codec.longest, "beam": asdict(self.beam)}
+        how = {"placeholders": self.codec.placeholders, "longest": self.codec.longest, "beam": asdict(self.beam),
+               "memory": self.memory.pairs if self.memory else None}  # fmt: skip
         save_encoder_decoder(self.model, self.model.config, self.codec.tokenizer, folder, translator=how, data=data)
 
     @classmethod
@@ -79,11 +82,13 @@ class Translator:
         try:
             codec = Codec(tokenizer_of(folder), bool(how["placeholders"]), int(how["longest"]))
             beam = BeamArgs(**how["beam"])
+            pairs = how["memory"] and [(str(source), str(target)) for source, target in how["memory"]]
+            memory = Memory(pairs, codec.placeholders) if pairs else None
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
         model = EncoderDecoder(shape)
         fill(model, weights, str(folder))
-        return cls(model, codec, beam)
+        return cls(model, codec, beam, memory)
 
     @torch.no_grad()
     def translate(self, texts: Sequence[str], batch_size: int = 32) -> Written:
@@ -92,9 +97,10 @@ class Translator:
         Raises:
             UserError: If one is empty.
         """
-        read = [self.codec.source(text) for text in texts]
+        found_for = self.memory.likest(texts) if self.memory else [None] * len(texts)
+        read = [self.codec.source(text, found) for text, found in zip(texts, found_for, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: len(read[i][0]))
-        found, unfinished = [""] * len(texts), 0
+        translated, unfinished = [""] * len(texts), 0
         for begin in range(0, len(order), batch_size):
             places = order[begin : begin + batch_size]
             sources = [read[i][0] for i in places]
@@ -111,9 +117,9 @@ class Translator:
                 allowed=self.codec.allowed([read[i][1] for i in places]) if self.codec.placeholders else None,
             )
             for i, ids in zip(places, written.ids, strict=True):
-                found[i] = self.codec.text(ids, read[i][1])
+                translated[i] = self.codec.text(ids, read[i][1])
                 unfinished += ids[-1] != self.codec.end_id
-        return Written(found, sum(cut for _, _, cut in read), unfinished)
+        return Written(translated, sum(cut for _, _, cut in read), unfinished)
 
 
 def translate(checkpoint_dir: Path, text: str) -> None:

@@ -17,7 +17,8 @@ from custom_models.projects import translate
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.seq2seq import text_loss
 from custom_models.projects.translate import TranslatorShape, pair_loader, scores
-from custom_models.projects.translation_scores import from_memory, placeholders_as_words, placeholders_kept
+from custom_models.projects.translation_memory import Memory
+from custom_models.projects.translation_scores import placeholders_as_words, placeholders_kept
 from custom_models.projects.translation_text import MARKS, Codec, mark, mark_as, unmark
 from custom_models.projects.translator import BeamArgs, Translator
 from data_prep.programs import Grammar
@@ -103,7 +104,7 @@ def test_any_text_comes_back_from_its_tokens(messages):
 
 
 def test_a_beam_ends_only_when_each_mark_is_written_once(messages):
-    codec = Codec.learn([("a b", "b a")] * 9, 269, True, 64)
+    codec = Codec.learn([("a b", "b a")] * 9, 270, True, 64)
     sources = [codec.source(text) for text in ("{a} is {b}", "none")]
     allowed = codec.allowed([values for _, values, _ in sources])
     zero, one = codec.mark_ids[:2]
@@ -116,7 +117,7 @@ def test_a_beam_ends_only_when_each_mark_is_written_once(messages):
 
 def test_even_an_untrained_model_keeps_placeholders():
     torch.manual_seed(0)
-    codec = Codec.learn([("a b", "b a")] * 9, 269, True, 24)
+    codec = Codec.learn([("a b", "b a")] * 9, 270, True, 24)
     translator = Translator(EncoderDecoder(SHAPE.configuration(codec)), codec, BeamArgs(n_beam=2))
     sources = ["{a} is %(b)s", "%s", "no placeholder", "{a} {b} {c}"]
     found = translator.translate(sources)
@@ -141,14 +142,19 @@ def test_scores_are_sacrebleus():
     assert scores(targets, rows, placeholders=False)["bleu"] == pytest.approx(100)
 
 
+PAIRS = [("Delete the page %(title)s", "Supprimer la page %(title)s"), ("Edit user {name}", "Modifier {name}")]
+
+
 def test_a_memory_gives_the_likest_target_with_the_placeholders_at_hand():
-    train = [{"source": "Delete the page %(title)s", "target": "Supprimer la page %(title)s"},
-             {"source": "Edit user {name}", "target": "Modifier l'utilisateur {name}"}]  # fmt: skip
-    assert from_memory(train, ["Delete page {x}", "edit this user"], placeholders=True) == [
-        "Supprimer la page {x}",
-        "Modifier l'utilisateur <0>",
-    ]
-    assert from_memory(train, ["Delete page {x}"], placeholders=False) == ["Supprimer la page %(title)s"]
+    found = Memory(PAIRS, placeholders=True).translate(["Delete page {x}", "edit this user"])
+    assert found == ["Supprimer la page {x}", "Modifier <0>"]
+    assert Memory(PAIRS, placeholders=False).translate(["Delete page {x}"]) == ["Supprimer la page %(title)s"]
+
+
+def test_a_pair_never_finds_itself_or_one_with_its_words():
+    pairs = [*PAIRS, ("Edit user %(x)s!", "Changer %(x)s"), ("Edit a user", "modifier {name}"), ("Edit users", "autre")]
+    found = Memory(pairs, placeholders=True).likest_others()
+    assert found[1] == "autre" and found[2] == "modifier {name}" and found[3] in ("Changer <0>", "autre")
 
 
 # ---- training ----
@@ -208,13 +214,17 @@ def test_a_saved_translator_reloads_and_is_asked(trained, capsys):
     assert "nothing to translate in an empty text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["transformer", "t5"])
-def test_the_same_seed_gives_the_same_model(messages, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "memory"), [("transformer", False), ("t5", True)])
+def test_the_same_seed_gives_the_same_model(messages, tmp_path, kind, memory):
     for name in ("one", "two"):
         shape = TranslatorShape(**{**vars(SHAPE), "kind": kind, "dropout": 0.1})
         fit = FitArgs(batch_size=32, max_epochs=1)
-        translate.setup(messages, tmp_path / name, shape, fit, longest=32, max_rows=64, scored="validation")
+        translate.setup(
+            messages, tmp_path / name, shape, fit, memory=memory, longest=32, max_rows=64, scored="validation"
+        )
     one, two = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("one", "two"))
+    again = Translator.load(tmp_path / "one" / "final")
+    assert (again.memory is not None) is memory and len(again.translate(["open file"]).texts) == 1
     assert one == two and {row["split"] for row in numbers(tmp_path / "one")["metrics"]} == {"validation"}
 
 
