@@ -1,8 +1,9 @@
 """Programs that a model wrote, run: does the JavaScript give what the Python gives?
 
 Each program runs in a process of its own with limits of time and memory, Python without the environment's settings,
-JavaScript in an empty context of Node.js that has no files, no network and no `require`. That holds mistakes in check;
-it is no prison for programs that are meant to do harm. Give it what your own model wrote, nothing else.
+JavaScript in an empty context of Node.js (16 or newer) that has no files, no network and no `require`. That holds
+mistakes in check; it is no prison for programs that are meant to do harm. Give it what your own model wrote, nothing
+else.
 """
 
 import json
@@ -17,8 +18,10 @@ Language = Literal["python", "javascript"]
 SECONDS = 5.0
 """What a program may take for all of its inputs, the start of its process included."""
 _PYTHON = """
-import json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+import json, sys
+if sys.platform == "linux":
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
 given = json.load(sys.stdin)
 scope = {}
 exec(given["program"], scope)

@@ -8,6 +8,7 @@ from custom_models.projects.program_runs import do_the_same
 from custom_models.projects.translation_text import mark, mark_as
 from data_prep.rows import Row
 from data_prep.translations import PLACEHOLDER
+from workflows.errors import UserError
 
 
 def bleu_and_chrf(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
@@ -46,7 +47,15 @@ def placeholders_kept(written: Sequence[str], sources: Sequence[str]) -> tuple[i
 
 
 def working(written: Sequence[str], rows: Sequence[Row]) -> float:
-    """The share of programs that give the results of their sources for all inputs."""
-    return sum(do_the_same(row["source"], text, row["inputs"]) for text, row in zip(written, rows, strict=True)) / len(
-        rows
-    )
+    """The share of programs that give the results of their sources for all inputs.
+
+    Raises:
+        UserError: If a source is no program that runs on its inputs.
+    """
+    right = 0
+    for number, (text, row) in enumerate(zip(written, rows, strict=True), start=1):
+        try:
+            right += do_the_same(row["source"], text, row["inputs"])
+        except ValueError as e:
+            raise UserError(f"Row {number}: {e}. Prepare the data again: make data DATA=python_javascript") from None
+    return right / len(rows)

@@ -18,7 +18,7 @@ from custom_models.projects.fitting import FitArgs
 from custom_models.projects.seq2seq import text_loss
 from custom_models.projects.translate import TranslatorShape, pair_loader, scores
 from custom_models.projects.translation_memory import Memory
-from custom_models.projects.translation_scores import placeholders_as_words, placeholders_kept
+from custom_models.projects.translation_scores import placeholders_as_words, placeholders_kept, working
 from custom_models.projects.translation_text import MARKS, Codec, mark, mark_as, unmark
 from custom_models.projects.translator import BeamArgs, Translator
 from data_prep.programs import Grammar
@@ -155,6 +155,15 @@ def test_a_pair_never_finds_itself_or_one_with_its_words():
     pairs = [*PAIRS, ("Edit user %(x)s!", "Changer %(x)s"), ("Edit a user", "modifier {name}"), ("Edit users", "autre")]
     found = Memory(pairs, placeholders=True).likest_others()
     assert found[1] == "autre" and found[2] == "modifier {name}" and found[3] in ("Changer <0>", "autre")
+
+
+def test_a_source_that_does_not_run_is_named():
+    rows = [{"source": "def f(n):\n    return n", "target": "", "inputs": [[1]]}] * 2
+    rows.append({"source": "print(1)", "target": "", "inputs": [[1]]})
+    with pytest.raises(UserError, match=r"Row 3: the program does not begin with a function\. Prepare the data again"):
+        working([""] * 3, rows)
+    with pytest.raises(UserError, match="Row 1: the Python program does not run"):
+        working([""], [{**rows[0], "inputs": 5}])
 
 
 # ---- training ----
