@@ -45,6 +45,8 @@ TEXT      ?=
 # Sentences with marked entities to learn from, and the T5 that learns: our own, or one by its folder or Hub id.
 ENTITIES  ?= $(if $(wildcard $(WORKFLOW_DATA)/bc5cdr),bc5cdr,hpo_entities)
 T5        ?= scratch
+# What `make translate` learns from: what programs say, catalogues_fr or _de; python_javascript; opus_books_fr or _de.
+PARALLEL  ?= catalogues_fr
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
@@ -125,7 +127,7 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
-  pretrain-t5 ner ner-predict summarize qa answer
+  pretrain-t5 ner ner-predict summarize qa answer translate translate-text
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -154,13 +156,14 @@ endif
   shrink teach distill-lm $(PROJECTS) clean FORCE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
-	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad (what they read), T5=google-t5/t5-small (ner),'
-	@echo '            METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and PROMPT="…" (gpt, gpt-sample)'
+	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
+	@echo '            T5=google-t5/t5-small (ner), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and PROMPT="…" (gpt,'
+	@echo '            gpt-sample)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -284,6 +287,13 @@ ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 o
 ner-predict: $(INSTALLED)  ## name the entities of TEXT by that model
 	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
 
+translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
+	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \
+	  --data data/$(PARALLEL) --out_dir out/translate/$(PARALLEL) $(ARGS)
+
+translate-text: $(INSTALLED)  ## translate TEXT by it
+	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final --text $(call quoted,$(TEXT)) $(ARGS)
+
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -354,7 +364,7 @@ define project_data
 data/$(1)/manifest.json: | $(INSTALLED)
 	@$$(STEP) data --data $(1) $(if $(wildcard $(WORKFLOW_DATA)/$(call raw_of,$(1))),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(call raw_of,$(1))))
 endef
-$(foreach name,$(filter-out $(DATA),$(sort $(REVIEWS) $(ENTITIES) $(DOCUMENTS) $(QUESTIONS))),$(eval $(call project_data,$(name))))
+$(foreach name,$(filter-out $(DATA),$(sort $(REVIEWS) $(ENTITIES) $(DOCUMENTS) $(QUESTIONS) $(PARALLEL))),$(eval $(call project_data,$(name))))
 
 # The pairs of a prepared data set are written together with it.
 ifneq ($(PAIRS),$(DATA))

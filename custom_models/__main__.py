@@ -19,6 +19,8 @@ PROJECTS = {
     "pretrain-t5": ("custom_models.projects.pretrain_t5", "setup", "pretrain a T5: write what was cut out of a text"),
     "ner": ("custom_models.projects.ner", "setup", "teach a T5 to name the entities of a sentence"),
     "ner-predict": ("custom_models.projects.ner", "predict", "name the entities of a sentence"),
+    "translate": ("custom_models.projects.translate", "setup", "train a Transformer or a T5 to translate"),
+    "translate-text": ("custom_models.projects.translator", "translate", "translate a text by it"),
     "predict": ("custom_models.projects.classifier", "predict", "name the class of a text"),
     "summarize": ("custom_models.projects.summarize", "setup", "train a summariser, BERTSum's way or two BERTs"),
     "summary": ("custom_models.projects.summarize", "summary", "summarise a text file"),

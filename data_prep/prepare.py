@@ -7,7 +7,8 @@ questions; "choices" are the texts whose log-likelihood is compared. hpo also ge
 are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows,
 sentences with marked entities (hpo_entities, bc5cdr, ncbi_disease, wnut_17, conll2003, iob) {"tokens", "tags"} rows,
 documents with summaries (docstrings, scitldr and others) {"sentences", "summaries"} rows, questions about a text
-(hpo_spans, squad) {"question", "context", "answers"} rows.
+(hpo_spans, squad) {"question", "context", "answers"} rows, and what is translated (catalogues_fr, catalogues_de,
+opus_books_fr, opus_books_de, python_javascript) {"source", "target"} rows.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_prep import docstrings, entities, exams, hpo, jsonl, medquad, preferences, pubmedqa, reviews, spans, summaries
+from data_prep import (
+    docstrings,
+    entities,
+    exams,
+    hpo,
+    jsonl,
+    medquad,
+    preferences,
+    programs,
+    pubmedqa,
+    reviews,
+    spans,
+    summaries,
+    translations,
+)
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
 from workflows.errors import report_all
 from workflows.files import read_json
@@ -28,6 +43,7 @@ Name = Literal[
     "hpo_entities", "bc5cdr", "ncbi_disease", "wnut_17", "conll2003",
     "docstrings", "scitldr", "meqsum", "pubmedqa_conclusions", "cnn_dailymail", "xsum",
     "hpo_spans", "squad", "pubmedqa_decisions",
+    "catalogues_fr", "catalogues_de", "opus_books_fr", "opus_books_de", "python_javascript",
     "jsonl", "iob",
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
@@ -40,6 +56,8 @@ _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet
     "movie_snippets": reviews.prepare_snippets,
     "sentence_polarity": reviews.prepare_polarity,
     "sst2": reviews.prepare_sst2,
+    **translations.PREPARE,
+    "python_javascript": programs.prepare,
     "hpo_entities": entities.prepare_definitions,
     **{name: partial(entities.prepare, name) for name in entities.OFFICIAL},
     "docstrings": docstrings.prepare,
@@ -75,7 +93,8 @@ def setup(
             Hub), sentence_polarity, sst2; sentences with marked entities: hpo_entities (needs no Hub), bc5cdr,
             ncbi_disease, wnut_17, conll2003; documents with summaries: docstrings (needs no Hub), scitldr, meqsum,
             pubmedqa_conclusions, cnn_dailymail, xsum; questions about a text: hpo_spans (needs no Hub), squad,
-            pubmedqa_decisions (yes, no, maybe).
+            pubmedqa_decisions (yes, no, maybe); to translate: catalogues_fr, catalogues_de, python_javascript (need no
+            Hub), opus_books_fr, opus_books_de.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).

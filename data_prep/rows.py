@@ -2,9 +2,10 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified, `tokens` + `tags` rows are sentences with marked entities,
-`sentences` + `summaries` rows are documents with what sums them up, `question` + `context` + `answers` rows have their
-answers in a text. Further fields ("kind", "id") are kept and ignored by readers that do not know them.
+comparison, `text` + `label` rows are classified, `source` + `target` rows are translated, `tokens` + `tags` rows are
+sentences with marked entities, `sentences` + `summaries` rows are documents with what sums them up, `question` +
+`context` + `answers` rows have their answers in a text. Further fields ("kind", "id") are kept and ignored by readers
+that do not know them.
 """
 
 import json
@@ -27,6 +28,7 @@ SHAPES = {
     "scoring": '{"prompt": [...], "choices": [TEXT, ...], "answer": INDEX}',
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
     "classified": '{"text": TEXT, "label": NAME}',
+    "translated": '{"source": TEXT, "target": TEXT}',
     "tagged": '{"tokens": [WORD, ...], "tags": ["B-TYPE", "I-TYPE" or "O", ...]}',
     "summarised": '{"sentences": [TEXT, ...], "summaries": [TEXT, ...]}',
     "spans": '{"question": TEXT, "context": TEXT, "answers": {"text": [TEXT, ...], "answer_start": [INDEX, ...]}}',
@@ -53,8 +55,8 @@ def row_problem(row: Any, shape: str) -> str | None:
     """What is wrong with a row of the given shape (a key of `SHAPES`), or None."""
     if not isinstance(row, dict):
         return f"is {type_name(row)}, not an object like {SHAPES[shape]}"
-    if shape == "classified":
-        empty = [field for field in ("text", "label") if not isinstance(row.get(field), str) or not row[field].strip()]
+    if fields := {"classified": ("text", "label"), "translated": ("source", "target")}.get(shape):
+        empty = [field for field in fields if not isinstance(row.get(field), str) or not row[field].strip()]
         return f'"{empty[0]}" must be a text that is not empty' if empty else None
     if shape == "tagged":
         return _tagged_problem(row.get("tokens"), row.get("tags"))

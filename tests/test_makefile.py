@@ -428,6 +428,23 @@ def test_a_gpt_is_trained_by_its_recipe_and_asked_once_it_is_there(project):
     assert project.steps("gpt-sample", "RECIPE=gpt-dpo") == ["data", "gpt-dpo", "gpt-sample"]
 
 
+def test_a_translator_is_trained_by_the_recipe_of_its_texts(project):
+    data, french = project.calls("translate", "ARGS=--seeds [1,2]")
+    assert data == ["data", "--data", "catalogues_fr"] and french[-2:] == ["--seeds", "[1,2]"]
+    assert option(french, "--data") == "data/catalogues_fr" and option(french, "--config").endswith("/translate.yaml")
+    for parallel, recipe in {
+        "catalogues_de": "translate",
+        "python_javascript": "translate-python_javascript",
+        "opus_books_fr": "translate-opus_books",
+    }.items():
+        _, call = project.calls("translate", f"PARALLEL={parallel}")
+        assert option(call, "--config") == f"custom_models/recipes/{recipe}.yaml"
+        assert option(call, "--out_dir") == f"out/translate/{parallel}"
+    (asked,) = project.calls("translate-text", "PARALLEL=catalogues_de", "TEXT=it's %(name)s")
+    assert option(asked, "--text") == "it's %(name)s"
+    assert option(asked, "--checkpoint_dir") == "out/translate/catalogues_de/final"
+
+
 def test_entities_are_named_by_the_t5_that_is_asked_for(project, tmp_path):
     data, ner = project.calls("ner", "ARGS=--head tokens")
     assert data == ["data", "--data", "hpo_entities"] and ner[-2:] == ["--head", "tokens"]

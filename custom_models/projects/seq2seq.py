@@ -151,15 +151,17 @@ class Seq2SeqTask(L.LightningModule):
         model: The encoder-decoder.
         fit: Rate and schedule.
         total_steps: Optimizer steps in all.
+        label_smoothing: See `text_loss`; only in training.
     """
 
-    def __init__(self, model: EncoderDecoder, fit: FitArgs, total_steps: int) -> None:
+    def __init__(self, model: EncoderDecoder, fit: FitArgs, total_steps: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model, self.fit_args, self.total_steps = model, fit, total_steps
+        self.label_smoothing = label_smoothing
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """The loss, logged."""
-        loss, _, _ = text_loss(self.model, batch)
+        loss, _, _ = text_loss(self.model, batch, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.source))
         return loss
 
@@ -174,13 +176,17 @@ class Seq2SeqTask(L.LightningModule):
         return self.fit_args.optimizer(self, self.total_steps)
 
 
-def text_loss(model: EncoderDecoder, batch: PairBatch, context: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+def text_loss(
+    model: EncoderDecoder, batch: PairBatch, context: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, int]:
     """-log p(target token), the mean over a batch's tokens, in nats.
 
     Args:
         model: The encoder-decoder.
         batch: The pairs.
         context: The encoder's output for them, (B, Ts, width), if it is known.
+        label_smoothing: So much of a target's probability is spread over the whole vocabulary (Szegedy et al. 2015,
+            arXiv 1512.00567, section 7).
 
     Returns:
         The loss, how many tokens are the likeliest ones at their places, and how many there are.
@@ -190,6 +196,7 @@ def text_loss(model: EncoderDecoder, batch: PairBatch, context: Tensor | None = 
         context = model.encode(batch.source, batch.lengths)  # (B, Ts, width)
     logits = model.decode(model.shift(batch.target), context, batch.lengths).float()  # (B, T, vocab_size)
     real = batch.target != pad_id  # (B, T)
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=pad_id)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=pad_id,
+                           label_smoothing=label_smoothing)  # fmt: skip
     right = ((logits.argmax(dim=-1) == batch.target) & real).sum()
     return loss, right, int(real.sum())

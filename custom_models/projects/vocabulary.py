@@ -14,10 +14,18 @@ from workflows.errors import UserError
 PAD, MASK, START, END = "<pad>", "<mask>", "<start>", "<end>"
 
 
-def learn_vocabulary(texts: Iterable[str], size: int, special: Iterable[str] = (PAD, MASK)) -> Tokenizer:
-    """Learn a vocabulary of lower-cased text; special tokens have the last ids.
+def learn_vocabulary(
+    texts: Iterable[str], size: int, special: Iterable[str] = (PAD, MASK), as_written: bool = False
+) -> Tokenizer:
+    """Learn a vocabulary; special tokens have the last ids.
 
-    Every text gets a space before it, so that its first word is the one that it is elsewhere.
+    Every text is lower-cased and gets a space before it, so that its first word is the one that it is elsewhere.
+
+    Args:
+        texts: What to learn from.
+        size: Of the vocabulary.
+        special: Its special tokens; where they stand in a text, nothing is learned from them.
+        as_written: Whether texts stay as they are, so that they can be written again from their tokens.
 
     Raises:
         UserError: If the vocabulary is to be smaller than the bytes and the special tokens are, or the texts are too
@@ -27,9 +35,11 @@ def learn_vocabulary(texts: Iterable[str], size: int, special: Iterable[str] = (
     if size < 256 + len(special):
         raise UserError(f"A vocabulary has 256 bytes and {len(special)} special tokens; {size} are too few.")
     bpe = SpecialBPE(special)
-    bpe.train("".join(f" {text.lower()}\n" for text in texts), size - 256 - len(special))
+    written = texts if as_written else (f" {text.lower()}" for text in texts)
+    bpe.train("".join(f"{text}\n" for text in written), size - 256 - len(special))
     with TemporaryDirectory() as folder:
         tokenizer_json.save(bpe, Path(folder) / "tokenizer.json")
         tokenizer = tokenizer_of(Path(folder))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
+    if not as_written:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
     return tokenizer

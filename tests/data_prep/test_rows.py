@@ -16,6 +16,7 @@ GOOD = {
     "labelled": {"prompt": [USER], "completion": [ASSISTANT], "label": False},
     "scoring": {"prompt": [USER], "choices": ["a", "b"], "answer": 1},
     "verifiable": {"prompt": [USER], "answers": ["a"]},
+    "translated": {"source": "a", "target": "b"},
 }
 
 
@@ -43,6 +44,8 @@ def test_every_shape_accepts_its_rows_and_no_others(shape: str):
         ("scoring", {"choices": ["a", "a"]}, "two different"),
         ("scoring", {"choices": ["a", ""]}, "none of them empty"),
         ("verifiable", {"answers": "a"}, "list of texts"),
+        ("translated", {"target": " "}, '"target" must be a text that is not empty'),
+        ("translated", {"source": 1}, '"source" must be a text'),
     ],
 )
 def test_the_problem_is_named(shape: str, change: dict, words: str):
