@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_models.attention import KVCache
+from custom_models.beam_search import beam_search
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
 from custom_models.generation import generate
 from custom_models.gpt import GPT, GPTConfig, modern
@@ -215,3 +216,18 @@ def test_scores_that_are_no_numbers_and_ids_that_are_no_tokens_are_told(decoder)
             decoder(torch.tensor([[1, wrong]]))
     with pytest.raises(UserError, match=f"A cache of {LONGEST + 1} tokens is longer than"):
         decoder.new_caches(1, LONGEST + 1)
+
+
+def test_one_beam_is_greedy_and_more_are_no_worse(decoder):
+    def logprob(ids: list[int], prompt: Tensor) -> float:
+        text = torch.cat([prompt, torch.tensor(ids)])[None]  # (1, T)
+        with torch.no_grad():
+            logprobs = decoder(text)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)  # (new tokens, vocab_size)
+        return float(logprobs.gather(1, torch.tensor(ids)[:, None]).sum())
+
+    greedy = generate(decoder, prompts(), 8).ids
+    assert beam_search(decoder, prompts(), 8, n_beam=1).ids == greedy
+    found = [beam_search(decoder, prompts(), 8, n_beam=4, use_cache=use_cache).ids for use_cache in (True, False)]
+    assert found[0] == found[1]
+    gains = [logprob(a, p) - logprob(b, p) for a, b, p in zip(found[0], greedy, prompts(), strict=True)]
+    assert sum(gains) >= -1e-4
