@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from custom_models.encoder import Encoder, non_embedding_parameters
 from custom_models.encoder_checkpoint import encoder_directory, load_encoder, tokenizer_of
+from custom_models.projects.answers import commonest
 from custom_models.projects.classifier import (
     ClassifierTask,
     TextClassifier,
@@ -98,7 +99,10 @@ def setup(
     draw_curves(runs, out_dir / "curves.png", f"{encoder} on {data.name}")
     accuracies, n = [share_right(table) for table in tables], len(rows["test"])
     linear = bag_of_bigrams(texts)
-    told = [share_metric("accuracy", accuracies[0], n), share_metric("accuracy_bag_of_bigrams", linear, n)]
+    usual = commonest([labels[label] for _, label in texts["train"]])
+    majority = sum(labels[label] == usual for _, label in texts["test"]) / n
+    told = [share_metric("accuracy", accuracies[0], n), share_metric("accuracy_bag_of_bigrams", linear, n),
+            share_metric("accuracy_majority", majority, n)]  # fmt: skip
     told += over_seeds("accuracy", accuracies)
     write_metrics(
         out_dir / "metrics.json",

@@ -62,6 +62,7 @@ def test_a_classifier_from_scratch_learns_and_leaves_its_pictures(trained):
     found = numbers(trained)
     assert found["accuracy"] > 0.9 and found["accuracy_bag_of_bigrams"] > 0.9 and set(found["seeds"]) == {"1", "2"}
     assert found["accuracy_mean_of_seeds"] == pytest.approx(sum(found["seeds"].values()) / 2)
+    assert 0.4 < found["accuracy_majority"] < 0.6
     assert found["parameters"] > found["non_embedding_parameters"] > 0
     for picture in ("curves.png", "confusion.png"):
         assert (trained / picture).read_bytes().startswith(b"\x89PNG") and (trained / picture).stat().st_size > 5000
