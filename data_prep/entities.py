@@ -26,7 +26,8 @@ _SUFFIXES = (".tsv", ".txt", ".iob", ".iob2", ".bio", ".conll")
 _SPLITS = {"train": "train", "training": "train", "devel": "validation", "dev": "validation", "valid": "validation",
            "validation": "validation", "test": "test", "testing": "test"}  # fmt: skip
 OFFICIAL = {
-    "bc5cdr": ("bigbio/bc5cdr", "bc5cdr_bigbio_kb", "BioCreative V chemical-disease relations", "public domain",
+    "bc5cdr": ("bigbio/bc5cdr", "bc5cdr_bigbio_kb", "BioCreative V chemical-disease relations",
+               "public domain as stated by BigBio; CC BY 4.0 as stated by MTL-Bioinformatics-2016, whose files have IOB2",
                "Li J et al.: BioCreative V CDR task corpus: a resource for chemical disease relation extraction. "
                "Database 2016, baw068."),
     "ncbi_disease": ("ncbi/ncbi_disease", "ncbi_disease", "NCBI disease corpus", "not stated",
