@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.dataset import DataSet, Source
 from data_prep.hpo import ATTRIBUTION, LICENCE, read_files
-from data_prep.iob import Entity, longest_matches, read_iob, tags_of
+from data_prep.iob import Dictionary, Entity, read_iob, tags_of
 from data_prep.ontology import read_obo
 from data_prep.rows import Row, normalise, row_problem
 from data_prep.splits import Item, key, random_splits, without_shared
@@ -26,7 +26,8 @@ _SUFFIXES = (".tsv", ".txt", ".iob", ".iob2", ".bio", ".conll")
 _SPLITS = {"train": "train", "training": "train", "devel": "validation", "dev": "validation", "valid": "validation",
            "validation": "validation", "test": "test", "testing": "test"}  # fmt: skip
 OFFICIAL = {
-    "bc5cdr": ("bigbio/bc5cdr", "bc5cdr_bigbio_kb", "BioCreative V chemical-disease relations", "public domain",
+    "bc5cdr": ("bigbio/bc5cdr", "bc5cdr_bigbio_kb", "BioCreative V chemical-disease relations",
+               "public domain as stated by BigBio; CC BY 4.0 as stated by MTL-Bioinformatics-2016 (the files in IOB2)",
                "Li J et al.: BioCreative V CDR task corpus: a resource for chemical disease relation extraction. "
                "Database 2016, baw068."),
     "ncbi_disease": ("ncbi/ncbi_disease", "ncbi_disease", "NCBI disease corpus", "not stated",
@@ -120,11 +121,11 @@ def prepare_definitions(raw_dir: Path | None, validation_size: int | None, test_
     texts, origin = read_files(raw_dir)
     version, terms = read_obo(texts["hp.obo"].splitlines(), "hp.obo")
     labels = [label for term in terms.values() for label in term.labels if len(label) >= 4]
-    names = {tuple(word.casefold() for word in WORD.findall(label)): "Finding" for label in labels}
+    names = Dictionary({tuple(word.casefold() for word in WORD.findall(label)): "Finding" for label in labels})
     rows = []
     for term in terms.values():
         if words := WORD.findall(term.definition):
-            rows.append(_row(words, tags_of(longest_matches(words, names), len(words))))
+            rows.append(_row(words, tags_of(names.find(words), len(words))))
     source = Source(
         title="Human Phenotype Ontology: definitions with its own names marked",
         origin=origin,

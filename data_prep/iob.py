@@ -61,25 +61,33 @@ def tags_of(entities: Iterable[Entity], n_words: int) -> list[str]:
     return tags
 
 
-def longest_matches(words: Sequence[str], names: Mapping[tuple[str, ...], str]) -> list[Entity]:
-    """The names of a dictionary that stand in a sentence, from left to right, at each place the longest.
+class Dictionary:
+    """Names that are looked for in sentences, without case.
 
     Args:
-        words: The sentence.
-        names: Case-folded words -> the type of what they name.
+        names: Words of a name, case-folded -> the type of what it names.
     """
-    folded = [word.casefold() for word in words]
-    longest = max(map(len, names), default=0)
-    found: list[Entity] = []
-    i = 0
-    while i < len(words):
-        ends = (end for end in range(min(len(words), i + longest), i, -1) if tuple(folded[i:end]) in names)
-        if (end := next(ends, None)) is None:
-            i += 1
-        else:
-            found.append(Entity(names[tuple(folded[i:end])], i, end))
-            i = end
-    return found
+
+    def __init__(self, names: Mapping[tuple[str, ...], str]) -> None:
+        self.names = dict(names)
+        self._lengths: dict[str, list[int]] = {}  # first word -> how long its names are, the longest first
+        for name in self.names:
+            self._lengths.setdefault(name[0], []).append(len(name))
+        self._lengths = {first: sorted(set(lengths), reverse=True) for first, lengths in self._lengths.items()}
+
+    def find(self, words: Sequence[str]) -> list[Entity]:
+        """The names in a sentence, from left to right, at each place the longest."""
+        folded = [word.casefold() for word in words]
+        found: list[Entity] = []
+        i = 0
+        while i < len(words):
+            names = (tuple(folded[i : i + length]) for length in self._lengths.get(folded[i], ()))
+            if (name := next((name for name in names if name in self.names), None)) is None:
+                i += 1
+            else:
+                found.append(Entity(self.names[name], i, i + len(name)))
+                i += len(name)
+        return found
 
 
 def read_iob(path: Path) -> list[tuple[list[str], list[str]]]:

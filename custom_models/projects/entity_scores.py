@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_prep.iob import Entity, entities_of, longest_matches, tags_of
+from data_prep.iob import Dictionary, Entity, entities_of, tags_of
 
 Tagged = tuple[list[str], list[str]]
 """A sentence's words and tags."""
@@ -44,14 +44,11 @@ def score(sentences: Sequence[Tagged], found: Sequence[Sequence[Entity]]) -> Sco
     return Scores(float(total["precision"]), float(total["recall"]), float(total["f1-score"]), kinds, n)
 
 
-def majority_dictionary(sentences: Sequence[Tagged]) -> dict[tuple[str, ...], str]:
+def majority_dictionary(sentences: Sequence[Tagged]) -> Dictionary:
     """Mentions that are an entity more often than not, wherever their words stand, with their commonest type.
 
     Args:
         sentences: The training data.
-
-    Returns:
-        What `longest_matches` looks for.
     """
     kinds: dict[tuple[str, ...], Counter[str]] = {}
     folded = [[word.casefold() for word in words] for words, _ in sentences]
@@ -64,13 +61,5 @@ def majority_dictionary(sentences: Sequence[Tagged]) -> dict[tuple[str, ...], st
         for size in sizes:
             grams = (tuple(words[i : i + size]) for i in range(len(words) - size + 1))
             occurs.update(gram for gram in grams if gram in kinds)
-    return {
-        mention: counts.most_common(1)[0][0]
-        for mention, counts in kinds.items()
-        if 2 * counts.total() >= occurs[mention]
-    }
-
-
-def by_dictionary(sentences: Sequence[Tagged], names: dict[tuple[str, ...], str]) -> list[list[Entity]]:
-    """What the dictionary finds in each sentence."""
-    return [longest_matches(words, names) for words, _ in sentences]
+    often = {mention: counts for mention, counts in kinds.items() if 2 * counts.total() >= occurs[mention]}
+    return Dictionary({mention: counts.most_common(1)[0][0] for mention, counts in often.items()})

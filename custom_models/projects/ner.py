@@ -22,7 +22,7 @@ import lightning as L
 from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.classifier import over_seeds
-from custom_models.projects.entity_scores import Scores, Tagged, by_dictionary, majority_dictionary, score
+from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.ner_model import (
     Codec,
@@ -38,6 +38,7 @@ from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     Seq2SeqTask,
     T5Shape,
+    begin_by_copying,
     corruption_loader,
     learn_t5_vocabulary,
     pieces_of,
@@ -64,13 +65,13 @@ def setup(
     head: Head = "text",
     out_dir: Path = Path("out/ner/scratch"),
     shape: T5Shape = T5Shape(),
-    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=1e-3, max_epochs=4),
+    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=4),
     unlabelled: list[Path] | None = None,
     max_unlabelled: int = 4000,
-    fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-3, max_epochs=20, patience=20),
+    fit: FitArgs = FitArgs(batch_size=16, learning_rate=2e-3, max_epochs=25, patience=25),
     tag_weight: float = 1.0,
     constrained: bool = True,
-    n_beam: int = 1,
+    n_beam: int = 4,
     longest: int = 256,
     seeds: list[int] | None = None,
     validation_rows: int | None = 1000,
@@ -91,7 +92,7 @@ def setup(
         fit: How it is trained on entities.
         tag_weight: Of the encoder's tags as an auxiliary task where the decoder answers.
         constrained: Whether the decoder can write nothing but a list of the sentence's own words.
-        n_beam: Beams; 1 is greedy search.
+        n_beam: Beams; 1 is greedy search, which a grammar leads astray: it goes on where nothing likely may follow.
         longest: The longest sentence in tokens; words beyond it are not read.
         seeds: One fine-tuning for each; [1] if null. The first one's model is kept.
         validation_rows: Sentences that are looked at after each epoch, drawn at random; all if null.
@@ -108,6 +109,8 @@ def setup(
                                             ("validation_rows", validation_rows, 1),
                                             ("max_unlabelled", max_unlabelled, 0), ("tag_weight", tag_weight, 0))
                  if value is not None and value < least]  # fmt: skip
+    if model == SCRATCH and pretrain.max_epochs:
+        problems += [problem.replace("--fit.", "--pretrain.") for problem in pretrain.problems()]
     if head == "tokens" and model != SCRATCH:
         problems.append("--head tokens is for --model scratch; a T5 from elsewhere answers by its decoder.")
     if fit.ema_decay and model != SCRATCH:
@@ -118,7 +121,8 @@ def setup(
     types = sorted({tag[2:] for rows in splits.values() for _, tags in rows for tag in tags if tag != OUTSIDE})
     if not types:
         raise UserError(f"{data} marks no entity; there is nothing to learn.")
-    dictionary = score(splits["test"], by_dictionary(splits["test"], majority_dictionary(splits["train"])))
+    names = majority_dictionary(splits["train"])
+    dictionary = score(splits["test"], [names.find(words) for words, _ in splits["test"]])
     print(f"{data}: {', '.join(types)}; " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
     print(f"majority dictionary, test: F1 {dictionary.f1:.3f}")
 
@@ -245,6 +249,7 @@ def _from_scratch(
     codec = Codec(tokenizer, types, config.end_id)
     L.seed_everything(seeds[0], verbose=False)
     pretrained = EncoderDecoder(config)
+    begin_by_copying(pretrained)
     if pretrain.max_epochs:
         _pretrain(pretrained, texts, codec, pretrain, longest, seeds[0], out_dir)
     weights = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
@@ -359,7 +364,7 @@ def _listed(words: Sequence[str], entities: Sequence[Entity]) -> str:
     return " ; ".join(f"{e.type}: {' '.join(words[e.start : e.end])}" for e in entities) or "no entity"
 
 
-def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: int = 1, longest: int = 256) -> None:
+def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: int = 4, longest: int = 256) -> None:
     """Name the entities of a sentence.
 
     Args:

@@ -172,7 +172,8 @@ def by_text(
     codec: Codec,
     sentences: Sequence[Sentence],
     constrained: bool = True,
-    n_beam: int = 1,
+    n_beam: int = 4,
+    length_penalty: float = 1.0,
     max_new_tokens: int = 160,
     batch_size: int = 64,
 ) -> Written:
@@ -184,6 +185,7 @@ def by_text(
         sentences: What is read.
         constrained: Whether it can write nothing but a list of the sentence's own words.
         n_beam: Beams; 1 is greedy search.
+        length_penalty: Above 0 favours long lists.
         max_new_tokens: The longest list, in tokens.
         batch_size: Sentences at a time.
     """
@@ -199,6 +201,7 @@ def by_text(
             writer.prompts,
             max_new_tokens,
             n_beam=n_beam,
+            length_penalty=length_penalty,
             stop_ids=[codec.end_id],
             allowed=partial(_allowed, grammars) if constrained else None,
         )

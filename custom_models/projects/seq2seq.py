@@ -67,6 +67,22 @@ def learn_t5_vocabulary(texts: Sequence[str], size: int) -> Tokenizer:
     return learn_vocabulary(texts, size, [PAD, END, *(sentinel(i) for i in range(SENTINELS))])
 
 
+def begin_by_copying(model: EncoderDecoder) -> None:
+    """Let cross-attention begin as the identity: what a decoder looks at in the source, it writes.
+
+    The encoder hands each token's embedding on, and the head is the embeddings. So a decoder whose values and outputs
+    are the identity gives the token that it attends to a high score, and where the answer is made of words of the
+    source, only where to look is left to learn.
+
+    Args:
+        model: With heads that together are as wide as the model, and a tied head.
+    """
+    for layer in model.decoder:
+        cross: Any = layer.cross
+        torch.nn.init.eye_(cross.v.weight)  # (width, width)
+        torch.nn.init.eye_(cross.out.weight)  # (width, width)
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """Pairs, padded at their ends.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_models.attention import KVCache
+from custom_models.beam_search import beam_search
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
 from custom_models.generation import generate
 from custom_models.gpt import GPT, GPTConfig, modern
@@ -197,3 +198,18 @@ def test_the_longest_text_just_fits(decoder):
     assert len(generate(decoder, prompts(1), LONGEST - 5).ids[0]) == LONGEST - 5
     with pytest.raises(UserError, match="are more than the 48"):
         generate(decoder, prompts(1), LONGEST - 4)
+
+
+def test_one_beam_is_greedy_and_more_are_no_worse(decoder):
+    def logprob(ids: list[int], prompt: Tensor) -> float:
+        text = torch.cat([prompt, torch.tensor(ids)])[None]  # (1, T)
+        with torch.no_grad():
+            logprobs = decoder(text)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)  # (new tokens, vocab_size)
+        return float(logprobs.gather(1, torch.tensor(ids)[:, None]).sum())
+
+    greedy = generate(decoder, prompts(), 8).ids
+    assert beam_search(decoder, prompts(), 8, n_beam=1).ids == greedy
+    found = [beam_search(decoder, prompts(), 8, n_beam=4, use_cache=use_cache).ids for use_cache in (True, False)]
+    assert found[0] == found[1]
+    gains = [logprob(a, p) - logprob(b, p) for a, b, p in zip(found[0], greedy, prompts(), strict=True)]
+    assert sum(gains) >= -1e-4

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.iob import Entity, entities_of, longest_matches, read_iob, tags_of
+from data_prep.iob import Dictionary, Entity, entities_of, read_iob, tags_of
 from workflows.errors import UserError
 
 
@@ -47,6 +47,6 @@ def test_what_breaks_the_scheme_is_named_by_file_and_line(tmp_path, text, messag
 
 
 def test_the_longest_name_is_taken():
-    names = {("gastric",): "A", ("gastric", "ulcer"): "B", ("ulcer",): "A"}
-    assert longest_matches(["Gastric", "ulcer", "or", "ULCER"], names) == [Entity("B", 0, 2), Entity("A", 3, 4)]
-    assert longest_matches(["a"], {}) == []
+    names = Dictionary({("gastric",): "A", ("gastric", "ulcer"): "B", ("ulcer",): "A", ("ulcer", "of", "it"): "C"})
+    assert names.find(["Gastric", "ulcer", "or", "ULCER"]) == [Entity("B", 0, 2), Entity("A", 3, 4)]
+    assert Dictionary({}).find(["a"]) == []

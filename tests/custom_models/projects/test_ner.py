@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from custom_models.__main__ import PROJECTS
 from custom_models.encoder_decoder import EncoderDecoder
-from custom_models.projects.entity_scores import by_dictionary, majority_dictionary, score
+from custom_models.projects.entity_scores import majority_dictionary, score
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.ner import _texts, predict, setup
 from custom_models.projects.ner_model import Codec, EntityModel, by_text, load_entity_model
@@ -101,9 +101,8 @@ def test_the_dictionary_knows_the_majority():
     train = [(["Lead", "is", "lead"], ["B-X", "O", "B-X"]), (["lead", "on"], ["O", "O"]), (["ion"], ["B-Y"]),
              (["a"], ["B-X"]), (["a"], ["O"]), (["a"], ["O"])]  # fmt: skip
     names = majority_dictionary(train)
-    assert names == {("lead",): "X", ("ion",): "Y"}  # "a" is an entity once in three times
-    found = by_dictionary([(["LEAD", "ion", "a"], [])], names)
-    assert found == [[Entity("X", 0, 1), Entity("Y", 1, 2)]]
+    assert names.names == {("lead",): "X", ("ion",): "Y"}  # "a" is an entity once in three times
+    assert names.find(["LEAD", "ion", "a"]) == [Entity("X", 0, 1), Entity("Y", 1, 2)]
 
 
 def test_an_entity_counts_if_type_and_both_ends_are_right():

@@ -7,10 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import load_encoder_decoder
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.pretrain_t5 import setup
-from custom_models.projects.seq2seq import T5Shape, corruption_loader, learn_t5_vocabulary, pieces_of
+from custom_models.projects.seq2seq import (
+    T5Shape,
+    begin_by_copying,
+    corruption_loader,
+    learn_t5_vocabulary,
+    pieces_of,
+)
 from workflows.errors import UserError
 
 TINY = T5Shape(vocab_size=380, width=32, n_layer=1, n_head=2, inner_width=32, dropout=0.0)
@@ -51,3 +58,19 @@ def test_what_cannot_be_is_told(tmp_path):
         setup(tmp_path / "text.txt", tmp_path, validation_size=2)
     with pytest.raises(UserError, match="--longest must be at least 3"):
         setup(tmp_path / "text.txt", tmp_path, longest=2)
+
+
+def test_cross_attention_that_begins_as_a_copy_writes_what_it_sees():
+    torch.manual_seed(0)
+    tokenizer = learn_t5_vocabulary(["one two three four five six seven eight nine ten"] * 3, 370)
+    model = EncoderDecoder(TINY.config(tokenizer)).eval()
+    sources = torch.arange(40)[:, None]  # (40, 1): there is one token to look at
+
+    def mean_rank() -> float:
+        with torch.no_grad():
+            logits = model(sources, torch.full_like(sources, model.config.start_id))[:, 0]  # (40, vocab_size)
+        return float((logits > logits.gather(1, sources)).sum(dim=1).float().mean())
+
+    before = mean_rank()
+    begin_by_copying(model)
+    assert mean_rank() < before / 4
