@@ -103,8 +103,8 @@ def setup(
         n_sentences: Sentences of a summary (extractive).
         n_layer: Layers over the sentences (extractive).
         pooling: What stands for a sentence: the state of its [CLS], or the mean of its tokens' (extractive).
-        frozen_layers: The encoder's embeddings and so many of its first layers stay as they are (extractive): half of
-            them frozen, a step takes half the time.
+        frozen_layers: The encoder's embeddings and so many of its first layers stay as they are (extractive), which
+            makes a step cheaper.
         decoding: How summaries are written (abstractive).
         fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
