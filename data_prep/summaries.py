@@ -6,12 +6,12 @@ summaries, each of which counts as right. `scitldr`, `meqsum`, `pubmedqa_conclus
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from custom_models.tokenization.words import sentences
+from custom_models.tokenization.words import splitter
 from data_prep import pubmedqa
 from data_prep.dataset import DataSet, Source
 from data_prep.splits import Item, hold_out, key, random_splits, without_shared
@@ -306,8 +306,9 @@ def _data_set(name: str, splits: dict[str, list[Item]], source: Source, rule: st
 def _items(documents: Iterable[Document], learn_from: str, dropped: Counter[str]) -> list[Item]:
     """One item a document; empty ones, those without a summary and repetitions are left out."""
     items: dict[str, Item] = {}
+    split = splitter(learn_from)
     for document in documents:
-        found = document.text if isinstance(document.text, list) else split_sentences(document.text, learn_from)
+        found = document.text if isinstance(document.text, list) else split_sentences(document.text, split)
         cleaned = [text for text in (" ".join(sentence.split()) for sentence in found) if text]
         summaries = [text for text in (" ".join(summary.split()) for summary in document.summaries) if text]
         name = key("document", " ".join(cleaned))
@@ -323,15 +324,15 @@ def _items(documents: Iterable[Document], learn_from: str, dropped: Counter[str]
     return list(items.values())
 
 
-def split_sentences(text: str, learn_from: str) -> list[str]:
+def split_sentences(text: str, split: Callable[[str], list[str]]) -> list[str]:
     """A text's sentences; a blank line ends one, too. None of an empty text.
 
     Args:
         text: The text.
-        learn_from: See `custom_models.tokenization.words.sentences`.
+        split: What splits a paragraph (`custom_models.tokenization.words.splitter`).
     """
     paragraphs = [part for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
-    return [sentence for part in paragraphs for sentence in sentences(part, learn_from=learn_from)]
+    return [sentence for part in paragraphs for sentence in split(part)]
 
 
 def _learn_from(documents: dict[str, list[Document]]) -> str:

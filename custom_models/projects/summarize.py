@@ -103,8 +103,8 @@ def setup(
         n_sentences: Sentences of a summary (extractive).
         n_layer: Layers over the sentences (extractive).
         pooling: What stands for a sentence: the state of its [CLS], or the mean of its tokens' (extractive).
-        frozen_layers: The encoder's embeddings and so many of its first layers stay as they are (extractive): half of
-            them frozen, a step takes half the time.
+        frozen_layers: The encoder's embeddings and so many of its first layers stay as they are (extractive), which
+            makes a step cheaper.
         decoding: How summaries are written (abstractive).
         fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
@@ -239,6 +239,7 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
         UserError: If the folder holds no summariser, or the file has no text.
     """
     from custom_models.demo import definitions
+    from custom_models.tokenization.words import splitter
     from data_prep.summaries import split_sentences
 
     if not (checkpoint_dir / "config.json").is_file():
@@ -248,7 +249,7 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
     if file.is_dir():
         raise UserError(f"{file} is a folder. Name a text file in it.")
     text = read_text(file)
-    if not (sentences := split_sentences(text, f"{definitions()[:100_000]}\n{text}")):
+    if not (sentences := split_sentences(text, splitter(f"{definitions()[:100_000]}\n{text}"))):
         raise UserError(f"{file} is empty: there is nothing to summarise.")
     if read_json(checkpoint_dir / "config.json").get("model_type") == "encoder-decoder":
         print(abstractive.summarize(sentences, *abstractive.load(checkpoint_dir)))

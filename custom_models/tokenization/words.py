@@ -9,6 +9,7 @@ parameters are not installed they are learned from the given text.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ def sentences(text: str, language: str = "english", learn_from: str | None = Non
     """
     if not text.strip():
         raise UserError("The text to split into sentences is empty. Give one with words in it.")
-    splitter = _installed(language) or _learned(text if learn_from is None else learn_from)
-    return list(splitter.tokenize(text))
+    return splitter(text if learn_from is None else learn_from, language)(text)
+
+
+def splitter(learn_from: str, language: str = "english") -> Callable[[str], list[str]]:
+    """What splits many texts into sentences, looked for and learned once; arguments and errors as for `sentences`."""
+    found = _installed(language) or _learned(learn_from)
+    return lambda text: list(found.tokenize(text))
 
 
 def words(sentence: str) -> list[str]:
