@@ -113,9 +113,9 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = weights.problems() + fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = weights.problems() + fit.problems() + seed_problems(*seeds)
     problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
-    report_all(problems + seed_problems(*seeds))
+    report_all(problems)
     teacher, tokenizer = load_classifier(teacher_dir)
     learned_from = read_own(teacher_dir)[0].get("data", data.name)
     if learned_from != data.name:  # sets of the same reviews share sentences: the teacher may know the test's

@@ -81,23 +81,26 @@ def fast_precision(accelerator: Accelerator) -> Literal["32-true", "bf16-mixed"]
 
 
 def seed_problems(*seeds: int) -> list[str]:
-    """What is wrong with seeds, as messages: NumPy and Lightning take 32 bits."""
+    """What is wrong with seeds, as messages: there must be one, and NumPy and Lightning take 32 bits."""
+    if not seeds:
+        return ["--seeds needs at least one."]
     return [f"--seed must be from 0 to {(1 << 32) - 1}, not {seed}." for seed in seeds if not 0 <= seed < 1 << 32]
 
 
 class _History(Callback):
     """The numbers of each epoch."""
 
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
+    def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not math.isfinite(numbers[self.monitor]):
+        # A score may be finite where the weights are not: an answer is found among scores that are no numbers, too.
+        finite = all(math.isfinite(value) for value in numbers.values())
+        if not finite or not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
             raise UserError(
-                f"{self.monitor} is not finite after epoch {trainer.current_epoch + 1}: the training diverged. Lower "
-                "the learning rate. What was there before is as it was."
+                f"The training diverged: after epoch {trainer.current_epoch + 1} its numbers are not finite. Lower the "
+                "learning rate. What was there before is as it was."
             )
         self.epochs.append({"epoch": trainer.current_epoch, **numbers})
 
@@ -124,10 +127,10 @@ def fit_best(
         The numbers of each epoch.
 
     Raises:
-        UserError: If that number is not finite any more.
+        UserError: If the training diverges.
     """
     mode = "min" if "loss" in monitor else "max"
-    history, folder = _History(monitor), out_dir / ".fitting"  # a name that nothing of a user has
+    history, folder = _History(), out_dir / ".fitting"  # a name that nothing of a user has
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
     callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]

@@ -23,7 +23,7 @@ from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.ner_model import (
     Codec,
     EntityModel,
@@ -103,7 +103,7 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = fit.problems() + seed_problems(*seeds)
     problems += [f"--{name} must be at least {least}, not {value}."
                  for name, value, least in (("n_beam", n_beam, 1), ("longest", longest, 3), ("max_rows", max_rows, 1),
                                             ("validation_rows", validation_rows, 1),

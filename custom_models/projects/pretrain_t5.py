@@ -18,7 +18,7 @@ from custom_models.demo import read
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import save_encoder_decoder
 from custom_models.generation import generate
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     Seq2SeqTask,
@@ -61,7 +61,7 @@ def setup(
     began = step_began()
     problems = fit.problems()
     problems += [] if longest >= 3 else [f"--longest must be at least 3, not {longest}."]
-    report_all(problems)
+    report_all(problems + seed_problems(seed))
     L.seed_everything(seed, verbose=False)
     lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]
     random.Random(seed).shuffle(lines)

@@ -21,7 +21,7 @@ from custom_models.encoder import Encoder, non_embedding_parameters
 from custom_models.encoder_checkpoint import encoder_directory, load_encoder, read_own, save_encoder, tokenizer_of
 from custom_models.projects.answers import commonest, exact, f1, likest_phrase
 from custom_models.projects.classifier import over_seeds
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import LengthBatches
 from custom_models.projects.vocabulary import END, PAD, START, learn_vocabulary
@@ -245,7 +245,7 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = fit.problems() + seed_problems(*seeds)
     problems += [f"--{name} must be at least 1, not {value}."
                  for name, value in (("max_answer_tokens", max_answer_tokens), ("max_rows", max_rows),
                                      ("max_test_rows", max_test_rows)) if value is not None and value < 1]  # fmt: skip

@@ -68,11 +68,11 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = fit.problems() + seed_problems(*seeds)
     problems += [] if 0 <= hidden_tokens < 1 else [f"--hidden_tokens must be from 0 to below 1, not {hidden_tokens}."]
     problems += [] if mixup >= 0 else [f"--mixup must be at least 0, not {mixup}."]
     problems += [] if max_rows is None or max_rows >= 2 else [f"--max_rows must be at least 2, not {max_rows}."]
-    report_all(problems + seed_problems(*seeds))
+    report_all(problems)
     train_texts, labels = read_labelled(data, "train")
     texts = {"train": train_texts[:max_rows]}
     texts |= {split: read_labelled(data, split, labels)[0] for split in ("validation", "test")}

@@ -26,7 +26,7 @@ from custom_models.encoder_checkpoint import encoder_directory, load_encoder, re
 from custom_models.projects import abstractive
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.documents import Batch, Document, encode_documents, loader, read_documents, with_oracle
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.rouge import baselines, choose, joined, rouge, rouge_metrics, table
 from custom_models.weights import fill
 from workflows.checkpoint import versions, write_metrics
@@ -116,7 +116,7 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = fit.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = fit.problems() + seed_problems(*seeds)
     problems += [f"--{name} must be at least 1, not {value}."
                  for name, value in (("n_sentences", n_sentences), ("max_rows", max_rows),
                                      ("max_test_rows", max_test_rows)) if value is not None and value < 1]  # fmt: skip

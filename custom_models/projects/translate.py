@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from custom_models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, transformer
 from custom_models.projects.classifier import over_seeds
-from custom_models.projects.fitting import FitArgs, fit_best
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.program_runs import find_node
 from custom_models.projects.seq2seq import PairBatch, Seq2SeqTask, T5Shape, batch_of, begin_by_copying, row_loader
@@ -114,7 +114,7 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
-    problems = fit.problems() + beam.problems() + ([] if seeds else ["--seeds needs at least one."])
+    problems = fit.problems() + beam.problems() + seed_problems(*seeds)
     problems += [f"--{name} must be from 0 to below 1, not {value}."
                  for name, value in (("label_smoothing", label_smoothing), ("merge_dropout", merge_dropout))
                  if not 0 <= value < 1]  # fmt: skip
