@@ -145,7 +145,8 @@ class Grammar:
         """The chunks that may follow a part of the list, once it is written."""
         chunks: list[Chunk] = []
         if part == "begin":  # (0,)
-            chunks = [(self.end, "end", ()), *((ids, "type", data) for ids in self.types)]
+            chunks = [(self.end, "end", ())]
+            chunks += [(ids, "type", data) for ids in self.types] if self.words else []
         elif part == "separator":  # (cursor,)
             chunks = [(ids, "type", data) for ids in self.types]
         elif part == "type":  # (cursor,)
