@@ -59,8 +59,14 @@ class Codec:
     def __init__(self, tokenizer: Tokenizer, types: Sequence[str], end_id: int) -> None:
         self.tokenizer, self.types, self.end_id = tokenizer, list(types), end_id
         self.labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
-        self.ids_of = lru_cache(maxsize=None)(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+        self.ids_of = lru_cache(maxsize=None)(self._ids_of)
         self.seen = lru_cache(maxsize=None)(lambda word: self.text(self.ids_of(word)).casefold())
+
+    def _ids_of(self, word: str) -> list[int]:
+        """A word's ids; it stays one word where a tokenizer such as T5's makes two of it ("¨": space and accent)."""
+        if self.tokenizer.normalizer is not None:
+            word = "".join(self.tokenizer.normalizer.normalize_str(word).split())
+        return self.tokenizer.encode(word, add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids stand for, the end left out."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from custom_models.__main__ import PROJECTS
 from custom_models.encoder_decoder import EncoderDecoder
@@ -65,6 +65,16 @@ def test_ids_lead_back_to_the_entities(codec, tiny_t5, ours, words, data):
     grammar = codec.grammar(words)
     for place, token in enumerate(row.target):
         assert token in grammar.allowed(row.target[:place])
+
+
+def test_a_word_that_a_tokenizer_makes_a_part_of_the_list_of_is_told_apart(codec, tiny_t5):
+    codec = Codec(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), codec.types, 1)
+    words = ["a", "\uff1b", "i", "\uff20\uff12", "\uff1b\u00a8", "a"]  # to NFKC a semicolon, @2, and one with an accent
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            entities = [Entity("Disease", start, end)]
+            row = codec.encode(words, tags_of(entities, len(words)), 500)
+            assert codec.entities(row.target, words) == (entities, 0)
 
 
 def test_words_beyond_the_limit_are_not_read(codec):
@@ -176,6 +186,7 @@ def tiny_t5(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("t5")
     tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
     chance = random.Random(0)
