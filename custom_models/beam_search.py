@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from custom_models.generation import Decoder, Generated
+from custom_models.generation import Decoder, Generated, check_scores
 from workflows.errors import UserError, report_all
 
 Allowed = Callable[[int, list[int]], Sequence[int]]
-"""(number of the text, its new ids so far) -> ids that may come next, at least one."""
+"""(number of the text, its new ids so far) -> ids that may come next; if there are none, that beginning is given up."""
 
 
 class Hypotheses:
@@ -88,10 +88,12 @@ def beam_search(
         use_cache: Whether to keep keys and values.
 
     Returns:
-        Each text's best answer; the stop id is the last of its ids if it was reached.
+        Each text's best answer; the stop id is the last of its ids if it was reached. Where the rules let no beginning
+        go on and none has ended, the best beginning.
 
     Raises:
-        UserError: If the text would grow beyond the model's longest, or a setting makes no sense.
+        UserError: If the text would grow beyond the model's longest, a setting makes no sense, the rules forbid every
+            first token, or the model's scores are not finite.
     """
     batch, length = prompts.shape
     problems = [f"{name} must be at least {least}, not {value}."
@@ -117,6 +119,7 @@ def beam_search(
     new = text  # (B * n_beam, T)
     for step in range(1, max_new_tokens + 1):
         logits = model(new if use_cache else text, caches)[:, -1].float()  # (B * n_beam, vocab_size)
+        check_scores(logits)
         logprobs = logits.log_softmax(dim=-1)  # (B * n_beam, vocab_size)
         _forbid(logprobs, text, length, scores.flatten().tolist(), no_repeat_ngram, allowed, n_beam)
         vocab_size = logprobs.shape[1]
@@ -127,13 +130,21 @@ def beam_search(
         for i, hypotheses in enumerate(found):
             if hypotheses.closed:
                 continue
+            if top[i, 0] == -torch.inf:  # no beginning may go on
+                if not hypotheses.best:
+                    if step == 1:
+                        raise UserError("The rules of what may be written forbid every token after the prompt.")
+                    best = int(scores[i].argmax())
+                    hypotheses.add(float(scores[i, best]), text[i * n_beam + best, length:].tolist())
+                hypotheses.closed = True
+                continue
             for rank in range(n_beam):  # one further down only waits in case that others end
                 if ended[i, rank] and top[i, rank] > -torch.inf:
                     written = text[rows[i, rank], length:].tolist()
                     hypotheses.add(float(top[i, rank]), [*written, int(ids[i, rank])])
         scores, kept = top.masked_fill(ended, -torch.inf).topk(n_beam)  # (B, n_beam) each
-        for hypotheses, best in zip(found, scores[:, 0].tolist(), strict=True):
-            hypotheses.close_if_done(best, step, max_new_tokens)
+        for hypotheses, highest in zip(found, scores[:, 0].tolist(), strict=True):
+            hypotheses.close_if_done(highest, step, max_new_tokens)
         if all(hypotheses.closed for hypotheses in found) or step == max_new_tokens:
             break
         rows, new = rows.gather(1, kept).flatten(), ids.gather(1, kept).view(-1, 1)  # (B * n_beam,), (B * n_beam, 1)
@@ -160,7 +171,8 @@ def _forbid(
         if scores[row] == -torch.inf:
             continue  # no beginning of an answer, but a place that is not taken yet
         if allowed is not None:
-            may = torch.tensor(list(allowed(row // n_beam, ids[n_prompt:])), device=text.device)  # (n_allowed,)
+            following = allowed(row // n_beam, ids[n_prompt:])
+            may = torch.tensor(list(following), dtype=torch.long, device=text.device)  # (n_allowed,)
             kept = logprobs[row, may]  # (n_allowed,)
             logprobs[row] = -torch.inf
             logprobs[row, may] = kept

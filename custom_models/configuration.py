@@ -33,7 +33,7 @@ def configured(kind: type[T], values: Mapping[str, Any], place: str, names: Mapp
     report_all([
         f"{place} has {value!r:.40} for {names.get(name, name)}{_instead(hints[name])}."
         for name, value in values.items()
-        if not _is_one(value, hints[name], _MOST_LAYERS if name == "n_layer" else _LARGEST)
+        if not _is_one(value, hints[name], _MOST_LAYERS if name in ("n_layer", "n_decoder_layer") else _LARGEST)
     ])  # fmt: skip
     try:
         return kind(**values)

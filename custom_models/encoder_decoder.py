@@ -119,6 +119,15 @@ class EncoderDecoderConfig:
                      if not 0 <= getattr(self, name) < max(1, self.vocab_size)]  # fmt: skip
         problems += [f"The encoder-decoder's {name} must be from 0 to below 1, not {getattr(self, name)}."
                      for name in ("dropout", "attention_dropout") if not 0 <= getattr(self, name) < 1]  # fmt: skip
+        if not self.norm_eps > 0:
+            problems.append(f"The encoder-decoder's norm_eps must be above 0, not {self.norm_eps}.")
+        if self.positions == "relative" and self.n_bucket < 4:
+            problems.append(f"Relative positions need at least 4 buckets (n_bucket), not {self.n_bucket}.")
+        elif self.positions == "relative" and self.max_distance <= self.n_bucket // 2:
+            problems.append(
+                f"The encoder-decoder's max_distance must be above {self.n_bucket // 2}, half of its buckets, not "
+                f"{self.max_distance}: each lesser distance has a bucket of its own."
+            )
         report_all(problems)
 
 
@@ -127,12 +136,15 @@ def transformer(vocab_size: int = 37000, **changes: Any) -> EncoderDecoderConfig
     return EncoderDecoderConfig(vocab_size, **changes)
 
 
+T5: dict[str, Any] = {"positions": "relative", "norm": "rms", "norm_first": True, "norm_eps": 1e-6, "bias": False,
+                      "scale_scores": False, "scale_embeddings": False, "scale_head": True,
+                      "attention_dropout": 0.1}  # fmt: skip
+"""In what T5 small differs from the defaults."""
+
+
 def t5(vocab_size: int = 32128, **changes: Any) -> EncoderDecoderConfig:
     """T5 small; `changes` are fields of `EncoderDecoderConfig`."""
-    fields: dict[str, Any] = {"positions": "relative", "norm": "rms", "norm_first": True, "norm_eps": 1e-6,
-                              "bias": False, "scale_scores": False, "scale_embeddings": False, "scale_head": True,
-                              "attention_dropout": 0.1}  # fmt: skip
-    return EncoderDecoderConfig(vocab_size, **{**fields, **changes})
+    return EncoderDecoderConfig(vocab_size, **{**T5, **changes})
 
 
 def t5_v1_1(vocab_size: int = 32128, **changes: Any) -> EncoderDecoderConfig:

@@ -6,7 +6,7 @@ A checkpoint of our own is a folder with `config.json` (the fields of `EncoderDe
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import tokenizer_of
-from custom_models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, t5
+from custom_models.encoder_decoder import T5, EncoderDecoder, EncoderDecoderConfig
 from custom_models.weights import fill, read_hf, save_weights
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, recover_dir, write_json
@@ -40,6 +41,7 @@ _OTHERS = {
     "pad_token_id": "pad_id",
     "eos_token_id": "end_id",
     "decoder_start_token_id": "start_id",
+    "dropout_rate": "dropout",
 }
 """The same, for what a file may leave out."""
 _FEED_FORWARD = {"relu": "relu", "gated-gelu": "gated_gelu"}
@@ -67,28 +69,28 @@ def config_from_hf(config: Mapping[str, Any], place: str, tied: bool) -> Encoder
         tied: Whether the weights have no head of their own.
 
     Raises:
-        UserError: If the model is of another architecture, or has a part that ours lacks.
+        UserError: If the model is of another architecture or has a part that ours lacks, or a value cannot be.
     """
     if config.get("model_type") != "t5":
         raise UserError(f"{place} is of the architecture {config.get('model_type')!r}; only t5 is read here.")
     if missing := [name for name in _SIZES if name not in config]:
         raise UserError(f"{place}/config.json lacks {', '.join(missing)}. Download it again.")
-    if (kind := config.get("feed_forward_proj", "relu")) not in _FEED_FORWARD:
+    if (kind := config.get("feed_forward_proj", "relu")) not in tuple(_FEED_FORWARD):
         raise UserError(f"{place} has the feed-forward layer {kind!r}; {' and '.join(_FEED_FORWARD)} are read here.")
     if config.get("is_encoder_decoder") is False or config.get("is_decoder"):
         raise UserError(f"{place} is half of a T5; only encoder and decoder together are read here.")
-    found = {ours: config[theirs] for theirs, ours in (_SIZES | _OTHERS).items() if config.get(theirs) is not None}
+    values = {ours: config[theirs] for theirs, ours in _SIZES.items()}
+    values |= {ours: config[theirs] for theirs, ours in _OTHERS.items() if config.get(theirs) is not None}
     # transformers 5 writes tie_word_embeddings as true for all, and beside it whether the head's input is scaled.
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    dropout = config.get("dropout_rate", 0.1)
-    return t5(
-        **{"n_decoder_layer": config["num_layers"], **found},
-        feed_forward=_FEED_FORWARD[kind],
-        tied=tied,
-        scale_head=bool(scaled),
-        dropout=dropout,
-        attention_dropout=dropout,
-    )
+    shape = configured(
+        EncoderDecoderConfig,
+        {**T5, "n_decoder_layer": values["n_layer"], **values, "feed_forward": _FEED_FORWARD[kind], "tied": tied,
+         "scale_head": bool(scaled)},
+        f"{place}/config.json",
+        {ours: theirs for theirs, ours in (_SIZES | _OTHERS).items()},
+    )  # fmt: skip
+    return replace(shape, attention_dropout=shape.dropout)
 
 
 def from_hf_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +165,8 @@ def read_own(folder: Path) -> tuple[dict[str, Any], EncoderDecoderConfig, dict[s
         raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
     known = {field.name for field in fields(EncoderDecoderConfig)}
     try:
-        shape = EncoderDecoderConfig(**{k: value for k, value in config["encoder_decoder"].items() if k in known})
+        values = {name: value for name, value in config["encoder_decoder"].items() if name in known}
+        shape = configured(EncoderDecoderConfig, values, f"{folder}/config.json")
         return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
     except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None

@@ -99,8 +99,7 @@ def generate(
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=prompts.device)  # (n_stop,)
     for step in range(max_new_tokens):
         logits = model(new if use_cache else text, caches)[:, -1].float()  # (B, vocab_size)
-        if not logits.isfinite().all():
-            raise UserError("The model's scores are not finite: its weights are damaged, or its training diverged.")
+        check_scores(logits)
         picked, _ = choose(logits, draws[:, step], temperature, top_k, top_p)  # (B,)
         new = picked[:, None]  # (B, 1)
         text = torch.cat([text, new], dim=1)  # (B, T + step + 1)
@@ -109,6 +108,16 @@ def generate(
             break
     written = [_until(row, set(stop_ids)) for row in text[:, length:].tolist()]
     return Generated(written, time.perf_counter() - began)
+
+
+def check_scores(logits: Tensor) -> None:
+    """Refuse to write by a model's scores, of any shape, that are not finite.
+
+    Raises:
+        UserError: If one is not.
+    """
+    if not logits.isfinite().all():
+        raise UserError("The model's scores are not finite: its weights are damaged, or its training diverged.")
 
 
 def _until(ids: list[int], stop_ids: set[int]) -> list[int]:

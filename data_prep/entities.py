@@ -141,7 +141,7 @@ def _random_data_set(
     test_size: int | None,
     seed: int,
 ) -> DataSet:
-    sizes = [len(items) // 10 if size is None else size for size in (validation_size, test_size)]
+    sizes = [max(1, len(items) // 10) if size is None else size for size in (validation_size, test_size)]
     return DataSet(
         name=name,
         splits=random_splits(items, sizes[0], sizes[1], seed),

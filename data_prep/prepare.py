@@ -100,7 +100,8 @@ def setup(
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
         file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
             instruction/output or question/answer; or preferences, prompt with chosen and rejected; or document with
-            summary; or question, context and answers, as SQuAD has them. With --data iob: a file of one word and its
+            summary; or source with target, to translate; or question, context and answers, as SQuAD has them. With
+            --data iob: a file of one word and its
             IOB2 tag a line, an empty line after each sentence.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
@@ -135,6 +136,8 @@ def setup(
         of_file = jsonl.prepare
         if preferences.holds_pairs(file):
             of_file = preferences.prepare_file
+        elif translations.holds_translations(file):
+            of_file = translations.prepare_file
         elif summaries.holds_summaries(file):
             of_file = summaries.prepare_file
         elif spans.holds_spans(file):

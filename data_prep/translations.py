@@ -1,4 +1,4 @@
-"""Parallel text: the message catalogues of Django and Wagtail, and the books of OPUS.
+"""Parallel text: the message catalogues of Django and Wagtail, the books of OPUS, one's own file.
 
 Rows are {"source": TEXT, "target": TEXT}. A catalogue (`.po`) holds what a program says, message by message, with
 placeholders such as %(name)s or {name} that a translation must keep. A message with a plural gives two rows, its
@@ -18,9 +18,9 @@ import polib
 from data_prep.dataset import DataSet, Source
 from data_prep.rows import Row, normalise
 from data_prep.splits import Item, key, random_splits
-from data_prep.tables import Table, read_folder, read_hub
+from data_prep.tables import Table, read_folder, read_hub, read_table
 from workflows.errors import UserError
-from workflows.files import read_text
+from workflows.files import read_text, sha256
 from workflows.wheels import DJANGO, WAGTAIL, open_wheel
 
 Language = Literal["fr", "de"]
@@ -106,6 +106,35 @@ def prepare_books(
         files=files,
     )
     return _data_set(f"opus_books_{language}", groups, source, validation_size, test_size, seed, dropped, Counter())
+
+
+def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+    """Parallel text of one's own; it stays as it is written, line breaks included.
+
+    Args:
+        file: A `.jsonl` file (`.json` and `.parquet` are read too) of rows {"source": TEXT, "target": TEXT}.
+        validation_size: Number of pairs held out for validation; a tenth by default, at most 1,000.
+        test_size: Number of pairs held out for the test; likewise.
+        seed: Seed of the split.
+
+    Raises:
+        UserError: If the file is missing or a row is malformed; with its line.
+    """
+    table = read_table(file)
+    table.require({"source": str, "target": str})
+    dropped: Counter[str] = Counter()
+    rows = [{side: raw[side].strip() for side in ("source", "target")} for raw in table.rows]
+    groups = [[row] for row in rows if _usable(row, dropped)]
+    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
+    return _data_set("jsonl", groups, source, validation_size, test_size, seed, dropped, Counter())
+
+
+def holds_translations(file: Path) -> bool:
+    """Whether a file's first row is a text and its translation; with lists of texts it is a summary's, as SciTLDR's."""
+    rows = read_table(file).rows
+    return (
+        bool(rows) and isinstance(rows[0], dict) and all(isinstance(rows[0].get(s), str) for s in ("source", "target"))
+    )
 
 
 PREPARE = {
@@ -209,7 +238,7 @@ def _data_set(
     rows = [row for item in items for row in item.rows]
     notes["rows with placeholders"] = sum(bool(PLACEHOLDER.search(row["source"])) for row in rows)
     notes["rows whose translation has other placeholders"] = sum(map(_differ_in_placeholders, rows))
-    size = min(MOST_HELD_OUT, len(items) // 10)
+    size = min(MOST_HELD_OUT, max(1, len(items) // 10))
     return DataSet(
         name=name,
         splits=random_splits(

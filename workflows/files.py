@@ -233,12 +233,14 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        UserError: If the file is missing or is not UTF-8.
+        UserError: If the file is missing, a folder, or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder. Name a file in it.") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); is it the right file?") from None
 

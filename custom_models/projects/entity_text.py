@@ -19,9 +19,9 @@ _STRUCTURE = re.compile(r"/*(?:;|@\d+)")
 _ORDINAL = re.compile(r"@(\d+)")
 
 
-def escaped(word: str) -> str:
-    """A mention's word as it stands in the list."""
-    return f"/{word}" if _STRUCTURE.fullmatch(word) else word
+def escaped(word: str, seen: str) -> str:
+    """A mention's word as it stands in the list; `seen`, what is left of it there, may look like a part of the list."""
+    return f"/{word}" if _STRUCTURE.fullmatch(seen) else word
 
 
 def unescaped(word: str) -> str:
@@ -51,7 +51,7 @@ def list_of(words: Sequence[str], entities: Sequence[Entity], seen: Callable[[st
     for entity in entities:
         number = occurrences(alike[entity.start : entity.end], alike, cursor).index(entity.start) + 1
         found += [SEPARATOR] if found else []
-        found += [f"{entity.type}:", *(escaped(word) for word in words[entity.start : entity.end])]
+        found += [f"{entity.type}:", *map(escaped, words[entity.start : entity.end], alike[entity.start : entity.end])]
         found += [f"@{number}"] if number > 1 else []
         cursor = entity.end
     return found
@@ -121,7 +121,7 @@ class Grammar:
         seen: Callable[[str], str] = str.casefold,
     ) -> None:
         self.alike = [seen(word) for word in words]
-        self.words = [tuple(ids_of(escaped(word))) for word in words]
+        self.words = [tuple(ids_of(escaped(word, seen))) for word, seen in zip(words, self.alike, strict=True)]
         self.types = [tuple(ids_of(f"{kind}:")) for kind in types]
         self.separator, self.end = tuple(ids_of(SEPARATOR)), (end_id,)
         self.ordinal = lru_cache(maxsize=None)(lambda number: tuple(ids_of(f"@{number}")))
@@ -145,7 +145,8 @@ class Grammar:
         """The chunks that may follow a part of the list, once it is written."""
         chunks: list[Chunk] = []
         if part == "begin":  # (0,)
-            chunks = [(self.end, "end", ()), *((ids, "type", data) for ids in self.types)]
+            chunks = [(self.end, "end", ())]
+            chunks += [(ids, "type", data) for ids in self.types] if self.words else []
         elif part == "separator":  # (cursor,)
             chunks = [(ids, "type", data) for ids in self.types]
         elif part == "type":  # (cursor,)

@@ -104,11 +104,9 @@ def setup(
     began = step_began()
     seeds = [1] if seeds is None else seeds
     problems = fit.problems() + seed_problems(*seeds)
-    problems += [f"--{name} must be at least {least}, not {value}."
-                 for name, value, least in (("n_beam", n_beam, 1), ("longest", longest, 3), ("max_rows", max_rows, 1),
-                                            ("validation_rows", validation_rows, 1),
-                                            ("max_unlabelled", max_unlabelled, 0), ("tag_weight", tag_weight, 0))
-                 if value is not None and value < least]  # fmt: skip
+    problems += _too_small(n_beam=(n_beam, 1), longest=(longest, 3), max_rows=(max_rows, 1),
+                           validation_rows=(validation_rows, 1), max_unlabelled=(max_unlabelled, 0),
+                           tag_weight=(tag_weight, 0))  # fmt: skip
     if model == SCRATCH and pretrain.max_epochs:
         problems += [problem.replace("--fit.", "--pretrain.") for problem in pretrain.problems()]
     if head == "tokens" and model != SCRATCH:
@@ -179,6 +177,15 @@ def setup(
     words = splits["test"][0][0]
     print(f"  {' '.join(words)}\n    {_listed(words, results[0][1].entities[0])}")
     print(f"{out_dir}/final, curves.png, metrics.json")
+
+
+def _too_small(**options: tuple[float | None, int]) -> list[str]:
+    """Messages about options (value, least) that are below their least."""
+    return [
+        f"--{name} must be at least {least}, not {value}."
+        for name, (value, least) in options.items()
+        if value is not None and value < least
+    ]
 
 
 class Round(NamedTuple):
@@ -375,8 +382,9 @@ def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: i
         longest: The longest sentence in tokens.
 
     Raises:
-        UserError: If the folder holds no such model, or the sentence is empty.
+        UserError: If the folder holds no such model, an option makes no sense, or the sentence is empty.
     """
+    report_all(_too_small(n_beam=(n_beam, 1), longest=(longest, 3)))
     words = WORD.findall(text)
     if not words:
         raise UserError('There is nothing to read. Give a sentence: make ner-predict TEXT="…"')

@@ -59,8 +59,14 @@ class Codec:
     def __init__(self, tokenizer: Tokenizer, types: Sequence[str], end_id: int) -> None:
         self.tokenizer, self.types, self.end_id = tokenizer, list(types), end_id
         self.labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
-        self.ids_of = lru_cache(maxsize=None)(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+        self.ids_of = lru_cache(maxsize=None)(self._ids_of)
         self.seen = lru_cache(maxsize=None)(lambda word: self.text(self.ids_of(word)).casefold())
+
+    def _ids_of(self, word: str) -> list[int]:
+        """A word's ids; it stays one word where a tokenizer such as T5's makes two of it ("¨": space and accent)."""
+        if self.tokenizer.normalizer is not None:
+            word = "".join(self.tokenizer.normalizer.normalize_str(word).split())
+        return self.tokenizer.encode(word, add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids stand for, the end left out."""
@@ -96,7 +102,7 @@ def batch_of(sentences: Sequence[Sentence], pad_id: int) -> PairBatch:
     source = padded([sentence.source for sentence in sentences], pad_id)  # (B, Ts)
     tags = torch.full_like(source, IGNORED)  # (B, Ts)
     for row, sentence in zip(tags, sentences, strict=True):
-        row[sentence.firsts] = torch.tensor(sentence.tags)
+        row[sentence.firsts] = torch.tensor(sentence.tags, dtype=torch.long)  # no words, no tags
     lengths = torch.tensor([len(sentence.source) for sentence in sentences])  # (B,)
     return PairBatch(source, lengths, padded([sentence.target for sentence in sentences], pad_id), tags)
 
@@ -236,6 +242,8 @@ def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, str]:
     types, head = config.get("entity_types"), config.get("head", "text")
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise UserError(f"{folder} is a model that names no entities. Train one with `make ner`.")
+    if head not in ("text", "tokens"):
+        raise UserError(f"{folder} is damaged: it answers by {head!r:.40}, neither text nor tokens. Train it again.")
     if config.get("model_type") == "t5":
         t5, tokenizer = load_encoder_decoder(folder)
         model = EntityModel(t5, types)
@@ -269,10 +277,12 @@ class EntityTask(L.LightningModule):
         context = t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
         assert batch.tags is not None
         logits = self.model.tag_logits(context)  # (B, Ts, n_label)
-        tag_loss = F.cross_entropy(logits.flatten(0, 1), batch.tags.flatten(), ignore_index=IGNORED)
+        n_tagged = max(1, int((batch.tags != IGNORED).sum()))  # none, if the limit leaves no sentence a word
+        tag_loss = F.cross_entropy(logits.flatten(0, 1), batch.tags.flatten(), ignore_index=IGNORED, reduction="sum")
+        tag_loss = tag_loss / n_tagged
         if self.head == "tokens":
             right = (logits.argmax(dim=-1) == batch.tags).sum()
-            return tag_loss, right, int((batch.tags != IGNORED).sum())
+            return tag_loss, right, n_tagged
         loss, right, n = text_loss(t5, batch, context)
         return loss + self.tag_weight * tag_loss, right, n
 

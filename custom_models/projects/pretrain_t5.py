@@ -61,6 +61,7 @@ def setup(
     began = step_began()
     problems = fit.problems()
     problems += [] if longest >= 3 else [f"--longest must be at least 3, not {longest}."]
+    problems += [] if max_texts is None or max_texts >= 1 else [f"--max_texts must be at least 1, not {max_texts}."]
     report_all(problems + seed_problems(seed))
     L.seed_everything(seed, verbose=False)
     lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]

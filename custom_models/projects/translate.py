@@ -172,7 +172,7 @@ def setup(
         settings={
             "shape": asdict(shape), "fit": asdict(fit), "label_smoothing": label_smoothing, "longest": longest,
             "merge_dropout": merge_dropout, "beam": asdict(beam), "placeholders": placeholders, "memory": memory,
-            "max_rows": max_rows,
+            "max_rows": max_rows, "scored": scored,
         },
         hardware=hardware(),
         versions=versions(),

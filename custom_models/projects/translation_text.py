@@ -23,6 +23,8 @@ MEMORY = "<memory>"
 """What stands between a source and what a memory has found for it."""
 MARKS = [f"<{i}>" for i in range(10)]
 """Of the placeholders in a text; further ones stay as they are."""
+_CARRIED = re.compile(f"{PLACEHOLDER.pattern}|{'|'.join(MARKS)}")
+"""What a mark takes the place of: a placeholder, or a text that only looks like a mark."""
 
 
 class Marked(NamedTuple):
@@ -39,9 +41,9 @@ class Marked(NamedTuple):
 
 def mark(text: str) -> Marked:
     """Put marks into the places of a source's placeholders."""
-    values = PLACEHOLDER.findall(text)[: len(MARKS)]
+    values = _CARRIED.findall(text)[: len(MARKS)]
     marks = iter(MARKS)
-    return Marked(PLACEHOLDER.sub(lambda found: next(marks, found[0]), text), values)
+    return Marked(_CARRIED.sub(lambda found: next(marks, found[0]), text), values)
 
 
 def mark_as(text: str, values: Sequence[str]) -> str:
@@ -52,14 +54,13 @@ def mark_as(text: str, values: Sequence[str]) -> str:
         number = next((i for i, (_, value) in enumerate(left) if value == found[0]), None)
         return found[0] if number is None else MARKS[left.pop(number)[0]]
 
-    return PLACEHOLDER.sub(marked, text)
+    return _CARRIED.sub(marked, text)
 
 
 def unmark(text: str, values: Sequence[str]) -> str:
     """Put what the marks stand for back into their places."""
-    for name, value in zip(MARKS, values, strict=False):
-        text = text.replace(name, value)
-    return text
+    left = dict(zip(MARKS, values, strict=False))  # each once: a further <0> is what it looks like
+    return re.sub("|".join(MARKS), lambda found: left.pop(found[0], found[0]), text)
 
 
 class Codec:

@@ -260,6 +260,14 @@ def test_old_and_new_files_say_in_their_own_ways_whether_the_heads_input_is_scal
         ({"feed_forward_proj": "gated-silu"}, "feed-forward layer 'gated-silu'"),
         ({"is_encoder_decoder": False}, "half of a T5"),
         ({"num_heads": 0}, "n_head must be at least 1"),
+        ({"d_model": "abc"}, r"x/config\.json has 'abc' for d_model, which it cannot be"),
+        ({"d_ff": None, "dropout_rate": [0.1]}, r"2 problems:\n.*None for d_ff.*\n.*\[0\.1\] for dropout_rate"),
+        ({"num_decoder_layers": 10**6}, "1000000 for num_decoder_layers"),
+        ({"feed_forward_proj": ["relu"]}, "feed-forward layer"),
+        (
+            {"relative_attention_max_distance": 4},
+            r"x/config\.json: .*max_distance must be above 16, half of its buckets",
+        ),
     ],
 )
 def test_foreign_configurations_are_refused(changes, message):
@@ -288,11 +296,22 @@ def test_damaged_checkpoints_are_refused(model, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="do not fit the model"):
         load_encoder_decoder(folder)
+    config["encoder_decoder"]["width"] = 32.5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json has 32\.5 for width, which it cannot be"):
+        load_encoder_decoder(folder)
 
 
 def test_what_makes_no_sense_is_refused(model):
     with pytest.raises(UserError, match="n_layer must be at least 1"):
         t5(VOCABULARY, n_layer=0)
+    bad: list[dict[str, Any]] = [{"n_bucket": 3}, {"max_distance": -3}, {"max_distance": 16}, {"norm_eps": -1.0}]
+    for changes in bad:
+        with pytest.raises(UserError, match=next(iter(changes))):
+            t5(VOCABULARY, **changes)
+    near = EncoderDecoder(t5(VOCABULARY, **{**TINY, "n_bucket": 4, "max_distance": 3})).eval()
+    assert near.encode(torch.ones(1, 9, dtype=torch.long)).isfinite().all()
+    transformer(VOCABULARY, n_bucket=1)  # sine waves have no buckets
     with pytest.raises(UserError, match="pad_id 60 is no token"):
         t5(VOCABULARY, pad_id=60)
     with pytest.raises(UserError, match="nothing to read"):

@@ -209,6 +209,8 @@ def test_scores_that_are_no_numbers_and_ids_that_are_no_tokens_are_told(decoder)
         try:
             with pytest.raises(UserError, match="scores are not finite: its weights are damaged"):
                 generate(decoder, prompts(), 3, temperature=temperature)
+            with pytest.raises(UserError, match="scores are not finite: its weights are damaged"):
+                beam_search(decoder, prompts(), 3)
         finally:
             weight.data.copy_(kept)
     for wrong in (VOCABULARY, -1):
@@ -216,6 +218,24 @@ def test_scores_that_are_no_numbers_and_ids_that_are_no_tokens_are_told(decoder)
             decoder(torch.tensor([[1, wrong]]))
     with pytest.raises(UserError, match=f"A cache of {LONGEST + 1} tokens is longer than"):
         decoder.new_caches(1, LONGEST + 1)
+
+
+def test_a_search_that_the_rules_leave_no_way_ends_with_what_it_has(decoder):
+    few = [3, 4, 5, 6]
+    for n_beam in (1, 3):
+        found = beam_search(decoder, prompts(2), 8, n_beam=n_beam, no_repeat_ngram=1, allowed=lambda *_: few)
+        assert all(1 <= len(ids) <= 4 and len(set(ids)) == len(ids) and set(ids) <= set(few) for ids in found.ids)
+        # the first text comes to where nothing may follow, the second one does not
+        found = beam_search(
+            decoder,
+            prompts(2),
+            5,
+            n_beam=n_beam,
+            allowed=lambda i, written: [] if i == 0 and len(written) == 2 else few,
+        )
+        assert [len(ids) for ids in found.ids] == [2, 5]
+        with pytest.raises(UserError, match="forbid every token after the prompt"):
+            beam_search(decoder, prompts(2), 5, n_beam=n_beam, allowed=lambda i, _: [] if i else few)
 
 
 def test_one_beam_is_greedy_and_more_are_no_worse(decoder):

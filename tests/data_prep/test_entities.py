@@ -31,7 +31,7 @@ def test_the_real_bc5cdr(tmp_path):
     setup(data="bc5cdr", raw_dir=raw, out_dir=tmp_path)
     rows = rows_of(tmp_path / "bc5cdr")
     assert len(rows["test"]) == 4797 and sum(len(entities_of(row["tags"])) for row in rows["test"]) == 9809
-    assert len(rows["train"]) + len(rows["validation"]) + 38 == 4560 + 4581 - 0
+    assert len(rows["train"]) + len(rows["validation"]) + 38 == 4560 + 4581
     manifest = json.loads((tmp_path / "bc5cdr" / "manifest.json").read_text())
     assert manifest["shape"] == "tagged" and manifest["dropped"] == {"sentences that a later split has, too": 38}
 
@@ -77,6 +77,11 @@ def test_a_file_of_ones_own(tmp_path):
     setup(data="iob", file=tmp_path / "mine.iob", out_dir=tmp_path, name="own", validation_size=4, test_size=5)
     rows = rows_of(tmp_path / "own")
     assert [len(rows[split]) for split in SPLITS] == [21, 4, 5] and marked(rows["test"][0])[0].startswith("name")
+    iob(tmp_path / "mine.iob", "one", "two", "*three")
+    setup(data="iob", file=tmp_path / "mine.iob", out_dir=tmp_path, name="small")
+    assert [len(found) for found in rows_of(tmp_path / "small").values()] == [1, 1, 1]
+    with pytest.raises(UserError, match=r"is a folder\. Name a file in it"):
+        setup(data="iob", file=tmp_path, out_dir=tmp_path, name="own")
     (tmp_path / "mine.iob").write_text("a\tO\nb\tI-X\n")
     with pytest.raises(UserError, match=r"mine\.iob, line 2: 'I-X' must follow"):
         setup(data="iob", file=tmp_path / "mine.iob", out_dir=tmp_path, name="own")

@@ -12,6 +12,7 @@ from data_prep.prepare import setup
 from data_prep.rows import read_rows
 from data_prep.tables import Table
 from data_prep.translations import PLACEHOLDER
+from tests.data_prep.conftest import write_table
 from workflows.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -127,6 +128,22 @@ def test_books_of_the_hub_and_of_a_folder(tmp_path, monkeypatch):
     assert manifest_of(tmp_path / "opus_books_fr")["revision"] == "raw files"
     with pytest.raises(UserError, match=r"train\.jsonl, line 1: the translation has no text for en and de"):
         setup(data="opus_books_de", raw_dir=tmp_path / "raw", out_dir=tmp_path)
+
+
+def test_pairs_of_ones_own_stay_as_they_are(tmp_path):
+    rows = [{"source": f"open file {i}", "target": f"ouvrir le fichier {i}\n  {{page}}"} for i in range(8)]
+    file = write_table(tmp_path / "mine.jsonl", [*rows, {"source": "open it", "target": " "}, rows[0]])
+    setup("jsonl", tmp_path, file=file, name="mine")
+    found = {split: rows_of(tmp_path / "mine", split) for split in ("train", "validation", "test")}
+    assert {split: len(part) for split, part in found.items()} == {"train": 6, "validation": 1, "test": 1}
+    assert sorted(row["target"] for part in found.values() for row in part) == [row["target"] for row in rows]
+    assert manifest_of(tmp_path / "mine")["dropped"] == {"not translated": 1, "repeated": 1}
+    write_table(file, [*rows, {"source": "open it", "target": ["x"]}])
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 9.*target"):
+        setup("jsonl", tmp_path, file=file, name="mine")
+    write_table(file, [{"source": ["A text.", f"Number {i}."], "target": [f"Summary {i}."]} for i in range(9)])
+    setup("jsonl", tmp_path, file=file, name="summaries")  # lists of texts, as SciTLDR has them
+    assert manifest_of(tmp_path / "summaries")["shape"] == "summarised"
 
 
 def test_bad_catalogues_are_named(tmp_path):

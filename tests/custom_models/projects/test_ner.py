@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from custom_models.__main__ import PROJECTS
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.entity_scores import majority_dictionary, score
 from custom_models.projects.fitting import FitArgs
-from custom_models.projects.ner import _texts, predict, setup
-from custom_models.projects.ner_model import Codec, EntityModel, by_text, load_entity_model
+from custom_models.projects.ner import _texts, find, predict, setup
+from custom_models.projects.ner_model import Codec, EntityModel, EntityTask, batch_of, by_text, load_entity_model
 from custom_models.projects.seq2seq import T5Shape, learn_t5_vocabulary
 from data_prep.iob import Entity, entities_of, tags_of
 from data_prep.rows import write_rows
@@ -67,6 +67,16 @@ def test_ids_lead_back_to_the_entities(codec, tiny_t5, ours, words, data):
         assert token in grammar.allowed(row.target[:place])
 
 
+def test_a_word_that_a_tokenizer_makes_a_part_of_the_list_of_is_told_apart(codec, tiny_t5):
+    codec = Codec(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), codec.types, 1)
+    words = ["a", "\uff1b", "i", "\uff20\uff12", "\uff1b\u00a8", "a"]  # to NFKC a semicolon, @2, and one with an accent
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            entities = [Entity("Disease", start, end)]
+            row = codec.encode(words, tags_of(entities, len(words)), 500)
+            assert codec.entities(row.target, words) == (entities, 0)
+
+
 def test_words_beyond_the_limit_are_not_read(codec):
     words, tags = ["aspirin", "causes", "fever"], ["B-Chemical", "O", "B-Disease"]
     whole = codec.encode(words, tags, 100)
@@ -74,6 +84,19 @@ def test_words_beyond_the_limit_are_not_read(codec):
     cut = codec.encode(words, tags, whole.firsts[2] + 1)
     assert cut.words == words[:2] and cut.source == [*whole.source[: whole.firsts[2]], codec.end_id]
     assert codec.entities(cut.target, words)[0] == [Entity("Chemical", 0, 1)] and len(cut.tags) == 2
+
+
+@pytest.mark.parametrize("head", ["text", "tokens"])
+def test_a_sentence_of_which_nothing_can_be_read_has_no_entity(codec, head):
+    torch.manual_seed(0)
+    model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types).eval()
+    unread = codec.encode(["ACGT" * 150, "fever"], ["B-Chemical", "B-Disease"], 64)
+    assert unread.words == [] and unread.source == unread.target == [codec.end_id]
+    read = codec.encode(["fever"], ["B-Disease"], 64)
+    for sentences in ([unread], [read, unread]):
+        assert find(model, codec, sentences, head, True, 2).entities[-1] == []
+        loss, right, n = EntityTask(model, FitArgs(), 1, head, 1.0).losses(batch_of(sentences, 0))
+        assert loss.isfinite() and 0 <= float(right / n) <= 1
 
 
 def test_an_untrained_decoder_can_write_nothing_but_lists(codec, data):
@@ -163,6 +186,7 @@ def tiny_t5(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("t5")
     tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
     chance = random.Random(0)
@@ -193,7 +217,7 @@ def test_a_t5_of_transformers_is_taught_by_its_own_trainer(data, tiny_t5, tmp_pa
     assert config["model_type"] == "t5" and config["entity_types"] == codec.types
 
 
-def test_what_cannot_be_is_told(data, tmp_path, tiny_t5):
+def test_what_cannot_be_is_told(codec, data, tmp_path, tiny_t5):
     with pytest.raises(UserError, match="--head tokens is for --model scratch"):
         setup(data, model=str(tiny_t5), head="tokens", out_dir=tmp_path)
     with pytest.raises(UserError, match="3 problems") as error:
@@ -214,5 +238,14 @@ def test_what_cannot_be_is_told(data, tmp_path, tiny_t5):
         predict(tmp_path, "aspirin")
     with pytest.raises(UserError, match="names no entities"):
         predict(tiny_t5, "aspirin")
+    with pytest.raises(
+        UserError, match=r"--n_beam must be at least 1, not 0\.\n.*--longest must be at least 3, not -5"
+    ):
+        predict(tiny_t5, "aspirin", n_beam=0, longest=-5)
+    torch.manual_seed(0)
+    model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types)
+    model.save(codec.tokenizer, tmp_path / "banana", "banana", "data")
+    with pytest.raises(UserError, match="it answers by 'banana', neither text nor tokens"):
+        predict(tmp_path / "banana", "aspirin")
     with pytest.raises(UserError, match="nothing to read"):
         predict(tiny_t5, "  ")

@@ -58,6 +58,8 @@ def test_what_cannot_be_is_told(tmp_path):
         setup(tmp_path / "text.txt", tmp_path, validation_size=2)
     with pytest.raises(UserError, match="--longest must be at least 3"):
         setup(tmp_path / "text.txt", tmp_path, longest=2)
+    with pytest.raises(UserError, match="--max_texts must be at least 1, not -4"):
+        setup(tmp_path / "text.txt", tmp_path, max_texts=-4)
 
 
 def test_cross_attention_that_begins_as_a_copy_writes_what_it_sees():

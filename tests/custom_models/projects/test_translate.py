@@ -82,6 +82,9 @@ def numbers(out_dir: Path) -> dict[str, Any]:
         ("%s of %s", "von %s: %s", ("<0> of <1>", "von <0>: <1>")),  # positional ones keep their order
         ("one {a}, {a}", "{a} {a} {a}", ("one <0>, <1>", "<0> <1> {a}")),
         ("none", "{x}", ("none", "{x}")),
+        ("Press <0> for %(name)s", "%(name)s: <0>", ("Press <0> for <1>", "<1>: <0>")),
+        ("<9> <1> {x}", "{x} <1> <9>", ("<0> <1> <2>", "<2> <1> <0>")),
+        ("{} " * 12 + "<3>", "", ("<0> <1> <2> <3> <4> <5> <6> <7> <8> <9> {} {} <3>", "")),
         ("{} " * 12, "", ("<0> <1> <2> <3> <4> <5> <6> <7> <8> <9> {} {} ", "")),
     ],
 )
@@ -235,6 +238,7 @@ def test_the_same_seed_gives_the_same_model(messages, tmp_path, kind, memory):
     again = Translator.load(tmp_path / "one" / "final")
     assert (again.memory is not None) is memory and len(again.translate(["open file"]).texts) == 1
     assert one == two and {row["split"] for row in numbers(tmp_path / "one")["metrics"]} == {"validation"}
+    assert numbers(tmp_path / "one")["settings"]["scored"] == "validation"
 
 
 def test_programs_are_run(tmp_path, capsys):
