@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from custom_models.bertsum import windows
 from custom_models.encoder_checkpoint import tokenizer_of
-from custom_models.projects.documents import Document, read_documents
+from custom_models.projects.documents import Document, encode_documents, read_documents
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.rouge import baselines, joined, rouge, rouge_metrics, table
 from custom_models.projects.texts import LengthBatches
@@ -169,21 +169,25 @@ def write(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], batch
     return found
 
 
-def summarize(sentences: Sequence[str], model: Any, tokenizer: Tokenizer) -> str:
+def summarize(sentences: Sequence[str], model: Any, tokenizer: Tokenizer) -> tuple[str, int]:
     """Summarise a document of any length, by map and reduce.
 
     Args:
         sentences: The document's. A sentence over the encoder's positions is read without its end.
         model: The `EncoderDecoderModel`.
         tokenizer: Whose ids it reads.
+
+    Returns:
+        The summary, and how many sentences were cut.
     """
-    longest = positions_of(model)
+    longest, cut = positions_of(model), 0
     while True:
-        ids = [[*found[: longest - 1], found[-1]] for found in (tokenizer.encode(text).ids for text in sentences)]
-        parts = window_ids([row if len(row) <= longest else [*row[:-2], row[-1]] for row in ids], longest)
+        (document,), over = encode_documents([(list(sentences), [])], tokenizer, longest)  # as training reads them
+        cut += over
+        parts = window_ids(document.ids, longest)
         sentences = write(model, tokenizer, parts)
         if len(parts) == 1:
-            return sentences[0]
+            return sentences[0], cut
 
 
 def load(folder: Path) -> tuple[Any, Tokenizer]:
@@ -273,7 +277,7 @@ def train(
         model.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     test = documents["test"]
-    written = [summarize(document.sentences, model, tokenizer) for document in test]
+    written = [summarize(document.sentences, model, tokenizer)[0] for document in test]
     rows = rouge_metrics("abstractive", [rouge(text, d.summaries) for text, d in zip(written, test, strict=True)])
     for name, chooser in baselines(1, seed).items():
         found = [rouge(joined(d.sentences, chooser(d.sentences, d.summaries)), d.summaries) for d in test]

@@ -252,7 +252,12 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
     if not (sentences := split_sentences(text, splitter(f"{definitions()[:100_000]}\n{text}"))):
         raise UserError(f"{file} is empty: there is nothing to summarise.")
     if read_json(checkpoint_dir / "config.json").get("model_type") == "encoder-decoder":
-        print(abstractive.summarize(sentences, *abstractive.load(checkpoint_dir)))
+        if n_sentences is not None:
+            raise UserError(f"{checkpoint_dir} writes summaries and chooses no sentences: leave out --n_sentences.")
+        writer, tokenizer = abstractive.load(checkpoint_dir)
+        written, cut = abstractive.summarize(sentences, writer, tokenizer)
+        print(written)
+        _tell_cut(cut, abstractive.positions_of(writer))
         return
     model, tokenizer, most = load_summarizer(checkpoint_dir)
     (document,), cut = encode_documents([(sentences, [])], tokenizer, model.encoder.config.n_position)
@@ -262,5 +267,9 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
         print(f"{'>' if i in chosen else ' '} {' '.join(sentence.split())}")
     if len(sentences) == 1:
         print("\nThe text has one sentence, so there was nothing to choose.")
+    _tell_cut(cut, model.encoder.config.n_position)
+
+
+def _tell_cut(cut: int, longest: int) -> None:
     if cut:
-        print(f"\n{cut} sentences were read without their ends: over {model.encoder.config.n_position} tokens.")
+        print(f"\n{cut} sentences were read without their ends: over {longest} tokens.")

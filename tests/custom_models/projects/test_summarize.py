@@ -163,12 +163,32 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(abstractive, "write", counted)
-        text = abstractive.summarize(long, model, tokenizer)
-    assert calls[0] > 2 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text
+        text, cut = abstractive.summarize(long, model, tokenizer)
+    assert calls[0] > 2 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text and cut == 0
     file = tmp_path / "text.txt"
     file.write_text("We found pain with film. The scene was.")
-    summarize.summary(tmp_path / "out" / "final", file)
+    folder = tmp_path / "out" / "final"
+    summarize.summary(folder, file)
     assert "found" in capsys.readouterr().out.splitlines()[-1]
+    file.write_text("word " * 100)
+    summarize.summary(folder, file)
+    assert "1 sentences were read without their ends: over 40 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="chooses no sentences: leave out --n_sentences"):
+        summarize.summary(folder, file, n_sentences=2)
+
+
+def test_a_document_is_read_as_it_was_in_training(monkeypatch):
+    tokenizer, read = tokenizer_of(encoder_directory("minilm")), []
+    monkeypatch.setattr(abstractive, "positions_of", lambda model: 40)
+    monkeypatch.setattr(abstractive, "write", lambda model, tokenizer, rows: read.append(rows) or ["fever"] * len(rows))
+    sentences = ["We found fever.", "A scene was.", "word " * 50, "And pain."]
+    for texts in (sentences[:2], sentences):  # one window, several
+        read.clear()
+        _, cut = abstractive.summarize(texts, None, tokenizer)
+        documents, over = encode_documents([(texts, ["Fever."])], tokenizer, 40)
+        (pair,), _ = abstractive.pairs_of(documents, tokenizer, 40, 10)
+        assert read[0] == abstractive.window_ids(documents[0].ids, 40) and read[0][0] == pair.ids and cut == over
+        assert all(row.count(102) == 1 for row in read[0])  # one [SEP] a window, and none between its sentences
 
 
 def test_bad_settings_are_told_at_once(data, encoder, tmp_path):
