@@ -2,7 +2,8 @@
 
 From scratch (`--encoder scratch`): a vocabulary and an encoder of our own, trained on the questions alone. Or from the
 weights of a pretrained encoder: MiniLM (`--encoder minilm`), or a BERT, RoBERTa or DistilBERT by its folder or Hub id.
-Beside it the answer that is right most often, and the phrase of the context that shares most words with the question.
+Beside it the answer that is right most often, and what shared words find: the phrase of the context that shares most
+with the question, and the first phrase of the sentence that does.
 """
 
 import time
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from custom_models.encoder import Encoder, non_embedding_parameters
 from custom_models.encoder_checkpoint import encoder_directory, load_encoder, read_own, save_encoder, tokenizer_of
-from custom_models.projects.answers import commonest, exact, f1, likest_phrase
+from custom_models.projects.answers import commonest, exact, f1, first_phrase_of_likest_sentence, likest_phrase
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.shape import Shape
@@ -277,6 +278,9 @@ def setup(
         "": runs[0],
         "_commonest_answer": _scores([usual] * len(test), test),
         "_likest_phrase": _scores([likest_phrase(q.row["question"], q.row["context"]) for q in test], test),
+        "_likest_sentence": _scores(
+            [first_phrase_of_likest_sentence(q.row["question"], q.row["context"]) for q in test], test
+        ),
     }
     told = []
     print(f"\n{data}/test.jsonl, {len(test):,} questions\n{'':<18}{'exact':>8}{'F1':>8}")
@@ -298,7 +302,7 @@ def setup(
         non_embedding_parameters=non_embedding_parameters(kept.encoder),
         data=data.name,
         settings={"encoder": encoder, "shape": asdict(shape) if encoder == SCRATCH else None, "fit": asdict(fit),
-                  "max_rows": max_rows, "max_test_rows": max_test_rows},
+                  "max_answer_tokens": max_answer_tokens, "max_rows": max_rows, "max_test_rows": max_test_rows},
         hardware=hardware(),
         versions=versions(),
     )  # fmt: skip

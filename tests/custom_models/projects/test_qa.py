@@ -13,7 +13,7 @@ from custom_models.__main__ import PROJECTS
 from custom_models.encoder import Encoder, bert
 from custom_models.encoder_checkpoint import encoder_directory, save_encoder, tokenizer_of
 from custom_models.projects import qa
-from custom_models.projects.answers import commonest, exact, f1, likest_phrase
+from custom_models.projects.answers import commonest, exact, f1, first_phrase_of_likest_sentence, likest_phrase
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.qa import Reader, encode_question
 from custom_models.projects.shape import Shape
@@ -61,7 +61,9 @@ def numbers(out_dir: Path) -> dict[str, float]:
 def test_it_learns_to_find_what_no_baseline_finds(trained):
     found = numbers(trained)
     assert found["exact"] > 0.8 and found["f1"] >= found["exact"]
-    assert found["exact_commonest_answer"] < 0.5 > found["exact_likest_phrase"]
+    assert found["exact_commonest_answer"] < 0.5 > found["exact_likest_phrase"] and "f1_likest_sentence" in found
+    settings = json.loads((trained / "metrics.json").read_text())["settings"]
+    assert settings["max_answer_tokens"] == 30
 
 
 def test_it_answers_from_a_file_longer_than_it_reads_at_once(trained, tmp_path, capsys):
@@ -126,7 +128,11 @@ def test_baselines():
         likest_phrase("Which sign is a fever of the brain?", "Pain (ache), a kind of sign. Brain fever.")
         == "Brain fever"
     )
-    assert likest_phrase("x", "...") == "..."
+    assert likest_phrase("x", "...") == first_phrase_of_likest_sentence("x", "...") == "..."
+    entries = "Ataxia (also Unsteady gait), a kind of sign. Pyrexia (also Heat), a kind of raised fever.\nCramp."
+    asked = "Which kind of fever is raised?"
+    assert first_phrase_of_likest_sentence(asked, entries) == "Pyrexia"
+    assert likest_phrase(asked, entries) == "a kind of raised fever"
 
 
 def test_bad_input_is_told_in_one_message(trained, data, tmp_path, capsys):
