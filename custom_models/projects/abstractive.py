@@ -21,18 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from custom_models.bertsum import windows
-from custom_models.encoder_checkpoint import tokenizer_of
+from custom_models.encoder_checkpoint import frame_of, tokenizer_of
+from custom_models.masked_language_model import IGNORED
 from custom_models.projects.documents import Document, encode_documents, read_documents
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.rouge import baselines, joined, rouge, rouge_metrics, table
+from custom_models.projects.seq2seq import padded
 from custom_models.projects.texts import LengthBatches
 from workflows.checkpoint import versions, write_metrics
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, recover_dir
 from workflows.measure import PeakMemory, hardware, seconds_of_step
-
-IGNORED = -100
-"""A label that does not count, for cross-entropy."""
 
 
 @dataclass
@@ -110,7 +109,7 @@ def from_encoder(directory: Path, tokenizer: Tokenizer, decoding: Decoding) -> A
     family = read_json(directory / "config.json").get("model_type")
     if family not in ("bert", "roberta"):
         raise UserError(f"{directory} is of the architecture {family!r}; as a decoder serve bert and roberta.")
-    start, end = tokenizer.encode("").ids
+    start, end = frame_of(tokenizer, directory)
     place = str(directory)
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(place, place)
     pad_id = model.config.encoder.pad_token_id
@@ -145,12 +144,6 @@ def window_ids(ids: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
     start, end, bare = ids[0][0], ids[0][-1], [sentence[1:-1] for sentence in ids]
     parts = windows([len(sentence) for sentence in bare], longest - 2)
     return [[start, *(i for sentence in bare[a:b] for i in sentence), end] for a, b in parts]
-
-
-def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Rows of ids as one tensor, (B, T)."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])  # (B, T)
 
 
 def masked(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
@@ -238,6 +231,7 @@ def _loader(pairs: list[Pair], pad_id: int, batch_size: int, seed: int | None) -
 
 def train(
     data: Path,
+    encoder: str,
     directory: Path,
     tokenizer: Tokenizer,
     out_dir: Path,
@@ -292,8 +286,8 @@ def train(
         train_seconds=[trained],
         validation_loss=min(row["val_loss"] for row in epochs),
         data=data.name,
-        settings={"decoding": asdict(decoding), "fit": asdict(fit), "seed": seed, "max_rows": max_rows,
-                  "max_test_rows": max_test_rows},
+        settings={"encoder": encoder, "decoding": asdict(decoding), "fit": asdict(fit), "seed": seed,
+                  "max_rows": max_rows, "max_test_rows": max_test_rows},
         hardware=hardware(),
         versions=versions(),
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,19 @@ def test_baselines():
     assert likest_phrase(asked, entries) == "a kind of raised fever"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_answer_tokens", None), ("max_answer_tokens", "ten"), ("frame", [1]), ("frame", [0, 100_000])],
+)
+def test_a_damaged_checkpoint_is_told(trained, tmp_path, name, value):
+    shutil.copytree(trained / "final", tmp_path / "final")
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    config = {key: entry for key, entry in {**config, name: value}.items() if entry is not None}
+    (tmp_path / "final" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json is damaged: frame or max_answer_tokens"):
+        qa.load_finder(tmp_path / "final")
+
+
 def test_bad_input_is_told_in_one_message(trained, data, tmp_path, capsys):
     file = tmp_path / "context.txt"
     file.write_text("anna, seven.")
@@ -152,6 +167,8 @@ def test_bad_input_is_told_in_one_message(trained, data, tmp_path, capsys):
     write(tmp_path / "bad", [{**register(random.Random(0)), "answers": {"text": ["zoe"], "answer_start": [3]}}])
     with pytest.raises(UserError, match=r"train\.jsonl, line 1: the answer 'zoe' does not stand in the context at 3"):
         qa.setup(tmp_path / "bad", out_dir=tmp_path)
+    with pytest.raises(UserError, match="at least 5 positions, not 4"):
+        qa.setup(data, out_dir=tmp_path, shape=replace(SHAPE, n_position=4))
     reader = Reader(tokenizer_of(trained / "final"), (0, 1), 64)
     with pytest.raises(UserError, match="question or its context is empty"):
         encode_question({"question": "who", "context": ""}, reader)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,18 @@ def test_bad_texts_are_told_in_one_message(trained, tmp_path, capsys):
         summarize.summary(folder, file, n_sentences=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_layer", None), ("n_layer", "two"), ("pooling", "banana"), ("n_sentences", 0)]
+)
+def test_a_damaged_checkpoint_is_told(trained, tmp_path, name, value):
+    shutil.copytree(trained / "final", tmp_path / "final")
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    config = {key: entry for key, entry in {**config, name: value}.items() if entry is not None}
+    (tmp_path / "final" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json.*{name}"):
+        load_summarizer(tmp_path / "final")
+
+
 def test_an_encoder_is_no_summariser(encoder, tmp_path):
     with pytest.raises(UserError, match="is no summariser"):
         load_summarizer(encoder)
@@ -150,6 +163,7 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
     summarize.setup(data, "abstractive", str(tmp_path / "bert"), tmp_path / "out", decoding=decoding, fit=fit,
                     max_test_rows=8)  # fmt: skip
     found = numbers(tmp_path / "out")
+    assert found["settings"]["encoder"] == str(tmp_path / "bert")
     assert found["abstractive_rouge1"]["value"] > 0.3 and found["lead1_rouge1"]["n"] == 8
     model, tokenizer = abstractive.load(tmp_path / "out" / "final")
     assert model.generation_config.num_beams == 2 and model.generation_config.no_repeat_ngram_size == 3
