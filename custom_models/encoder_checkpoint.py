@@ -225,6 +225,18 @@ def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, 
         (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
 
+def frame_of(tokenizer: Tokenizer, place: Path) -> tuple[int, int]:
+    """The ids that a tokenizer puts before a text and behind it, BERT's [CLS] and [SEP].
+
+    Raises:
+        UserError: If it does not put one on each side.
+    """
+    frame = tokenizer.encode("").ids
+    if len(frame) != 2:
+        raise UserError(f"The tokenizer of {place} does not put one token before a text and one behind it.")
+    return frame[0], frame[1]
+
+
 def read_own(folder: Path) -> tuple[dict[str, Any], EncoderConfig, dict[str, Tensor]]:
     """A checkpoint of our own: the contents of `config.json`, the encoder's shape, and the weights.
 

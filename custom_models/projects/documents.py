@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from custom_models.bertsum import DocumentBatch, batch_documents
 from custom_models.projects.rouge import oracle
@@ -94,17 +94,6 @@ def with_oracle(documents: Sequence[Document], most: int) -> list[Document]:
     return [replace(d, chosen=oracle(d.sentences, d.summaries, most)) for d in several]
 
 
-class _Rows(Dataset[Document]):
-    def __init__(self, documents: Sequence[Document]) -> None:
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, index: int) -> Document:
-        return self.documents[index]
-
-
 def loader(
     documents: Sequence[Document], longest: int, pad_id: int, batch_size: int, seed: int | None = None
 ) -> DataLoader[Document]:
@@ -118,4 +107,4 @@ def loader(
         return Batch(tokens, labels, list(found))
 
     order = LengthBatches([sum(map(len, document.ids)) for document in documents], batch_size, seed)
-    return DataLoader(_Rows(documents), batch_sampler=order, collate_fn=collate)
+    return DataLoader(documents, batch_sampler=order, collate_fn=collate)  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 From scratch (`--encoder scratch`): a vocabulary and an encoder of our own, trained on the questions alone. Or from the
 weights of a pretrained encoder: MiniLM (`--encoder minilm`), or a BERT, RoBERTa or DistilBERT by its folder or Hub id.
-Beside it the answer that is right most often, and the phrase of the context that shares most words with the question.
+Beside it the answer that is right most often, and what shared words find: the phrase of the context that shares most
+with the question, and the first phrase of the sentence that does.
 """
 
 import time
@@ -15,11 +16,18 @@ import lightning as L
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from custom_models.encoder import Encoder, non_embedding_parameters
-from custom_models.encoder_checkpoint import encoder_directory, load_encoder, read_own, save_encoder, tokenizer_of
-from custom_models.projects.answers import commonest, exact, f1, likest_phrase
+from custom_models.encoder_checkpoint import (
+    encoder_directory,
+    frame_of,
+    load_encoder,
+    read_own,
+    save_encoder,
+    tokenizer_of,
+)
+from custom_models.projects.answers import commonest, exact, f1, first_phrase_of_likest_sentence, likest_phrase
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.shape import Shape
@@ -44,11 +52,18 @@ class Reader:
         tokenizer: Whose ids.
         frame: The ids of [CLS] and [SEP], or what stands in their places.
         longest: The most tokens of question, window and frame.
+
+    Raises:
+        UserError: If no question can be read beside a text.
     """
 
     tokenizer: Tokenizer
     frame: tuple[int, int]
     longest: int
+
+    def __post_init__(self) -> None:
+        if self.longest < 5:  # the frame has three
+            raise UserError(f"Question and text need at least 5 positions, not {self.longest} (--shape.n_position).")
 
     def ids(self, text: str) -> list[int]:
         """A text's tokens, without a frame."""
@@ -136,17 +151,6 @@ def read_questions(data: Path, split: str, reader: Reader, max_rows: int | None 
     return found
 
 
-class _Rows(Dataset[Question]):
-    def __init__(self, questions: Sequence[Question]) -> None:
-        self.questions = questions
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> Question:
-        return self.questions[index]
-
-
 def loader(
     questions: Sequence[Question], pad_id: int, batch_size: int, seed: int | None = None
 ) -> DataLoader[Question]:
@@ -156,7 +160,7 @@ def loader(
         return Batch(batch_spans([window for question in found for window in question.windows], pad_id), list(found))
 
     order = LengthBatches([sum(len(ids) for ids, _, _ in q.windows) for q in questions], batch_size, seed)
-    return DataLoader(_Rows(questions), batch_sampler=order, collate_fn=collate)
+    return DataLoader(questions, batch_sampler=order, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def answers_of(logits: tuple[Tensor, Tensor], questions: Sequence[Question], most: int) -> list[tuple[str, float, int]]:
@@ -277,6 +281,9 @@ def setup(
         "": runs[0],
         "_commonest_answer": _scores([usual] * len(test), test),
         "_likest_phrase": _scores([likest_phrase(q.row["question"], q.row["context"]) for q in test], test),
+        "_likest_sentence": _scores(
+            [first_phrase_of_likest_sentence(q.row["question"], q.row["context"]) for q in test], test
+        ),
     }
     told = []
     print(f"\n{data}/test.jsonl, {len(test):,} questions\n{'':<18}{'exact':>8}{'F1':>8}")
@@ -298,7 +305,7 @@ def setup(
         non_embedding_parameters=non_embedding_parameters(kept.encoder),
         data=data.name,
         settings={"encoder": encoder, "shape": asdict(shape) if encoder == SCRATCH else None, "fit": asdict(fit),
-                  "max_rows": max_rows, "max_test_rows": max_test_rows},
+                  "max_answer_tokens": max_answer_tokens, "max_rows": max_rows, "max_test_rows": max_test_rows},
         hardware=hardware(),
         versions=versions(),
     )  # fmt: skip
@@ -326,12 +333,8 @@ def _reader_and_maker(
         return Reader(tokenizer, (start, end), shape.n_position), lambda: Encoder(config)
     directory = encoder_directory(encoder)
     tokenizer = tokenizer_of(directory)
-    frame = tokenizer.encode("").ids
-    if len(frame) != 2:
-        raise UserError(f"The tokenizer of {directory} does not put one token before a text and one behind it.")
-    return Reader(tokenizer, (frame[0], frame[1]), load_encoder(directory).config.n_position), lambda: load_encoder(
-        directory
-    )
+    longest = load_encoder(directory).config.n_position
+    return Reader(tokenizer, frame_of(tokenizer, directory), longest), lambda: load_encoder(directory)
 
 
 @torch.no_grad()
@@ -357,13 +360,16 @@ def load_finder(folder: Path) -> tuple[SpanModel, Reader, int]:
     config, shape, weights = read_own(folder)
     if "frame" not in config:
         raise UserError(f"{folder} finds no answers. Train a model that does with `make qa`.")
+    match config:
+        case {"frame": [int(start), int(end)], "max_answer_tokens": int(most)} if (
+            0 <= min(start, end) <= max(start, end) < shape.vocab_size and most >= 1
+        ):
+            reader = Reader(tokenizer_of(folder), (start, end), shape.n_position)
+        case _:
+            raise UserError(f"{folder}/config.json is damaged: frame or max_answer_tokens. Train it again.")
     model = SpanModel(Encoder(shape))
     fill(model, weights, str(folder))
-    return (
-        model.eval(),
-        Reader(tokenizer_of(folder), tuple(config["frame"]), shape.n_position),
-        config["max_answer_tokens"],
-    )
+    return model.eval(), reader, most
 
 
 def answer(checkpoint_dir: Path, question: str, context: Path) -> None:

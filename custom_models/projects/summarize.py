@@ -10,7 +10,7 @@ reaches much more.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from custom_models.bertsum import BertSum, Pooling
+from custom_models.configuration import configured
 from custom_models.encoder import Encoder
-from custom_models.encoder_checkpoint import encoder_directory, load_encoder, read_own, save_encoder, tokenizer_of
+from custom_models.encoder_checkpoint import (
+    encoder_directory,
+    frame_of,
+    load_encoder,
+    read_own,
+    save_encoder,
+    tokenizer_of,
+)
 from custom_models.projects import abstractive
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.documents import Batch, Document, encode_documents, loader, read_documents, with_oracle
@@ -33,6 +41,28 @@ from workflows.checkpoint import versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.files import read_json, read_text
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a checkpoint says of an extractive summariser besides its encoder.
+
+    Attributes:
+        n_layer: Layers over the sentences.
+        pooling: What stands for a sentence.
+        n_sentences: Sentences of a summary.
+
+    Raises:
+        UserError: If a number is too small.
+    """
+
+    n_layer: int
+    pooling: Pooling
+    n_sentences: int
+
+    def __post_init__(self) -> None:
+        if self.n_layer < 0 or self.n_sentences < 1:
+            raise UserError("n_layer must be at least 0 and n_sentences at least 1. Train it again.")
 
 
 class SummaryTask(L.LightningModule):
@@ -125,11 +155,13 @@ def setup(
     report_all(problems)
     directory = encoder_directory(encoder)
     tokenizer = tokenizer_of(directory)
-    _check_frame(tokenizer, directory)
+    frame_of(tokenizer, directory)  # sentences lose and get it
     if method == "abstractive":
         if len(seeds) > 1:
             raise UserError("--method abstractive trains once: give one seed.")
-        abstractive.train(data, directory, tokenizer, out_dir, decoding, fit, seeds[0], max_rows, max_test_rows, began)
+        abstractive.train(
+            data, encoder, directory, tokenizer, out_dir, decoding, fit, seeds[0], max_rows, max_test_rows, began
+        )
         return
     longest = load_encoder(directory).config.n_position
     train, validation, test = (read_documents(data, split, tokenizer, longest, most) for split, most in (
@@ -157,8 +189,8 @@ def setup(
                   f"{100 * _mean(runs[-1]):.1f}, {times[-1]:.0f} s")  # fmt: skip
             kept = kept or model
     assert kept is not None
-    save_encoder(kept, kept.encoder.config, tokenizer, out_dir / "final", method="extractive", n_layer=n_layer,
-                 pooling=pooling, n_sentences=n_sentences, data=data.name)  # fmt: skip
+    save_encoder(kept, kept.encoder.config, tokenizer, out_dir / "final", method="extractive", data=data.name,
+                 **asdict(Chosen(n_layer, pooling, n_sentences)))  # fmt: skip
     rows = rouge_metrics("extractive", runs[0])
     for name, chooser in baselines(n_sentences, seeds[0]).items():
         found = [rouge(joined(d.sentences, chooser(d.sentences, d.summaries)), d.summaries) for d in test]
@@ -193,13 +225,6 @@ def _mean(scores: Sequence[Sequence[float]], kind: int = 0) -> float:
     return sum(row[kind] for row in scores) / len(scores)
 
 
-def _check_frame(tokenizer: Tokenizer, directory: Path) -> None:
-    if len(tokenizer.encode("").ids) != 2:
-        raise UserError(
-            f"The tokenizer of {directory} does not put one token before a text and one behind it, as BERT's do."
-        )
-
-
 @torch.no_grad()
 def summarize(
     model: BertSum, documents: Sequence[Document], most: int, batch_size: int = 16
@@ -222,9 +247,11 @@ def load_summarizer(folder: Path) -> tuple[BertSum, Tokenizer, int]:
     config, shape, weights = read_own(folder)
     if config.get("method") != "extractive":
         raise UserError(f"{folder} is no summariser. Train one with `make summarize`.")
-    model = BertSum(Encoder(shape), config["n_layer"], config["pooling"])
+    values = {field.name: config[field.name] for field in fields(Chosen) if field.name in config}
+    how = configured(Chosen, values, f"{folder}/config.json")
+    model = BertSum(Encoder(shape), how.n_layer, how.pooling)
     fill(model, weights, str(folder))
-    return model.eval(), tokenizer_of(folder), config["n_sentences"]
+    return model.eval(), tokenizer_of(folder), how.n_sentences
 
 
 def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) -> None:
@@ -252,7 +279,12 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
     if not (sentences := split_sentences(text, splitter(f"{definitions()[:100_000]}\n{text}"))):
         raise UserError(f"{file} is empty: there is nothing to summarise.")
     if read_json(checkpoint_dir / "config.json").get("model_type") == "encoder-decoder":
-        print(abstractive.summarize(sentences, *abstractive.load(checkpoint_dir)))
+        if n_sentences is not None:
+            raise UserError(f"{checkpoint_dir} writes summaries and chooses no sentences: leave out --n_sentences.")
+        writer, tokenizer = abstractive.load(checkpoint_dir)
+        written, cut = abstractive.summarize(sentences, writer, tokenizer)
+        print(written)
+        _tell_cut(cut, abstractive.positions_of(writer))
         return
     model, tokenizer, most = load_summarizer(checkpoint_dir)
     (document,), cut = encode_documents([(sentences, [])], tokenizer, model.encoder.config.n_position)
@@ -262,5 +294,9 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
         print(f"{'>' if i in chosen else ' '} {' '.join(sentence.split())}")
     if len(sentences) == 1:
         print("\nThe text has one sentence, so there was nothing to choose.")
+    _tell_cut(cut, model.encoder.config.n_position)
+
+
+def _tell_cut(cut: int, longest: int) -> None:
     if cut:
-        print(f"\n{cut} sentences were read without their ends: over {model.encoder.config.n_position} tokens.")
+        print(f"\n{cut} sentences were read without their ends: over {longest} tokens.")

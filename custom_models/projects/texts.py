@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from data_prep.rows import read_rows
 from workflows.errors import UserError
@@ -101,17 +101,6 @@ def encode(texts: Sequence[tuple[str, int]], tokenizer: Tokenizer, longest: int)
     return found, cut
 
 
-class _Rows(Dataset[Labelled]):
-    def __init__(self, rows: Sequence[Labelled]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Labelled:
-        return self.rows[index]
-
-
 class LengthBatches(Sampler[list[int]]):
     """Batches of texts of similar length, in an order that changes from epoch to epoch and is the same for a seed.
 
@@ -156,4 +145,4 @@ def padded(rows: Sequence[Labelled], pad_id: int) -> Batch:
 def loader(rows: Sequence[Labelled], pad_id: int, batch_size: int, seed: int | None = None) -> DataLoader[Labelled]:
     """Batches of texts, shuffled by a seed (training) or in the order of their lengths."""
     batches = LengthBatches([len(row.ids) for row in rows], batch_size, seed)
-    return DataLoader(_Rows(rows), batch_sampler=batches, collate_fn=lambda found: padded(found, pad_id))
+    return DataLoader(rows, batch_sampler=batches, collate_fn=lambda found: padded(found, pad_id))  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from custom_models.__main__ import PROJECTS
 from custom_models.encoder import Encoder, bert
 from custom_models.encoder_checkpoint import encoder_directory, save_encoder, tokenizer_of
 from custom_models.projects import qa
-from custom_models.projects.answers import commonest, exact, f1, likest_phrase
+from custom_models.projects.answers import commonest, exact, f1, first_phrase_of_likest_sentence, likest_phrase
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.qa import Reader, encode_question
 from custom_models.projects.shape import Shape
@@ -61,7 +63,9 @@ def numbers(out_dir: Path) -> dict[str, float]:
 def test_it_learns_to_find_what_no_baseline_finds(trained):
     found = numbers(trained)
     assert found["exact"] > 0.8 and found["f1"] >= found["exact"]
-    assert found["exact_commonest_answer"] < 0.5 > found["exact_likest_phrase"]
+    assert found["exact_commonest_answer"] < 0.5 > found["exact_likest_phrase"] and "f1_likest_sentence" in found
+    settings = json.loads((trained / "metrics.json").read_text())["settings"]
+    assert settings["max_answer_tokens"] == 30
 
 
 def test_it_answers_from_a_file_longer_than_it_reads_at_once(trained, tmp_path, capsys):
@@ -126,7 +130,24 @@ def test_baselines():
         likest_phrase("Which sign is a fever of the brain?", "Pain (ache), a kind of sign. Brain fever.")
         == "Brain fever"
     )
-    assert likest_phrase("x", "...") == "..."
+    assert likest_phrase("x", "...") == first_phrase_of_likest_sentence("x", "...") == "..."
+    entries = "Ataxia (also Unsteady gait), a kind of sign. Pyrexia (also Heat), a kind of raised fever.\nCramp."
+    asked = "Which kind of fever is raised?"
+    assert first_phrase_of_likest_sentence(asked, entries) == "Pyrexia"
+    assert likest_phrase(asked, entries) == "a kind of raised fever"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_answer_tokens", None), ("max_answer_tokens", "ten"), ("frame", [1]), ("frame", [0, 100_000])],
+)
+def test_a_damaged_checkpoint_is_told(trained, tmp_path, name, value):
+    shutil.copytree(trained / "final", tmp_path / "final")
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    config = {key: entry for key, entry in {**config, name: value}.items() if entry is not None}
+    (tmp_path / "final" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json is damaged: frame or max_answer_tokens"):
+        qa.load_finder(tmp_path / "final")
 
 
 def test_bad_input_is_told_in_one_message(trained, data, tmp_path, capsys):
@@ -146,6 +167,8 @@ def test_bad_input_is_told_in_one_message(trained, data, tmp_path, capsys):
     write(tmp_path / "bad", [{**register(random.Random(0)), "answers": {"text": ["zoe"], "answer_start": [3]}}])
     with pytest.raises(UserError, match=r"train\.jsonl, line 1: the answer 'zoe' does not stand in the context at 3"):
         qa.setup(tmp_path / "bad", out_dir=tmp_path)
+    with pytest.raises(UserError, match="at least 5 positions, not 4"):
+        qa.setup(data, out_dir=tmp_path, shape=replace(SHAPE, n_position=4))
     reader = Reader(tokenizer_of(trained / "final"), (0, 1), 64)
     with pytest.raises(UserError, match="question or its context is empty"):
         encode_question({"question": "who", "context": ""}, reader)

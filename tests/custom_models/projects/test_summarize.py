@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,18 @@ def test_bad_texts_are_told_in_one_message(trained, tmp_path, capsys):
         summarize.summary(folder, file, n_sentences=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_layer", None), ("n_layer", "two"), ("pooling", "banana"), ("n_sentences", 0)]
+)
+def test_a_damaged_checkpoint_is_told(trained, tmp_path, name, value):
+    shutil.copytree(trained / "final", tmp_path / "final")
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    config = {key: entry for key, entry in {**config, name: value}.items() if entry is not None}
+    (tmp_path / "final" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json.*{name}"):
+        load_summarizer(tmp_path / "final")
+
+
 def test_an_encoder_is_no_summariser(encoder, tmp_path):
     with pytest.raises(UserError, match="is no summariser"):
         load_summarizer(encoder)
@@ -150,6 +163,7 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
     summarize.setup(data, "abstractive", str(tmp_path / "bert"), tmp_path / "out", decoding=decoding, fit=fit,
                     max_test_rows=8)  # fmt: skip
     found = numbers(tmp_path / "out")
+    assert found["settings"]["encoder"] == str(tmp_path / "bert")
     assert found["abstractive_rouge1"]["value"] > 0.3 and found["lead1_rouge1"]["n"] == 8
     model, tokenizer = abstractive.load(tmp_path / "out" / "final")
     assert model.generation_config.num_beams == 2 and model.generation_config.no_repeat_ngram_size == 3
@@ -163,12 +177,32 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(abstractive, "write", counted)
-        text = abstractive.summarize(long, model, tokenizer)
-    assert calls[0] > 2 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text
+        text, cut = abstractive.summarize(long, model, tokenizer)
+    assert calls[0] > 2 and calls == sorted(calls, reverse=True) and calls[-1] == 1 and text and cut == 0
     file = tmp_path / "text.txt"
     file.write_text("We found pain with film. The scene was.")
-    summarize.summary(tmp_path / "out" / "final", file)
+    folder = tmp_path / "out" / "final"
+    summarize.summary(folder, file)
     assert "found" in capsys.readouterr().out.splitlines()[-1]
+    file.write_text("word " * 100)
+    summarize.summary(folder, file)
+    assert "1 sentences were read without their ends: over 40 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="chooses no sentences: leave out --n_sentences"):
+        summarize.summary(folder, file, n_sentences=2)
+
+
+def test_a_document_is_read_as_it_was_in_training(monkeypatch):
+    tokenizer, read = tokenizer_of(encoder_directory("minilm")), []
+    monkeypatch.setattr(abstractive, "positions_of", lambda model: 40)
+    monkeypatch.setattr(abstractive, "write", lambda model, tokenizer, rows: read.append(rows) or ["fever"] * len(rows))
+    sentences = ["We found fever.", "A scene was.", "word " * 50, "And pain."]
+    for texts in (sentences[:2], sentences):  # one window, several
+        read.clear()
+        _, cut = abstractive.summarize(texts, None, tokenizer)
+        documents, over = encode_documents([(texts, ["Fever."])], tokenizer, 40)
+        (pair,), _ = abstractive.pairs_of(documents, tokenizer, 40, 10)
+        assert read[0] == abstractive.window_ids(documents[0].ids, 40) and read[0][0] == pair.ids and cut == over
+        assert all(row.count(102) == 1 for row in read[0])  # one [SEP] a window, and none between its sentences
 
 
 def test_bad_settings_are_told_at_once(data, encoder, tmp_path):
