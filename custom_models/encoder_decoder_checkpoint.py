@@ -6,24 +6,24 @@ A checkpoint of our own is a folder with `config.json` (the fields of `EncoderDe
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.configuration import configured
-from custom_models.encoder_checkpoint import tokenizer_of
+from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
 from custom_models.encoder_decoder import T5, EncoderDecoder, EncoderDecoderConfig
-from custom_models.weights import fill, read_hf, save_weights
+from custom_models.weights import fill, own_type, read_checkpoint, read_hf, save_checkpoint
 from workflows.errors import UserError
-from workflows.files import atomic_dir, read_json, recover_dir, write_json
+from workflows.files import read_json, recover_dir
 from workflows.hub import fetch_from_hub
 
-OURS = "custom_models.encoder_decoder"
+OURS = own_type("encoder_decoder")
 _SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "width",
@@ -145,10 +145,7 @@ def save_encoder_decoder(
         folder: Where; what was there is replaced.
         **more: Further entries of `config.json`.
     """
-    with atomic_dir(folder) as temporary:
-        write_json(temporary / "config.json", {"model_type": OURS, "encoder_decoder": asdict(config), **more})
-        save_weights(model, temporary)
-        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    save_checkpoint("encoder_decoder", model, config, folder, partial(save_tokenizer, tokenizer), **more)
 
 
 def read_own(folder: Path) -> tuple[dict[str, Any], EncoderDecoderConfig, dict[str, Tensor]]:
@@ -157,19 +154,7 @@ def read_own(folder: Path) -> tuple[dict[str, Any], EncoderDecoderConfig, dict[s
     Raises:
         UserError: If it is none, or damaged.
     """
-    recover_dir(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no checkpoint.")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != OURS:
-        raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
-    known = {field.name for field in fields(EncoderDecoderConfig)}
-    try:
-        values = {name: value for name, value in config["encoder_decoder"].items() if name in known}
-        shape = configured(EncoderDecoderConfig, values, f"{folder}/config.json")
-        return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
-    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+    return read_checkpoint(folder, "encoder_decoder", EncoderDecoderConfig)
 
 
 def t5_directory(place: Path | str) -> Path:

@@ -11,11 +11,10 @@ Run it: python -m custom_models.gpt_checkpoint
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,12 +23,21 @@ from custom_models.gpt import GPT, GPTConfig
 from custom_models.tokenization import tokenizer_json
 from custom_models.tokenization.bpe import ByteBPE
 from custom_models.tokenization.characters import CharacterTokenizer
-from custom_models.weights import fill, quiet_transformers, read_hf, reference, save_weights, tell_difference
+from custom_models.weights import (
+    fill,
+    own_type,
+    quiet_transformers,
+    read_checkpoint,
+    read_hf,
+    reference,
+    save_checkpoint,
+    tell_difference,
+)
 from workflows.errors import UserError, run_file
-from workflows.files import atomic_dir, read_json, recover_dir, write_json
+from workflows.files import read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 
-OURS = "custom_models.gpt"
+OURS = own_type("gpt")
 CHARACTERS, BPE = "characters.json", "tokenizer.json"
 _CONFIG = {
     "vocab_size": "vocab_size",
@@ -180,10 +188,7 @@ def save_gpt(model: GPT, tokenizer: Tokenizer, folder: Path, **more: Any) -> Non
         folder: Where; what was there is replaced.
         **more: Further entries of `config.json`.
     """
-    with atomic_dir(folder) as temporary:
-        write_json(temporary / "config.json", {"model_type": OURS, "gpt": asdict(model.config), **more})
-        save_weights(model, temporary)
-        save_tokenizer(tokenizer, temporary)
+    save_checkpoint("gpt", model, model.config, folder, partial(save_tokenizer, tokenizer), **more)
 
 
 def load_own(folder: Path) -> GPT:
@@ -192,14 +197,7 @@ def load_own(folder: Path) -> GPT:
     Raises:
         UserError: If it is none, or damaged.
     """
-    config = read_json(folder / "config.json")
-    known = {field.name for field in fields(GPTConfig)}
-    try:
-        values = {name: value for name, value in config["gpt"].items() if name in known}
-        shape = configured(GPTConfig, values, f"{folder}/config.json")
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+    _, shape, weights = read_checkpoint(folder, "gpt", GPTConfig)
     model = GPT(shape)
     fill(model, weights, str(folder))
     return model

@@ -1,19 +1,25 @@
 """Weights on their way between files and models: read, made sure that they fit, filled in, written.
 
-How a family's tensors are called stands in that family's `*_checkpoint.py`; this is what all of them do besides.
+How a family's tensors are called stands in that family's `*_checkpoint.py`; this is what all of them do besides. A
+checkpoint of our own is a folder with `config.json` (the family, and the fields of its configuration),
+`model.safetensors` and a tokenizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from custom_models.configuration import configured
 from workflows.errors import UserError
-from workflows.files import atomic_file
+from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, write_json
 from workflows.hf_reader import lazy_tensors
+
+T = TypeVar("T")
 
 
 def read_hf(directory: Path) -> dict[str, Tensor]:
@@ -34,6 +40,56 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     with atomic_file(folder / "model.safetensors") as file:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, file)
+
+
+def own_type(family: str) -> str:
+    """What `config.json` has for `model_type` in a checkpoint of our own."""
+    return f"custom_models.{family}"
+
+
+def save_checkpoint(
+    family: str, model: nn.Module, config: Any, folder: Path, save_tokenizer: Callable[[Path], None], **more: Any
+) -> None:
+    """Write a checkpoint of our own, whole or not at all.
+
+    Args:
+        family: "encoder", "encoder_decoder" or "gpt".
+        model: A model of it, or one with such a model in it.
+        config: The family's configuration, a dataclass.
+        folder: Where; what was there is replaced.
+        save_tokenizer: Writes the tokenizer into a folder.
+        **more: Further entries of `config.json`.
+    """
+    with atomic_dir(folder) as temporary:
+        write_json(temporary / "config.json", {"model_type": own_type(family), family: asdict(config), **more})
+        save_weights(model, temporary)
+        save_tokenizer(temporary)
+
+
+def read_checkpoint(folder: Path, family: str, kind: type[T]) -> tuple[dict[str, Any], T, dict[str, Tensor]]:
+    """A checkpoint of our own: the contents of `config.json`, the model's configuration, and the weights.
+
+    Args:
+        folder: Where it is.
+        family: Of which it must be.
+        kind: The family's configuration.
+
+    Raises:
+        UserError: If it is none, or damaged.
+    """
+    recover_dir(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no checkpoint.")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != own_type(family):
+        raise UserError(f"{folder} is of the architecture {config.get('model_type')!r}, not a checkpoint of ours.")
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    try:
+        values = {name: value for name, value in config[family].items() if name in known}
+        shape = configured(kind, values, f"{folder}/config.json")
+        return config, shape, safetensors.torch.load_file(folder / "model.safetensors")
+    except (KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], place: str) -> None:
