@@ -6,6 +6,8 @@ formula). Scores, ties and stopping are those of transformers' `generate`, which
 
 With one beam it is greedy search that obeys the two rules `generation.generate` does not know: no n-gram twice, and a
 hook that says which tokens may come next ("constrained decoding").
+
+Run it: python -m custom_models.beam_search --text "The liver is"
 """
 
 import time
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from custom_models.generation import Decoder, Generated, check_scores
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, report_all, run_file
 
 Allowed = Callable[[int, list[int]], Sequence[int]]
 """(number of the text, its new ids so far) -> ids that may come next; if there are none, that beginning is given up."""
@@ -181,3 +183,33 @@ def _forbid(
             for i in range(len(ids) - no_repeat_ngram + 1):
                 if ids[i : i + no_repeat_ngram - 1] == last:
                     logprobs[row, ids[i + no_repeat_ngram - 1]] = -torch.inf
+
+
+def main(text: str = "The liver is", max_new_tokens: int = 12, no_repeat_ngram: int = 2) -> None:
+    """Let the embedded 135M Llama write on with one beam and with four, and print how likely each text is.
+
+    Args:
+        text: What to write on from.
+        max_new_tokens: Tokens to write.
+        no_repeat_ngram: No n tokens in a row occur twice.
+
+    Raises:
+        UserError: If a setting makes no sense.
+    """
+    from custom_models.encoder_checkpoint import tokenizer_of
+    from custom_models.llama_checkpoint import load_llama, smollm2_directory
+
+    directory = smollm2_directory()
+    model, tokenizer = load_llama(directory).eval(), tokenizer_of(directory)
+    prompt = torch.tensor([tokenizer.encode(text).ids])  # (1, T)
+    for n_beam in (1, 4):
+        (ids,) = beam_search(model, prompt, max_new_tokens, n_beam=n_beam, no_repeat_ngram=no_repeat_ngram).ids
+        whole = torch.cat([prompt, torch.tensor([ids])], dim=1)  # (1, T + new tokens)
+        with torch.no_grad():
+            logprobs = model(whole)[0, prompt.shape[1] - 1 : -1].log_softmax(-1)  # (new tokens, vocab_size)
+        total = float(logprobs.gather(1, torch.tensor(ids)[:, None]).sum())
+        print(f"{n_beam} beam{'s' if n_beam > 1 else ' '}  {total:8.2f}  {text}{tokenizer.decode(ids)}")
+
+
+if __name__ == "__main__":
+    run_file(main)

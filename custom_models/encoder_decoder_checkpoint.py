@@ -2,9 +2,12 @@
 
 A checkpoint of our own is a folder with `config.json` (the fields of `EncoderDecoderConfig`), `model.safetensors` and
 `tokenizer.json`.
+
+Run it: python -m custom_models.encoder_decoder_checkpoint
 """
 
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,8 +21,17 @@ from torch import Tensor, nn
 from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
 from custom_models.encoder_decoder import T5, EncoderDecoder, EncoderDecoderConfig
-from custom_models.weights import fill, own_type, read_checkpoint, read_hf, save_checkpoint
-from workflows.errors import UserError
+from custom_models.weights import (
+    fill,
+    own_type,
+    quiet_transformers,
+    read_checkpoint,
+    read_hf,
+    reference,
+    save_checkpoint,
+    tell_difference,
+)
+from workflows.errors import UserError, run_file
 from workflows.files import read_json, recover_dir
 from workflows.hub import fetch_from_hub
 
@@ -197,3 +209,38 @@ def load_encoder_decoder(place: Path | str) -> tuple[EncoderDecoder, Tokenizer]:
             f"{model.config.vocab_size:,}: they do not belong together."
         )
     return model.eval(), tokenizer
+
+
+def main(checkpoint: str | None = None) -> None:
+    """Print how a decoder layer of T5 is called here and there, and how far our logits are from transformers'.
+
+    Args:
+        checkpoint: The folder of a T5 of Hugging Face's, or its id on the Hub, such as google-t5/t5-small; a small one
+            with random weights, which transformers makes and writes, if null.
+
+    Raises:
+        UserError: If the checkpoint cannot be had or read.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    quiet_transformers()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) if checkpoint is None else t5_directory(checkpoint)
+        if checkpoint is None:
+            torch.manual_seed(0)
+            shape = T5Config(vocab_size=500, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                             decoder_start_token_id=0)  # fmt: skip
+            T5ForConditionalGeneration(shape).save_pretrained(directory)
+        ours, theirs = load_hf(directory).eval(), reference(T5ForConditionalGeneration, directory)
+    for name, tensor in theirs.state_dict().items():
+        if name.startswith("decoder.block.0."):
+            (our_name,) = from_hf_names({name: tensor})
+            print(f"{name:<66}{our_name:<42}{tuple(tensor.shape)}")
+    source, target = torch.randint(1, ours.config.vocab_size, (2, 2, 12))  # (B, T) each
+    with torch.no_grad():
+        found = theirs(input_ids=source, decoder_input_ids=target).logits  # (B, T, vocab_size)
+        tell_difference("logits", ours(source, target), found)
+
+
+if __name__ == "__main__":
+    run_file(main)

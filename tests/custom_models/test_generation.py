@@ -10,6 +10,7 @@ from torch import Tensor
 
 from custom_models.attention import KVCache
 from custom_models.beam_search import beam_search
+from custom_models.beam_search import main as beam_search_program
 from custom_models.deepseek import DeepSeek, DeepSeekConfig
 from custom_models.generation import generate
 from custom_models.gpt import GPT, GPTConfig, modern
@@ -251,3 +252,10 @@ def test_one_beam_is_greedy_and_more_are_no_worse(decoder):
     assert found[0] == found[1]
     gains = [logprob(a, p) - logprob(b, p) for a, b, p in zip(found[0], greedy, prompts(), strict=True)]
     assert sum(gains) >= -1e-4
+
+
+def test_beam_search_runs_as_a_program(embedded_checkpoint, capsys):
+    beam_search_program(max_new_tokens=3)
+    rows = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [["1", "beam"], ["4", "beams"]] and rows[0][3].startswith("The liver is ")
+    assert float(rows[1][2]) >= float(rows[0][2]) - 0.01  # more beams find what is no less likely

@@ -6,7 +6,13 @@ import pytest
 import torch
 import transformers
 
-from custom_models import deepseek_checkpoint, encoder_checkpoint, gpt_checkpoint, llama_checkpoint
+from custom_models import (
+    deepseek_checkpoint,
+    encoder_checkpoint,
+    encoder_decoder_checkpoint,
+    gpt_checkpoint,
+    llama_checkpoint,
+)
 from custom_models.weights import tell_difference
 from workflows.errors import UserError
 
@@ -14,6 +20,7 @@ READERS = {
     "encoder": (encoder_checkpoint, "103 tensors are the encoder's"),
     "gpt": (gpt_checkpoint, "-> blocks.0.attention.k.weight (64, 64)"),
     "llama": (llama_checkpoint, "and 29 layers more; the head is the embedding"),
+    "T5": (encoder_decoder_checkpoint, "decoder.0.cross.out.weight"),
     "deepseek": (deepseek_checkpoint, "layers.1.feed_forward.router.bias"),
 }
 
