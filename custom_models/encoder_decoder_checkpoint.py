@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
-from custom_models.encoder_decoder import T5, EncoderDecoder, EncoderDecoderConfig
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.encoder_decoder_config import T5, EncoderDecoderConfig
 from custom_models.weights import (
     fill,
     own_type,

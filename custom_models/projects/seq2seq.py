@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from custom_models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, t5_v1_1
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.encoder_decoder_config import EncoderDecoderConfig, t5_v1_1
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.texts import LengthBatches
 from custom_models.projects.vocabulary import END, PAD, learn_vocabulary

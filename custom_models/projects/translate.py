@@ -18,7 +18,8 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader
 
-from custom_models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, transformer
+from custom_models.encoder_decoder import EncoderDecoder
+from custom_models.encoder_decoder_config import EncoderDecoderConfig, transformer
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.pictures import draw_curves

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from custom_models.beam_search import beam_search
-from custom_models.encoder_decoder import EncoderDecoder, main, t5, t5_v1_1, transformer
+from custom_models.encoder_decoder import EncoderDecoder, main
 from custom_models.encoder_decoder_checkpoint import (
     config_from_hf,
     load_encoder_decoder,
     load_hf,
     save_encoder_decoder,
 )
+from custom_models.encoder_decoder_config import t5, t5_v1_1, transformer
 from custom_models.generation import generate
 from workflows.errors import UserError
 
