@@ -163,11 +163,12 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, n_queries: int, n_keys: int) -> Tensor:
         """The bias for the last n_queries of n_keys positions, (1, n_head, Tq, Tk)."""
-        relative = distances(n_queries, n_keys, self.weight.device)  # (Tq, Tk)
-        buckets = relative_position_bucket(
-            relative, len(self.weight), self.max_distance, self.bidirectional
-        )  # (Tq, Tk)
+        buckets = self.buckets(distances(n_queries, n_keys, self.weight.device))  # (Tq, Tk)
         return F.embedding(buckets, self.weight).permute(2, 0, 1)[None]  # (1, n_head, Tq, Tk)
+
+    def buckets(self, relative: Tensor) -> Tensor:
+        """Which bucket, a row of `weight`, keys at these positions relative to the query belong to; shapes stay."""
+        return relative_position_bucket(relative, len(self.weight), self.max_distance, self.bidirectional)
 
 
 def alibi_slopes(n_head: int) -> Tensor:

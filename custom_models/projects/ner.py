@@ -39,6 +39,7 @@ from custom_models.projects.seq2seq import (
     Seq2SeqTask,
     T5Shape,
     begin_by_copying,
+    begin_by_looking_near,
     corruption_loader,
     learn_t5_vocabulary,
     pieces_of,
@@ -257,6 +258,7 @@ def _from_scratch(
     L.seed_everything(seeds[0], verbose=False)
     pretrained = EncoderDecoder(config)
     begin_by_copying(pretrained)
+    begin_by_looking_near(pretrained)
     if pretrain.max_epochs:
         _pretrain(pretrained, texts, codec, pretrain, longest, seeds[0], out_dir)
     weights = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}

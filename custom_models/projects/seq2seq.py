@@ -84,6 +84,23 @@ def begin_by_copying(model: EncoderDecoder) -> None:
         torch.nn.init.eye_(cross.out.weight)  # (width, width)
 
 
+def begin_by_looking_near(model: EncoderDecoder, strength: float = 3.0) -> None:
+    """Let heads begin with an eye on a neighbour: the token before, the one after, the token itself; some stay free.
+
+    What a word is, its neighbours tell most of all, and some thousand sentences are few to find that out from.
+
+    Args:
+        model: With T5's bias.
+        strength: Added to the scores of that neighbour; e^3 = 20 times the weight of each other token.
+    """
+    for bias, places in ((model.encoder_bias, (-1, 1, 0, None)), (model.decoder_bias, (-1, 0, None, None))):
+        assert bias is not None
+        for head in range(bias.weight.shape[1]):
+            place = places[head % len(places)]
+            if place is not None:
+                bias.weight.data[bias.buckets(torch.tensor(place)), head] += strength
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """Pairs, padded at their ends.

@@ -1,5 +1,6 @@
 """Span corruption as a training: pieces hold every token, spans are drawn anew, and a tiny T5 learns to fill gaps."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from custom_models.projects.pretrain_t5 import setup
 from custom_models.projects.seq2seq import (
     T5Shape,
     begin_by_copying,
+    begin_by_looking_near,
     corruption_loader,
     learn_t5_vocabulary,
     pieces_of,
@@ -76,3 +78,15 @@ def test_cross_attention_that_begins_as_a_copy_writes_what_it_sees():
     before = mean_rank()
     begin_by_copying(model)
     assert mean_rank() < before / 4
+
+
+def test_heads_that_begin_by_looking_near_weigh_a_neighbour_most_and_leave_some_heads_free():
+    tokenizer = learn_t5_vocabulary(["one two three four five six seven eight nine ten"] * 3, 370)
+    model = EncoderDecoder(dataclasses.replace(TINY, n_head=4).config(tokenizer))
+    begin_by_looking_near(model)
+    bias = model.encoder_bias(9, 9)[0]  # (4, 9, 9): head, query, key
+    for head, place in enumerate((-1, 1, 0)):
+        assert [int(bias[head, query].argmax()) for query in range(1, 8)] == [query + place for query in range(1, 8)]
+    assert bias[3].abs().max() < 0.5
+    bias = model.decoder_bias(9, 9)[0]  # (4, 9, 9)
+    assert [int(bias[0, query, : query + 1].argmax()) for query in range(1, 9)] == list(range(8))
