@@ -5,17 +5,16 @@ same ones become the same marks. So the model sees where something stands and no
 only when it has written each mark of its source once: placeholders are kept by construction.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from custom_models.beam_search import Allowed
 from custom_models.projects.vocabulary import END, PAD, learn_vocabulary
+from custom_models.tokenization.merge_dropout import MergeDropout
 from data_prep.translations import PLACEHOLDER
 from workflows.errors import UserError
 
@@ -80,8 +79,7 @@ class Codec:
         self._id_of: dict[str, int] = tokenizer.get_vocab()
         special = {self.end_id, self.pad_id, self.memory_id, *self.mark_ids}
         self._words = [i for i in self._id_of.values() if i not in special]
-        merges = json.loads(tokenizer.to_str())["model"]["merges"]
-        self._rank_of = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        self._merge_dropout = MergeDropout(tokenizer)
 
     @classmethod
     def learn(cls, pairs: Iterable[tuple[str, str]], vocab_size: int, placeholders: bool, longest: int) -> "Codec":
@@ -99,8 +97,7 @@ class Codec:
 
         Args:
             text: The text.
-            left_out: Share of merges that are left out at random, so that a word comes in ever other pieces
-                (BPE-dropout: Provilkov et al. 2019, arXiv 1910.13267, algorithm 1).
+            left_out: Share of merges that are left out at random (`MergeDropout`).
             chance: Decides which.
         """
         text = f" {text}"  # so that its first word is the one that it is elsewhere
@@ -111,20 +108,8 @@ class Codec:
             if part in MARKS and self.placeholders:
                 ids.append(self._id_of[part])
             else:
-                words = self.tokenizer.pre_tokenizer.pre_tokenize_str(part)
-                ids += [i for word, _ in words for i in self._pieces(word, left_out, chance)]
+                ids += self._merge_dropout.ids_of(part, left_out, chance)
         return [*ids, self.end_id]
-
-    def _pieces(self, word: str, left_out: float, chance: random.Random) -> list[int]:
-        """A word's tokens: again and again the first merge of those that are not left out this time."""
-        pieces = list(word)
-        while True:
-            ranks = [(self._rank_of[pair], i) for i, pair in enumerate(pairwise(pieces))
-                     if pair in self._rank_of and chance.random() >= left_out]  # fmt: skip
-            if not ranks:
-                return [self._id_of[piece] for piece in pieces]
-            _, i = min(ranks)
-            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
 
     def source(
         self, text: str, found: str | None = None, left_out: float = 0.0, chance: random.Random | None = None
