@@ -72,6 +72,7 @@ def beam_search(
     no_repeat_ngram: int = 0,
     stop_ids: Sequence[int] = (),
     allowed: Allowed | None = None,
+    renormalize: bool = False,
     use_cache: bool = True,
 ) -> Generated:
     """The likeliest way to write on from each prompt, as far as so many beams can tell.
@@ -87,6 +88,8 @@ def beam_search(
         no_repeat_ngram: No n tokens in a row occur twice in a text, its prompt included; 0 for no such rule.
         stop_ids: Ids that end an answer.
         allowed: Which tokens may come next.
+        renormalize: Whether the probabilities of those that may come next are made to sum up to 1. Without, a beginning
+            that forces an unlikely token counts as unlikely itself.
         use_cache: Whether to keep keys and values.
 
     Returns:
@@ -124,6 +127,9 @@ def beam_search(
         check_scores(logits)
         logprobs = logits.log_softmax(dim=-1)  # (B * n_beam, vocab_size)
         _forbid(logprobs, text, length, scores.flatten().tolist(), no_repeat_ngram, allowed, n_beam)
+        if renormalize:
+            total = logprobs.logsumexp(dim=-1, keepdim=True)  # (B * n_beam, 1)
+            logprobs -= total.masked_fill(total == -torch.inf, 0.0)  # where nothing may follow, nothing is likely
         vocab_size = logprobs.shape[1]
         sums = scores.view(-1, 1) + logprobs  # (B * n_beam, vocab_size)
         top, places = sums.view(batch, -1).topk(min(n_kept, n_beam * vocab_size))  # (B, n_kept) each

@@ -182,6 +182,7 @@ def by_text(
     length_penalty: float = 1.0,
     max_new_tokens: int = 160,
     batch_size: int = 64,
+    renormalize: bool = False,
 ) -> Written:
     """The entities by the lists that a model writes.
 
@@ -210,6 +211,7 @@ def by_text(
             length_penalty=length_penalty,
             stop_ids=[codec.end_id],
             allowed=partial(_allowed, grammars) if constrained else None,
+            renormalize=renormalize,
         )
         for i, sentence, ids in zip(numbers, chosen, written.ids, strict=True):
             found[i], wrong = codec.entities(ids, sentence.words)
