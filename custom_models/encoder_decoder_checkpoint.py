@@ -178,8 +178,14 @@ def save_hf(model: EncoderDecoder, tokenizer: Tokenizer, folder: Path) -> None:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf_names(model).items()}
         safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         (temporary / "tokenizer.json").write_text(ending.to_str(), encoding="utf-8")
-        words = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": end}
-        write_json(temporary / "tokenizer_config.json", {**words, "clean_up_tokenization_spaces": False})
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": pad,
+            "eos_token": end,
+            "model_input_names": ["input_ids", "attention_mask"],  # else it gives token types, which T5 does not take
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(temporary / "tokenizer_config.json", described)
 
 
 def load_hf(directory: Path) -> EncoderDecoder:

@@ -158,6 +158,7 @@ def report(
         malformed=[written.malformed for _, written in results],
         unfinished=[written.unfinished for _, written in results],
         beside=beside,
+        epochs=[done.epochs for done in rounds],
         sentences_cut=cut,
         parameters=sum(p.numel() for p in rounds[0].model.parameters()),
         data=data.name,

@@ -263,7 +263,8 @@ def test_transformers_reads_what_we_write(config, tmp_path):
     torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(load_hf(tmp_path / "t5").eval()(ids, answers, LENGTHS), expected, atol=1e-4, rtol=0)
     read = AutoTokenizer.from_pretrained(tmp_path / "t5")
-    assert read("w5")["input_ids"] == [5, 1] and read.eos_token_id == 1 and read.pad_token_id == 0
+    assert dict(read("w5")) == {"input_ids": [5, 1], "attention_mask": [1, 1]}
+    assert read.eos_token_id == 1 and read.pad_token_id == 0
 
 
 def test_only_a_t5_is_written_as_one(tmp_path):
