@@ -89,7 +89,8 @@ def _pip_failed(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     if "No space left on device" in text:
         return f"AutoTrain could not be installed: the disk is full. Free some space and run again. All pip said: {log}"
-    errors = [line for line in text.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
     return f"AutoTrain could not be installed: {errors[-1]}\nCheck the connection and run again. All pip said: {log}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from custom_models.encoder_decoder_checkpoint import OURS, load_encoder_decoder, save_hf, t5_directory
+from custom_models.encoder_decoder_checkpoint import load_encoder_decoder, save_hf
 from custom_models.projects import autotrain
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.entity_text import list_of
@@ -26,7 +26,7 @@ from custom_models.projects.ner_report import Asking, Round, encode, looked_at, 
 from custom_models.projects.seq2seq import T5Shape
 from data_prep.iob import entities_of
 from workflows.errors import UserError, first_line, report_all
-from workflows.files import read_json
+from workflows.files import read_json, write_json
 from workflows.measure import step_began
 
 
@@ -53,7 +53,8 @@ def setup(
     Args:
         data: A data directory of {"tokens", "tags"} rows, from `make data DATA=bc5cdr` and its like.
         model: "scratch", the folder of a T5 (Hugging Face's, or what `make pretrain-t5` left), or its id on the Hub.
-        out_dir: Where everything goes: `autotrain` has what AutoTrain reads and says, `final` the model.
+        out_dir: Where everything goes: `base` is what AutoTrain begins at, `autotrain` has what else it reads and says,
+            `final` is the model.
         shape: The T5, if it is made from scratch.
         pretrain: How it is pretrained by span corruption before, from scratch only; no epochs, no pretraining.
         unlabelled: Text files to pretrain on besides the training sentences; the Human Phenotype Ontology's definitions
@@ -87,34 +88,22 @@ def setup(
     report_all(problems)
     splits, types = read_splits(data, max_rows)
     some = {**splits, "validation": looked_at(splits["validation"], validation_rows)}
-    found = None if model == SCRATCH else base_of(model, types, out_dir)
+    loaded = None if model == SCRATCH else load_encoder_decoder(model)
     autotrain.install(home, pip_args)
-    if found is None:
+    if loaded is None:
         t5, codec = pretrained_t5(splits, types, shape, pretrain, unlabelled, max_unlabelled, longest, seeds[0],
                                   out_dir)  # fmt: skip
-        found = out_dir / "base", codec
-        save_hf(t5, codec.tokenizer, found[0])
-    trained = _train(*found, data.name, some, fit, longest, seeds, out_dir, home)
+    else:
+        t5, codec = loaded[0], Codec(loaded[1], types, loaded[0].config.end_id)
+    base = out_dir / "base"
+    save_hf(t5, codec.tokenizer, base)  # whatever form it had, its tokenizer ends lists now
+    trained = _train(base, codec, data.name, some, fit, longest, seeds, out_dir, home)
     asking = Asking("text", constrained, n_beam, longest, validation_rows)
     settings = {"trainer": autotrain.PINS[0], "shape": asdict(shape) if model == SCRATCH else None,
                 "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
                 "max_rows": max_rows}  # fmt: skip
     report(trained, splits, data, f"{model} by AutoTrain", asking, 0.0, seeds, out_dir, began, settings)
     print(f"{out_dir}/final, autotrain, metrics.json")
-
-
-def base_of(model: str, types: Sequence[str], out_dir: Path) -> tuple[Path, Codec]:
-    """The folder of a T5 that AutoTrain can begin at, and its ids; one of our own form is written anew in `out_dir`.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
-    t5, tokenizer = load_encoder_decoder(model)
-    base = t5_directory(model)
-    if read_json(base / "config.json")["model_type"] == OURS:
-        base = out_dir / "base"
-        save_hf(t5, tokenizer, base)
-    return base, Codec(tokenizer, types, t5.config.end_id)
 
 
 def rows_of(rows: Sequence[Tagged], codec: Codec, longest: int) -> list[dict[str, str]]:
@@ -155,6 +144,11 @@ def _train(
     rows = {split: rows_of(splits[split], codec, longest) for split in ("train", "validation")}
     both = [*rows["train"], *rows["validation"]]
     sizes = [most_tokens([row[column] for row in both], codec) for column in ("text", "target")]
+    # Texts may be one token longer than the limit that transformers 4 has by default, 20, and are padded to that limit:
+    # then AutoTrain's ROUGE ends in an OverflowError. With any other limit both are the same.
+    config = read_json(base / "config.json")
+    ids = {name: config[name] for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id")}
+    write_json(base / "generation_config.json", {**ids, "max_length": max(21, 1 + sizes[1])})
     project = out_dir / "autotrain"
     for number, seed in enumerate(seeds):
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from custom_models.projects import autotrain
 from custom_models.projects.entity_text import entities_in
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.ner import predict
-from custom_models.projects.ner_autotrain import base_of, kept, most_tokens, rows_of, setup
+from custom_models.projects.ner_autotrain import kept, most_tokens, rows_of, setup
 from custom_models.projects.ner_model import Codec, load_entity_model
 from custom_models.projects.ner_report import read_tagged
 from custom_models.projects.seq2seq import T5Shape
@@ -148,7 +148,7 @@ def test_the_command_trains_by_autotrain_and_scores_its_result(data, tiny_t5, tm
     assert values["f1_dictionary"] == 1 and 0 <= values["f1"] < 1 and set(numbers["seeds"]) == {"1", "2"}
     assert [epoch["val_loss"] for epoch in numbers["epochs"][0]] == [2.0, 1.5]
     config = yaml.safe_load((out / "autotrain" / "config.yml").read_text())
-    assert config["params"]["seed"] == 2 and config["base_model"] == str(tiny_t5)
+    assert config["params"]["seed"] == 2 and config["base_model"] == str(out / "base")
     rows = [json.loads(line) for line in (out / "autotrain" / "data" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 30 and rows[0]["target"].startswith("Chemical: ") and " ; Disease: " in rows[0]["target"]
     assert len((out / "autotrain" / "data" / "validation.jsonl").read_text().splitlines()) == 5
@@ -156,21 +156,26 @@ def test_the_command_trains_by_autotrain_and_scores_its_result(data, tiny_t5, tm
     assert variables["PATH"].split(":")[0] == str(home / "bin") and "PYTHONPATH" not in variables
     assert variables["HF_HUB_OFFLINE"] == "1" and variables["ALLOW_REMOTE_CODE"] == "false"
     assert variables["NLTK_DATA"] == str(home / "nltk_data") and variables["CUDA_VISIBLE_DEVICES"] == ""
-    assert sorted(path.name for path in out.iterdir()) == ["autotrain", "final", "metrics.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["autotrain", "base", "final", "metrics.json"]
     assert not (out / "autotrain" / "model").exists()
     model, _, head = load_entity_model(out / "final")
     assert head == "text" and model.types == TYPES
     predict(out / "final", "Oral lithium after fever.")
 
 
-def test_a_model_of_our_own_form_is_written_for_it(codec, tmp_path):
+def test_it_may_begin_at_a_model_of_our_own_form(data, codec, tmp_path, capsys):
     torch.manual_seed(0)
     t5 = EncoderDecoder(T5Shape(vocab_size=420, width=32, n_layer=1, n_head=2, inner_width=32).config(codec.tokenizer))
     save_encoder_decoder(t5, t5.config, codec.tokenizer, tmp_path / "ours")
-    base, found = base_of(str(tmp_path / "ours"), TYPES, tmp_path / "out")
-    assert base == tmp_path / "out" / "base" and found.end_id == codec.end_id
-    assert json.loads((base / "config.json").read_text())["model_type"] == "t5"
-    assert kept(base, found, "mine", tmp_path / "final").types == TYPES
+    setup(data, model=str(tmp_path / "ours"), out_dir=tmp_path / "out", home=fake(tmp_path / "home", LEARNS))
+    base = json.loads((tmp_path / "out" / "base" / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "base" / "generation_config.json").read_text())["max_length"] > 20
+    assert base["model_type"] == "t5" and "scratch" not in capsys.readouterr().out
+    (row,) = rows_of(read_tagged(data, "train")[:1], codec, 100)
+    assert (
+        Tokenizer.from_file(str(tmp_path / "out" / "base" / "tokenizer.json")).encode(row["text"]).ids[-1]
+        == codec.end_id
+    )
 
 
 @pytest.mark.parametrize(
