@@ -114,10 +114,14 @@ def rows_of(rows: Sequence[Tagged], codec: Codec, longest: int) -> list[dict[str
     Returns:
         {"text", "target"}; a sentence without an entity has the target "".
     """
+
+    def plain(words: Sequence[str]) -> str:  # so that AutoTrain, which encodes texts, gets the ids of the words
+        return " ".join(filter(None, map(codec.plain, words)))
+
     found = []
     for (_, tags), sentence in zip(rows, encode(rows, codec, longest)[0], strict=True):
         listed = list_of(sentence.words, entities_of(tags[: len(sentence.words)]), codec.seen)
-        found.append({"text": " ".join(sentence.words), "target": " ".join(listed)})
+        found.append({"text": plain(sentence.words), "target": plain(listed)})
     return found
 
 

@@ -60,17 +60,20 @@ def codec_of_t5(tiny_t5) -> Codec:
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_row_has_the_ids_that_our_own_training_reads(data, codec, codec_of_t5, ours):
     codec = codec if ours else codec_of_t5
+    strange = ["\uff1b", "¨", "\uff20\uff12", "\uff1b¨", "ACGT"]  # T5's normalizer makes other words of them, or two
     tagged = read_tagged(data, "train")[:20] + [(["No", "@2", "or", ";", "aspirin"], ["O"] * 3 + ["B-Disease", "O"])]
+    tagged.insert(0, (strange, ["B-Disease", "I-Disease", "B-Chemical", "B-Disease", "O"]))
     rows = rows_of(tagged, codec, 100)
     for row, (words, tags) in zip(rows, tagged, strict=True):
         sentence = codec.encode(words, tags, 100)
         assert codec.tokenizer.encode(row["text"], add_special_tokens=False).ids == sentence.source[:-1]
         assert codec.tokenizer.encode(row["target"], add_special_tokens=False).ids == sentence.target[:-1]
-    assert rows[-1] == {"text": "No @2 or ; aspirin", "target": "Disease: /;"}
+    small = {column: text.lower() for column, text in rows[-1].items()}  # as our own tokenizer's letters are
+    assert small == {"text": "no @2 or ; aspirin", "target": "disease: /;"}
     longest = max(len(codec.encode(words, tags, 100).target) for words, tags in tagged)
     assert most_tokens([row["target"] for row in rows], codec) == longest
     (cut,) = rows_of([(["Oral", "aspirin"], ["O", "B-Chemical"])], codec, len(codec.ids_of("Oral")) + 1)
-    assert cut == {"text": "Oral", "target": ""}
+    assert cut["text"].lower() == "oral" and cut["target"] == ""
 
 
 def test_the_configuration_is_what_was_asked_for(tmp_path):
@@ -121,15 +124,16 @@ def test_a_result_is_asked_as_transformers_asks_it(data, tiny_t5, codec_of_t5, t
     model = kept(result, codec_of_t5, "mine", tmp_path / "final")
     assert model.types == TYPES and json.loads((tmp_path / "final" / "config.json").read_text())["data"] == "mine"
     named = 0
-    for words, tags in read_tagged(data, "test")[:6]:
+    for words, tags in read_tagged(data, "test")[:4]:
         sentence = codec_of_t5.encode(words, tags, 100)
         grammar = codec_of_t5.grammar(sentence.words)
         ids = theirs.generate(
-            torch.tensor([sentence.source]), max_new_tokens=160, do_sample=False, num_beams=n_beam,
+            torch.tensor([sentence.source]), max_new_tokens=60, do_sample=False, num_beams=n_beam,
             prefix_allowed_tokens_fn=lambda _, ids, grammar=grammar: grammar.allowed(ids[1:].tolist()) or [1],
         )[0, 1:].tolist()  # fmt: skip
         expected, malformed = entities_in(codec_of_t5.text(ids), words, TYPES, codec_of_t5.seen)
-        assert by_text(model.t5, codec_of_t5, [sentence], n_beam=n_beam).entities == [expected] and malformed == 0
+        found = by_text(model.t5, codec_of_t5, [sentence], n_beam=n_beam, max_new_tokens=60)
+        assert found.entities == [expected] and found.malformed == malformed
         named += len(expected)
     assert named > 0
 
