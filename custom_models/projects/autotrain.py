@@ -60,8 +60,12 @@ def install(home: Path = HOME, pip_args: str = "", cache: Path = CACHE) -> None:
         cache: The folder of downloaded wheels.
 
     Raises:
-        UserError: If there is no room or no network, or pip fails.
+        UserError: If there is no room or no network, pip fails, or its options have a quotation mark too few.
     """
+    try:
+        options = shlex.split(pip_args)
+    except ValueError as e:
+        raise UserError(f"--pip_args is no list of options: {e} in {pip_args!r}.") from None
     done, pinned = home / ".installed", "\n".join([*PINS, LLAMA_INDEX.requirement]) + "\n"
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_name(f".{home.name}.lock")):  # a second process waits, and finds it done
@@ -75,7 +79,7 @@ def install(home: Path = HOME, pip_args: str = "", cache: Path = CACHE) -> None:
         log = home.with_name(f"{home.name}-install.log")
         print(f"installing AutoTrain into {home}, which takes minutes; pip's words are in {log}", flush=True)
         with open(log, "w", encoding="utf-8") as file:
-            for command in install_commands(home, shlex.split(pip_args)):
+            for command in install_commands(home, options):
                 if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_end()).returncode != 0:
                     raise UserError(_pip_failed(log))
         with no_room_explained(home), open_wheel(LLAMA_INDEX, cache) as wheel:

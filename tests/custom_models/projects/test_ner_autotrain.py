@@ -253,6 +253,8 @@ def test_its_environment_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setattr(autotrain, "ROOM", 1 << 60)
     with pytest.raises(UserError, match="GB are free in"):
         autotrain.install(home)
+    with pytest.raises(UserError, match="No closing quotation in"):
+        autotrain.install(home, "--index-url 'somewhere")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes that their parent has ended")
