@@ -127,7 +127,7 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
-  pretrain-t5 ner ner-predict summarize qa answer translate translate-text
+  pretrain-t5 ner ner-predict ner-autotrain summarize qa answer translate translate-text
 TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
@@ -162,8 +162,8 @@ help:  ## list the targets
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
-	@echo '            T5=google-t5/t5-small (ner), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and PROMPT="…" (gpt,'
-	@echo '            gpt-sample)'
+	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
+	@echo '            PROMPT="…" (gpt, gpt-sample)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -286,6 +286,11 @@ ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 o
 
 ner-predict: $(INSTALLED)  ## name the entities of TEXT by that model
 	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
+
+ner-autotrain: data/$(ENTITIES)/manifest.json  ## the same T5 (or T5=google-t5/t5-small) taught by Hugging Face's AutoTrain, in an environment of its own
+	@$(PROJECT) ner-autotrain --config $(call project_recipe,ner-autotrain-$(T5),ner-autotrain-pretrained) --data data/$(ENTITIES) \
+	  --model $(call quoted,$(T5)) --out_dir out/ner-autotrain/$(call filename,$(T5)) \
+	  $(if $(PIP_ARGS),--pip_args=$(call quoted,$(PIP_ARGS))) $(ARGS)
 
 translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
 	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \

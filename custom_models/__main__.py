@@ -18,6 +18,7 @@ PROJECTS = {
     "lora-scratch": ("custom_models.projects.lora_llama", "setup", "fine-tune a Llama by our LoRA, and by all weights"),
     "pretrain-t5": ("custom_models.projects.pretrain_t5", "setup", "pretrain a T5: write what was cut out of a text"),
     "ner": ("custom_models.projects.ner", "setup", "teach a T5 to name the entities of a sentence"),
+    "ner-autotrain": ("custom_models.projects.ner_autotrain", "setup", "teach a T5 the same by AutoTrain"),
     "ner-predict": ("custom_models.projects.ner", "predict", "name the entities of a sentence"),
     "translate": ("custom_models.projects.translate", "setup", "train a Transformer or a T5 to translate"),
     "translate-text": ("custom_models.projects.translator", "translate", "translate a text by it"),

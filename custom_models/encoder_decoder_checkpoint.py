@@ -1,4 +1,4 @@
-"""Hugging Face's checkpoints of T5 as our encoder-decoder, and checkpoints of our own.
+"""Hugging Face's checkpoints of T5 as our encoder-decoder and back, and checkpoints of our own.
 
 A checkpoint of our own is a folder with `config.json` (the fields of `EncoderDecoderConfig`), `model.safetensors` and
 `tokenizer.json`.
@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
 from custom_models.configuration import configured
@@ -33,7 +34,7 @@ from custom_models.weights import (
     tell_difference,
 )
 from workflows.errors import UserError, run_file
-from workflows.files import read_json, recover_dir
+from workflows.files import atomic_dir, read_json, recover_dir, write_json
 from workflows.hub import fetch_from_hub
 
 OURS = own_type("encoder_decoder")
@@ -123,6 +124,83 @@ def from_hf_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             stem = f"{stack}.{layer}.{part}" + ("_norm" if inner is None else f".{_INNER.get(inner, inner)}")
         found[f"{stem}.{kind}"] = tensor
     return found
+
+
+def config_to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """The way back: the `config.json` of a T5.
+
+    Raises:
+        UserError: If the model computes what no T5 does.
+    """
+    # embeddings times sqrt(width), and a head that reads them as they are: T5's tied head by another name
+    head = {(True, True, False): True, (False, True, True): True, (False, False, False): False}
+    ties = head.get((config.scale_embeddings, config.tied, config.scale_head))
+    if ties is None or config.bias or config.scale_scores or not config.norm_first or config.positions != "relative":
+        raise UserError("Only a model of T5's architecture can be written in its form.")
+    names = {theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OTHERS).items()}
+    return {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        **names,
+        "d_kv": config.head_size or config.width // config.n_head,
+        "feed_forward_proj": {ours: theirs for theirs, ours in _FEED_FORWARD.items()}[config.feed_forward],
+        "tie_word_embeddings": ties,
+    }
+
+
+def to_hf_names(model: EncoderDecoder) -> dict[str, Tensor]:
+    """A model's weights under T5's names."""
+    outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
+    gated = model.config.feed_forward == "gated_gelu"
+    inner = {"q": "q", "k": "k", "v": "v", "out": "o", "gate": "wi_0", "up": "wi_1" if gated else "wi", "down": "wo"}
+    layers = {"attention": "SelfAttention", "cross": "EncDecAttention", "feed_forward": "DenseReluDense"}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        if stem in outside:
+            stem = outside[stem]
+        elif stem.endswith("_bias"):
+            stem = f"{stem.removesuffix('_bias')}.block.0.layer.0.SelfAttention.relative_attention_bias"
+        else:
+            stack, layer, part, *rest = stem.split(".")
+            number = _PARTS[stack].index(part.removesuffix("_norm"))
+            last = f"{layers[part]}.{inner[rest[0]]}" if rest else "layer_norm"
+            stem = f"{stack}.block.{layer}.layer.{number}.{last}"
+        scale = model.config.width**0.5 if stem == "shared" and model.config.scale_embeddings else 1.0
+        found[f"{stem}.{kind}"] = tensor * scale
+    return found
+
+
+def save_hf(model: EncoderDecoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a model of ours as a T5 that transformers loads, whole or not at all.
+
+    Its tokenizer ends every text by the end token, as T5's does.
+
+    Args:
+        model: Of T5's architecture.
+        tokenizer: Whose ids it reads.
+        folder: Where; what was there is replaced.
+
+    Raises:
+        UserError: If the model computes what no T5 does.
+    """
+    config, ending = model.config, Tokenizer.from_str(tokenizer.to_str())
+    pad, end = (tokenizer.id_to_token(i) for i in (config.pad_id, config.end_id))
+    ending.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", [(end, config.end_id)])
+    with atomic_dir(folder) as temporary:
+        write_json(temporary / "config.json", config_to_hf(config))
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf_names(model).items()}
+        safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+        save_tokenizer(ending, temporary)
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": pad,
+            "eos_token": end,
+            "model_input_names": ["input_ids", "attention_mask"],  # else it gives token types, which T5 does not take
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(temporary / "tokenizer_config.json", described)
 
 
 def load_hf(directory: Path) -> EncoderDecoder:

@@ -457,6 +457,13 @@ def test_entities_are_named_by_the_t5_that_is_asked_for(project, tmp_path):
     assert option(ner, "--out_dir") == "out/ner/google-t5--t5-small"
     (asked,) = project.calls("ner-predict", "TEXT=it's lithium")
     assert option(asked, "--text") == "it's lithium" and option(asked, "--checkpoint_dir") == "out/ner/scratch/final"
+    (auto,) = project.calls("ner-autotrain", "ARGS=--seeds [1,2]", "PIP_ARGS=--extra-index-url it's")
+    assert option(auto, "--config") == "custom_models/recipes/ner-autotrain-scratch.yaml"
+    assert option(auto, "--out_dir") == "out/ner-autotrain/scratch" and auto[-2:] == ["--seeds", "[1,2]"]
+    assert "--pip_args=--extra-index-url it's" in auto
+    (auto,) = project.calls("ner-autotrain", f"WORKFLOW_DATA={tmp_path}", "T5=google-t5/t5-small")
+    assert option(auto, "--model") == "google-t5/t5-small" and option(auto, "--data") == "data/bc5cdr"
+    assert option(auto, "--config") == "custom_models/recipes/ner-autotrain-pretrained.yaml"
     assert project.calls("data", "DATA=ncbi_disease") == [["data", "--data", "ncbi_disease"]]
     (pretrained,) = project.calls("pretrain-t5", "ARGS=--file mine.txt")
     assert option(pretrained, "--config") == "custom_models/recipes/pretrain-t5.yaml"

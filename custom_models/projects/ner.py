@@ -9,31 +9,26 @@ Beside it the dictionary of the training data's mentions. What counts is strict 
 
 import random
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
 
 import lightning as L
 
 from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
-from custom_models.projects.classifier import over_seeds
-from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
-from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.entity_scores import Tagged
+from custom_models.projects.fitting import FitArgs, fit_best, seed_problems, too_small
 from custom_models.projects.ner_model import (
     Codec,
     EntityModel,
     EntityTask,
-    Sentence,
-    Written,
     batch_of,
-    by_text,
     load_entity_model,
 )
+from custom_models.projects.ner_report import Asking, Head, Round, encode, find, looked_at, read_splits, report
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     Seq2SeqTask,
@@ -46,15 +41,12 @@ from custom_models.projects.seq2seq import (
     row_loader,
 )
 from data_prep.entities import WORD
-from data_prep.iob import OUTSIDE, Entity
-from data_prep.rows import normalise, read_rows
+from data_prep.iob import OUTSIDE
+from data_prep.rows import normalise
 from data_prep.splits import Phrases
-from workflows.checkpoint import metric, versions, write_metrics
 from workflows.errors import UserError, report_all
-from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+from workflows.measure import step_began
 
-Head = Literal["text", "tokens"]
-Row = TypeVar("Row")
 SCRATCH = "scratch"
 _TELLING = 5
 """A held-out sentence of so many words may not stand in any text that is pretrained on, shorter ones may."""
@@ -105,132 +97,31 @@ def setup(
     began = step_began()
     seeds = [1] if seeds is None else seeds
     problems = fit.problems() + seed_problems(*seeds)
-    problems += _too_small(n_beam=(n_beam, 1), longest=(longest, 3), max_rows=(max_rows, 1),
-                           validation_rows=(validation_rows, 1), max_unlabelled=(max_unlabelled, 0),
-                           tag_weight=(tag_weight, 0))  # fmt: skip
+    problems += too_small(n_beam=(n_beam, 1), longest=(longest, 3), max_rows=(max_rows, 1),
+                          validation_rows=(validation_rows, 1), max_unlabelled=(max_unlabelled, 0),
+                          tag_weight=(tag_weight, 0))  # fmt: skip
     if model == SCRATCH and pretrain.max_epochs:
-        problems += [problem.replace("--fit.", "--pretrain.") for problem in pretrain.problems()]
+        problems += pretrain.problems("pretrain")
     if head == "tokens" and model != SCRATCH:
         problems.append("--head tokens is for --model scratch; a T5 from elsewhere answers by its decoder.")
     if fit.ema_decay and model != SCRATCH:
         problems.append("--fit.ema_decay is for --model scratch; transformers' trainer has no such average.")
     report_all(problems)
-    splits = {split: read_tagged(data, split) for split in ("train", "validation", "test")}
-    splits["train"] = splits["train"][:max_rows]
-    types = sorted({tag[2:] for rows in splits.values() for _, tags in rows for tag in tags if tag != OUTSIDE})
-    if not types:
-        raise UserError(f"{data} marks no entity; there is nothing to learn.")
-    names = majority_dictionary(splits["train"])
-    dictionary = score(splits["test"], [names.find(words) for words, _ in splits["test"]])
-    print(f"{data}: {', '.join(types)}; " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
-    print(f"majority dictionary, test: F1 {dictionary.f1:.3f}")
-
+    splits, types = read_splits(data, max_rows)
     trained = (
         _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, head, tag_weight, longest,
                       validation_rows, seeds, out_dir)
         if model == SCRATCH
         else _from_hf(model, data, splits, types, fit, longest, validation_rows, seeds, out_dir)
     )  # fmt: skip
-    rounds: list[Round] = []
-    results: list[tuple[Scores, Written]] = []
-    beside: list[dict[str, float]] = []
-    with PeakMemory() as peak:
-        for seed, done in zip(seeds, trained, strict=True):
-            test, cut = encode(splits["test"], done.codec, longest)
-            written = find(done.model, done.codec, test, head, constrained, n_beam)
-            results.append((score(splits["test"], written.entities), written))
-            rounds.append(done)
-            beside.append(_beside(done, splits, test, head, tag_weight if model == SCRATCH else 0.0, n_beam, longest,
-                                  validation_rows))  # fmt: skip
-            print(_told(f"seed {seed}, test", *results[-1]) + f"; trained in {done.seconds:.0f} s")
-            print("".join(f"  {name}: {value:.3f}\n" for name, value in beside[-1].items()), end="")
-    if cut:
-        print(f"{cut:,} test sentences were over {longest} tokens; what is beyond counts as not found")
+    asking = Asking(head, constrained, n_beam, longest, validation_rows)
+    settings = {"shape": asdict(shape) if model == SCRATCH else None,
+                "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
+                "tag_weight": tag_weight, "max_rows": max_rows}  # fmt: skip
+    tagging = tag_weight if model == SCRATCH else 0.0
+    rounds = report(trained, splits, data, model, asking, tagging, seeds, out_dir, began, settings)
     draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}")
-    first, f1s = results[0][0], [scores.f1 for scores, _ in results]
-    told = [metric(name, value, n=first.n, split="test")
-            for name, value in (("f1", first.f1), ("precision", first.precision), ("recall", first.recall),
-                                ("f1_dictionary", dictionary.f1),
-                                *((f"f1_{kind}", value) for kind, value in first.by_type.items()))]  # fmt: skip
-    told += over_seeds("f1", f1s)
-    write_metrics(
-        out_dir / "metrics.json",
-        told,
-        seconds=seconds_of_step(began),
-        peak_bytes=peak.bytes,
-        train_seconds=[done.seconds for done in rounds],
-        seeds=dict(zip(map(str, seeds), f1s, strict=True)),
-        malformed=[written.malformed for _, written in results],
-        unfinished=[written.unfinished for _, written in results],
-        beside=beside,
-        sentences_cut=cut,
-        parameters=sum(p.numel() for p in rounds[0].model.parameters()),
-        data=data.name,
-        settings={"model": model, "head": head, "shape": asdict(shape) if model == SCRATCH else None,
-                  "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
-                  "tag_weight": tag_weight, "constrained": constrained, "n_beam": n_beam, "longest": longest,
-                  "max_rows": max_rows},
-        hardware=hardware(),
-        versions=versions(),
-    )  # fmt: skip
-    spread = f" (from {min(f1s):.3f} to {max(f1s):.3f}, {len(f1s)} seeds)" if f1s[1:] else ""
-    print(f"\ntest F1: {model}, {head} {statistics.fmean(f1s):.3f}{spread}; majority dictionary {dictionary.f1:.3f}")
-    words = splits["test"][0][0]
-    print(f"  {' '.join(words)}\n    {_listed(words, results[0][1].entities[0])}")
     print(f"{out_dir}/final, curves.png, metrics.json")
-
-
-def _too_small(**options: tuple[float | None, int]) -> list[str]:
-    """Messages about options (value, least) that are below their least."""
-    return [
-        f"--{name} must be at least {least}, not {value}."
-        for name, (value, least) in options.items()
-        if value is not None and value < least
-    ]
-
-
-class Round(NamedTuple):
-    """One training.
-
-    Attributes:
-        model: What it gave.
-        codec: The model's ids.
-        epochs: The numbers of each epoch.
-        seconds: How long it took, pretraining left out.
-    """
-
-    model: EntityModel
-    codec: Codec
-    epochs: list[dict[str, float]]
-    seconds: float
-
-
-def read_tagged(data: Path, split: str) -> list[Tagged]:
-    """Words and tags of a data directory's sentences.
-
-    Raises:
-        UserError: If the file is missing or malformed.
-    """
-    return [(row["tokens"], row["tags"]) for row in read_rows(data / f"{split}.jsonl", "tagged")]
-
-
-def encode(rows: Sequence[Tagged], codec: Codec, longest: int) -> tuple[list[Sentence], int]:
-    """Sentences for the model, and how many of them were cut."""
-    found = [codec.encode(words, tags, longest) for words, tags in rows]
-    return found, sum(len(sentence.words) < len(words) for sentence, (words, _) in zip(found, rows, strict=True))
-
-
-def looked_at(rows: Sequence[Row], most: int | None) -> list[Row]:
-    """Rows of validation drawn at random, always the same; all if None."""
-    return random.Random(0).sample(rows, len(rows) if most is None else min(most, len(rows)))
-
-
-def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], head: str, constrained: bool, n_beam: int
-) -> Written:  # fmt: skip
-    """The entities of sentences by one of the two heads; arguments as for `setup`."""
-    if head == "tokens":
-        return model.by_tags(sentences)
-    return by_text(model.t5.eval(), codec, sentences, constrained, n_beam)
 
 
 def _from_scratch(
@@ -250,17 +141,9 @@ def _from_scratch(
     out_dir: Path,
 ) -> Iterator[Round]:
     """A T5 of our own, pretrained once and fine-tuned for each seed; the first one is kept."""
-    texts = _texts(splits, unlabelled, max_unlabelled)
-    formats = " ".join(f"{kind}:" for kind in types)
-    tokenizer = learn_t5_vocabulary([*(" ".join(words) for words in texts), formats], shape.vocab_size)
-    config = shape.config(tokenizer)
-    codec = Codec(tokenizer, types, config.end_id)
-    L.seed_everything(seeds[0], verbose=False)
-    pretrained = EncoderDecoder(config)
-    begin_by_copying(pretrained)
-    begin_by_looking_near(pretrained)
-    if pretrain.max_epochs:
-        _pretrain(pretrained, texts, codec, pretrain, longest, seeds[0], out_dir)
+    pretrained, codec = pretrained_t5(splits, types, shape, pretrain, unlabelled, max_unlabelled, longest, seeds[0],
+                                      out_dir)  # fmt: skip
+    config = pretrained.config
     weights = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
     rows = {}
     for split in ("train", "validation"):
@@ -279,8 +162,34 @@ def _from_scratch(
         task = EntityTask(model, fit, len(loaders[0]) * fit.max_epochs, head, tag_weight)
         epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit)
         if number == 0:
-            model.save(tokenizer, out_dir / "final", head, data.name)
+            model.save(codec.tokenizer, out_dir / "final", head, data.name)
         yield Round(model, codec, epochs, time.perf_counter() - started)
+
+
+def pretrained_t5(
+    splits: dict[str, list[Tagged]],
+    types: Sequence[str],
+    shape: T5Shape,
+    pretrain: FitArgs,
+    unlabelled: list[Path] | None,
+    max_unlabelled: int,
+    longest: int,
+    seed: int,
+    out_dir: Path,
+) -> tuple[EncoderDecoder, Codec]:
+    """A T5 of our own with a vocabulary of its own, after span corruption; arguments as for `setup`."""
+    texts = _texts(splits, unlabelled, max_unlabelled)
+    formats = " ".join(f"{kind}:" for kind in types)
+    tokenizer = learn_t5_vocabulary([*(" ".join(words) for words in texts), formats], shape.vocab_size)
+    config = shape.config(tokenizer)
+    codec = Codec(tokenizer, types, config.end_id)
+    L.seed_everything(seed, verbose=False)
+    model = EncoderDecoder(config)
+    begin_by_copying(model)
+    begin_by_looking_near(model)
+    if pretrain.max_epochs:
+        _pretrain(model, texts, codec, pretrain, longest, seed, out_dir)
+    return model, codec
 
 
 def _texts(splits: dict[str, list[Tagged]], unlabelled: list[Path] | None, most: int) -> list[list[str]]:
@@ -338,41 +247,6 @@ def _from_hf(
         yield Round(tagger, codec, epochs, time.perf_counter() - started)
 
 
-def _beside(
-    done: Round,
-    splits: dict[str, list[Tagged]],
-    test: Sequence[Sentence],
-    head: Head,
-    tag_weight: float,
-    n_beam: int,
-    longest: int,
-    validation_rows: int | None,
-) -> dict[str, float]:
-    """Further F1s of a model that writes lists: by its encoder's tags, and with and without the grammar."""
-    if head == "tokens":
-        return {}
-    found = {}
-    if tag_weight:
-        found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
-    rows = looked_at(splits["validation"], validation_rows)
-    sentences, _ = encode(rows, done.codec, longest)
-    for name, constrained in (("constrained", True), ("free", False)):
-        written = find(done.model, done.codec, sentences, head, constrained, n_beam)
-        found[f"f1, {name}, {len(rows):,} of validation"] = score(rows, written.entities).f1
-        found[f"malformed entries, {name}"] = float(written.malformed)
-    return found
-
-
-def _told(name: str, scores: Scores, written: Written) -> str:
-    kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in scores.by_type.items())
-    wrong = f"; {written.malformed:,} malformed entries, {written.unfinished:,} unfinished lists"
-    return f"{name}: F1 {scores.f1:.3f} (precision {scores.precision:.3f}, recall {scores.recall:.3f}; {kinds}){wrong}"
-
-
-def _listed(words: Sequence[str], entities: Sequence[Entity]) -> str:
-    return " ; ".join(f"{e.type}: {' '.join(words[e.start : e.end])}" for e in entities) or "no entity"
-
-
 def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: int = 4, longest: int = 256) -> None:
     """Name the entities of a sentence.
 
@@ -386,7 +260,7 @@ def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: i
     Raises:
         UserError: If the folder holds no such model, an option makes no sense, or the sentence is empty.
     """
-    report_all(_too_small(n_beam=(n_beam, 1), longest=(longest, 3)))
+    report_all(too_small(n_beam=(n_beam, 1), longest=(longest, 3)))
     words = WORD.findall(text)
     if not words:
         raise UserError('There is nothing to read. Give a sentence: make ner-predict TEXT="…"')

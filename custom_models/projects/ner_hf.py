@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from custom_models.encoder_checkpoint import tokenizer_of
+from tokenizers import Tokenizer
+
+from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
 from custom_models.encoder_decoder_checkpoint import t5_directory
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_scores import Tagged
@@ -116,11 +118,24 @@ def fine_tune(
     )
     trainer.train()
     shutil.rmtree(runs, ignore_errors=True)
+    save_entity_t5(model.cpu(), tokenizer, types, data, folder)
+    return _epochs(trainer.state.log_history)
+
+
+def save_entity_t5(model: Any, tokenizer: Tokenizer, types: Sequence[str], data: str, folder: Path) -> None:
+    """Write a T5 of transformers' with what `ner_model.load_entity_model` has to know of it, whole or not at all.
+
+    Args:
+        model: A `T5ForConditionalGeneration`.
+        tokenizer: Its tokenizer.
+        types: The types of entities that it names.
+        data: The name of what it learned from.
+        folder: Where.
+    """
     model.config.update({"entity_types": list(types), "head": "text", "data": data})
     with atomic_dir(folder) as temporary:
-        model.cpu().save_pretrained(temporary)
-        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    return _epochs(trainer.state.log_history)
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
 
 
 def _epochs(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:

@@ -62,11 +62,13 @@ class Codec:
         self.ids_of = lru_cache(maxsize=None)(self._ids_of)
         self.seen = lru_cache(maxsize=None)(lambda word: self.text(self.ids_of(word)).casefold())
 
+    def plain(self, word: str) -> str:
+        """A word as it is encoded: one even where a tokenizer such as T5's makes two of it ("¨": space, accent)."""
+        normalizer = self.tokenizer.normalizer
+        return word if normalizer is None else "".join(normalizer.normalize_str(word).split())
+
     def _ids_of(self, word: str) -> list[int]:
-        """A word's ids; it stays one word where a tokenizer such as T5's makes two of it ("¨": space and accent)."""
-        if self.tokenizer.normalizer is not None:
-            word = "".join(self.tokenizer.normalizer.normalize_str(word).split())
-        return self.tokenizer.encode(word, add_special_tokens=False).ids
+        return self.tokenizer.encode(self.plain(word), add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids stand for, the end left out."""

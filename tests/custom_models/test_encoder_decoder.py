@@ -17,6 +17,7 @@ from custom_models.encoder_decoder_checkpoint import (
     load_encoder_decoder,
     load_hf,
     save_encoder_decoder,
+    save_hf,
 )
 from custom_models.encoder_decoder_config import t5, t5_v1_1, transformer
 from custom_models.generation import generate
@@ -240,6 +241,40 @@ def test_a_checkpoint_of_our_own_comes_back(model, tmp_path):
     answers = torch.zeros(3, 1, dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(again(source(), answers, LENGTHS), model(source(), answers, LENGTHS))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        t5(VOCABULARY, **TINY),
+        t5_v1_1(VOCABULARY, **TINY, n_bucket=8, max_distance=9),
+        t5_v1_1(VOCABULARY, **{**TINY, "head_size": None}, tied=True, scale_embeddings=True),
+    ],
+    ids=["v1.0", "v1.1", "v1.1, tied, its embeddings scaled"],
+)
+@torch.no_grad()
+def test_transformers_reads_what_we_write(config, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    ours = EncoderDecoder(config).eval()
+    opinionated(ours, 0.2)
+    save_hf(ours, tokenizer(), tmp_path / "t5")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5").eval()
+    ids, answers = source(), torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(3))
+    expected = ours(ids, answers, LENGTHS)
+    found = theirs(input_ids=ids, attention_mask=torch.arange(9) < LENGTHS[:, None], decoder_input_ids=answers)
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_hf(tmp_path / "t5").eval()(ids, answers, LENGTHS), expected, atol=1e-4, rtol=0)
+    read = AutoTokenizer.from_pretrained(tmp_path / "t5")
+    assert dict(read("w5")) == {"input_ids": [5, 1], "attention_mask": [1, 1]}
+    assert read.eos_token_id == 1 and read.pad_token_id == 0
+
+
+def test_only_a_t5_is_written_as_one(tmp_path):
+    with pytest.raises(UserError, match="Only a model of T5's architecture"):
+        save_hf(EncoderDecoder(transformer(VOCABULARY, **TINY)), tokenizer(), tmp_path / "t5")
+    assert not (tmp_path / "t5").exists()
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
