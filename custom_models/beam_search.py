@@ -72,7 +72,6 @@ def beam_search(
     no_repeat_ngram: int = 0,
     stop_ids: Sequence[int] = (),
     allowed: Allowed | None = None,
-    renormalize: bool = False,
     use_cache: bool = True,
 ) -> Generated:
     """The likeliest way to write on from each prompt, as far as so many beams can tell.
@@ -88,13 +87,11 @@ def beam_search(
         no_repeat_ngram: No n tokens in a row occur twice in a text, its prompt included; 0 for no such rule.
         stop_ids: Ids that end an answer.
         allowed: Which tokens may come next.
-        renormalize: Whether the probabilities of those that may come next are made to sum up to 1. Without, a beginning
-            that forces an unlikely token counts as unlikely itself.
         use_cache: Whether to keep keys and values.
 
     Returns:
-        Each text's best answer; the stop id is the last of its ids if it was reached. Where the rules let no beginning
-        go on and none has ended, the best beginning.
+        Each text's best answer, and all that were kept; the stop id is the last of its ids if it was reached. Where the
+        rules let no beginning go on and none has ended, the best beginning.
 
     Raises:
         UserError: If the text would grow beyond the model's longest, a setting makes no sense, the rules forbid every
@@ -127,9 +124,6 @@ def beam_search(
         check_scores(logits)
         logprobs = logits.log_softmax(dim=-1)  # (B * n_beam, vocab_size)
         _forbid(logprobs, text, length, scores.flatten().tolist(), no_repeat_ngram, allowed, n_beam)
-        if renormalize:
-            total = logprobs.logsumexp(dim=-1, keepdim=True)  # (B * n_beam, 1)
-            logprobs -= total.masked_fill(total == -torch.inf, 0.0)  # where nothing may follow, nothing is likely
         vocab_size = logprobs.shape[1]
         sums = scores.view(-1, 1) + logprobs  # (B * n_beam, vocab_size)
         top, places = sums.view(batch, -1).topk(min(n_kept, n_beam * vocab_size))  # (B, n_kept) each
@@ -160,7 +154,8 @@ def beam_search(
         if n_beam > 1:
             for cache in caches or ():
                 cache.reorder(rows)
-    return Generated([hypotheses.best[0][1] for hypotheses in found], time.perf_counter() - began)
+    answers = [[ids for _, ids in hypotheses.best] for hypotheses in found]
+    return Generated([best for best, *_ in answers], time.perf_counter() - began, answers)
 
 
 def _forbid(

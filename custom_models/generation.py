@@ -38,10 +38,12 @@ class Generated(NamedTuple):
     Attributes:
         ids: For each text its new tokens' ids; the stop id is the last of them if it was reached.
         seconds: How long it took.
+        answers: For each text all of the answers that a beam search kept, the best first; empty without one.
     """
 
     ids: list[list[int]]
     seconds: float
+    answers: Sequence[list[list[int]]] = ()
 
     @property
     def tokens_per_second(self) -> float:

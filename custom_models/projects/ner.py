@@ -1,7 +1,8 @@
 """`make ner`: which entities are named in a sentence? A T5 writes their list: "Chemical: aspirin ; Disease: ulcer".
 
 * `--model scratch`: a vocabulary and a small T5 of our own, pretrained by span corruption on the training sentences and
-  on other text, and then taught to write lists (`--head text`), or to tag each word by its encoder (`--head tokens`).
+  on other text, and then taught to write lists (`--head text`), to tag each word by its encoder (`--head tokens`), or
+  both (`--head both`).
 * `--model google-t5/t5-small`, or the folder of a T5: taught to write lists by transformers' Seq2SeqTrainer.
 
 Beside it the dictionary of the training data's mentions. What counts is strict F1: type, first and last word.
@@ -10,9 +11,9 @@ Beside it the dictionary of the training data's mentions. What counts is strict 
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import lightning as L
@@ -21,16 +22,11 @@ from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems, too_small
-from custom_models.projects.ner_model import (
-    Codec,
-    EntityModel,
-    EntityTask,
-    batch_of,
-    load_entity_model,
-)
-from custom_models.projects.ner_report import Asking, Head, Round, encode, find, looked_at, read_splits, report
+from custom_models.projects.ner_model import Codec, EntityModel, EntityTask, Head, Sentence, batch_of, load_entity_model
+from custom_models.projects.ner_report import Asking, Round, encode, find, looked_at, read_splits, report
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
+    PairBatch,
     Seq2SeqTask,
     T5Shape,
     begin_by_copying,
@@ -40,6 +36,8 @@ from custom_models.projects.seq2seq import (
     pieces_of,
     row_loader,
 )
+from custom_models.projects.vocabulary import PAD
+from custom_models.tokenization.merge_dropout import MergeDropout
 from data_prep.entities import WORD
 from data_prep.iob import OUTSIDE
 from data_prep.rows import normalise
@@ -55,16 +53,18 @@ _TELLING = 5
 def setup(
     data: Path = Path("data/hpo_entities"),
     model: str = SCRATCH,
-    head: Head = "text",
+    head: Head | None = None,
     out_dir: Path = Path("out/ner/scratch"),
-    shape: T5Shape = T5Shape(),
+    shape: T5Shape = T5Shape(width=128, dropout=0.2),
     pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=4),
     unlabelled: list[Path] | None = None,
     max_unlabelled: int = 4000,
-    fit: FitArgs = FitArgs(batch_size=16, learning_rate=2e-3, max_epochs=25, patience=25),
+    fit: FitArgs = FitArgs(batch_size=32, learning_rate=2e-3, max_epochs=20, patience=20, precision=None),
+    merge_dropout: float = 0.1,
     tag_weight: float = 1.0,
     constrained: bool = True,
     n_beam: int = 4,
+    tag_share: float = 0.75,
     longest: int = 256,
     seeds: list[int] | None = None,
     validation_rows: int | None = 1000,
@@ -75,7 +75,8 @@ def setup(
     Args:
         data: A data directory of {"tokens", "tags"} rows, from `make data DATA=bc5cdr` and its like.
         model: "scratch", the folder of a T5, or its id on the Hub.
-        head: "text": the decoder writes a list; "tokens": the encoder tags each word (from scratch only).
+        head: "text": the decoder writes a list; "tokens": the encoder tags each word; "both": the likeliest list by
+            the two together. If null, both, and for a T5 from elsewhere text, which is all that it can.
         out_dir: Where the picture and numbers go; the model is in its `final` folder.
         shape: The T5, if it is trained from scratch.
         pretrain: How it is pretrained by span corruption before, from scratch only; no epochs, no pretraining.
@@ -83,9 +84,12 @@ def setup(
             if null.
         max_unlabelled: At most so many of their lines, drawn at random.
         fit: How it is trained on entities.
+        merge_dropout: So many of the vocabulary's merges are left out at random in training, from scratch only, so that
+            a word is seen in ever other pieces (BPE-dropout).
         tag_weight: Of the encoder's tags as an auxiliary task where the decoder answers.
         constrained: Whether the decoder can write nothing but a list of the sentence's own words.
         n_beam: Beams; 1 is greedy search, which a grammar leads astray: it goes on where nothing likely may follow.
+        tag_share: How much the encoder's tags count beside the decoder's tokens, with the head "both".
         longest: The longest sentence in tokens; words beyond it are not read.
         seeds: One fine-tuning for each; [1] if null. The first one's model is kept.
         validation_rows: Sentences that are looked at after each epoch, drawn at random; all if null.
@@ -96,32 +100,43 @@ def setup(
     """
     began = step_began()
     seeds = [1] if seeds is None else seeds
+    head = head or ("both" if model == SCRATCH else "text")
     problems = fit.problems() + seed_problems(*seeds)
     problems += too_small(n_beam=(n_beam, 1), longest=(longest, 3), max_rows=(max_rows, 1),
                           validation_rows=(validation_rows, 1), max_unlabelled=(max_unlabelled, 0),
                           tag_weight=(tag_weight, 0))  # fmt: skip
     if model == SCRATCH and pretrain.max_epochs:
         problems += pretrain.problems("pretrain")
-    if head == "tokens" and model != SCRATCH:
-        problems.append("--head tokens is for --model scratch; a T5 from elsewhere answers by its decoder.")
+    problems += _no_shares(merge_dropout=merge_dropout, tag_share=tag_share)
+    if head != "text" and model != SCRATCH:
+        problems.append(
+            f"--head {head} is for --model scratch; a T5 from elsewhere answers by its decoder: --head text."
+        )
+    if head == "both" and not tag_weight:
+        problems.append("--head both needs an encoder that has learned to tag: --tag_weight above 0, or --head text.")
     if fit.ema_decay and model != SCRATCH:
         problems.append("--fit.ema_decay is for --model scratch; transformers' trainer has no such average.")
     report_all(problems)
     splits, types = read_splits(data, max_rows)
     trained = (
-        _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, head, tag_weight, longest,
-                      validation_rows, seeds, out_dir)
+        _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, merge_dropout, head,
+                      tag_weight, longest, validation_rows, seeds, out_dir)
         if model == SCRATCH
         else _from_hf(model, data, splits, types, fit, longest, validation_rows, seeds, out_dir)
     )  # fmt: skip
-    asking = Asking(head, constrained, n_beam, longest, validation_rows)
+    asking = Asking(head, constrained, n_beam, tag_share, longest, validation_rows)
     settings = {"shape": asdict(shape) if model == SCRATCH else None,
                 "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
-                "tag_weight": tag_weight, "max_rows": max_rows}  # fmt: skip
+                "merge_dropout": merge_dropout, "tag_weight": tag_weight, "max_rows": max_rows}  # fmt: skip
     tagging = tag_weight if model == SCRATCH else 0.0
     rounds = report(trained, splits, data, model, asking, tagging, seeds, out_dir, began, settings)
     draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}")
     print(f"{out_dir}/final, curves.png, metrics.json")
+
+
+def _no_shares(**options: float) -> list[str]:
+    """Messages about options that are not from 0 to 1."""
+    return [f"--{name} must be from 0 to 1, not {value}." for name, value in options.items() if not 0 <= value <= 1]
 
 
 def _from_scratch(
@@ -133,6 +148,7 @@ def _from_scratch(
     unlabelled: list[Path] | None,
     max_unlabelled: int,
     fit: FitArgs,
+    merge_dropout: float,
     head: Head,
     tag_weight: float,
     longest: int,
@@ -155,15 +171,26 @@ def _from_scratch(
         started = time.perf_counter()
         model = EntityModel(EncoderDecoder(config), types)
         model.t5.load_state_dict(weights)
-        loaders = [
-            row_loader(part, [len(row.source) for row in part], size, partial(batch_of, pad_id=config.pad_id), order)
-            for part, size, order in ((rows["train"], fit.batch_size, seed), (validation, 4 * fit.batch_size, None))
-        ]
-        task = EntityTask(model, fit, len(loaders[0]) * fit.max_epochs, head, tag_weight)
-        epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit)
+        drawn = _drawn(codec, longest, merge_dropout, seed)
+        train = row_loader(splits["train"], [len(row.source) for row in rows["train"]], fit.batch_size, drawn, seed)
+        looked = row_loader(validation, [len(row.source) for row in validation], 4 * fit.batch_size,
+                            partial(batch_of, pad_id=config.pad_id), None)  # fmt: skip
+        task = EntityTask(model, fit, len(train) * fit.max_epochs, head, tag_weight)
+        epochs = fit_best(task, train, looked, out_dir, fit)
         if number == 0:
             model.save(codec.tokenizer, out_dir / "final", head, data.name)
         yield Round(model, codec, epochs, time.perf_counter() - started)
+
+
+def _drawn(codec: Codec, longest: int, merge_dropout: float, seed: int) -> Callable[[list[Tagged]], PairBatch]:
+    """Makes a batch of sentences, each time in other pieces; within a sentence a word has the same ones everywhere."""
+    dropout, chance = MergeDropout(codec.tokenizer), random.Random(f"{seed} merges")
+
+    def encoded(words: Sequence[str], tags: Sequence[str]) -> Sentence:
+        pieces = lru_cache(maxsize=None)(lambda word: dropout.ids_of(word, merge_dropout, chance))
+        return codec.encode(words, tags, longest, pieces if merge_dropout else None)
+
+    return lambda rows: batch_of([encoded(*row) for row in rows], codec.tokenizer.token_to_id(PAD))
 
 
 def pretrained_t5(
@@ -247,7 +274,14 @@ def _from_hf(
         yield Round(tagger, codec, epochs, time.perf_counter() - started)
 
 
-def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: int = 4, longest: int = 256) -> None:
+def predict(
+    checkpoint_dir: Path,
+    text: str,
+    constrained: bool = True,
+    n_beam: int = 4,
+    tag_share: float = 0.75,
+    longest: int = 256,
+) -> None:
     """Name the entities of a sentence.
 
     Args:
@@ -255,18 +289,19 @@ def predict(checkpoint_dir: Path, text: str, constrained: bool = True, n_beam: i
         text: The sentence.
         constrained: Whether the decoder can write nothing but a list of the sentence's own words.
         n_beam: Beams.
+        tag_share: How much the encoder's tags count, if the model answers by both.
         longest: The longest sentence in tokens.
 
     Raises:
         UserError: If the folder holds no such model, an option makes no sense, or the sentence is empty.
     """
-    report_all(too_small(n_beam=(n_beam, 1), longest=(longest, 3)))
+    report_all(too_small(n_beam=(n_beam, 1), longest=(longest, 3)) + _no_shares(tag_share=tag_share))
     words = WORD.findall(text)
     if not words:
         raise UserError('There is nothing to read. Give a sentence: make ner-predict TEXT="…"')
     model, codec, head = load_entity_model(checkpoint_dir)
     sentence = codec.encode(words, [OUTSIDE] * len(words), longest)
-    written = find(model, codec, [sentence], head, constrained, n_beam)
+    written = find(model, codec, [sentence], Asking(head, constrained, n_beam, tag_share, longest, None))
     for entity in written.entities[0]:
         print(f"{entity.type:<12}{' '.join(words[entity.start : entity.end])}")
     if not written.entities[0]:

@@ -96,7 +96,7 @@ def setup(
     base = out_dir / "base"
     save_hf(t5, codec.tokenizer, base)  # whatever form it had, its tokenizer ends lists now
     trained = _train(base, codec, data.name, some, fit, longest, seeds, out_dir, home)
-    asking = Asking("text", constrained, n_beam, longest, validation_rows)
+    asking = Asking("text", constrained, n_beam, 0.0, longest, validation_rows)
     settings = {"trainer": autotrain.PINS[0], "shape": asdict(shape) if model == SCRATCH else None,
                 "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
                 "max_rows": max_rows}  # fmt: skip

@@ -1,13 +1,14 @@
-"""A T5 that names the entities of a sentence: its decoder writes their list, or its encoder tags each word.
+"""A T5 that names the entities of a sentence: its decoder writes their list, its encoder tags each word, or both.
 
-The encoder learns to tag in both, as its first word piece says; where the decoder writes, that is an auxiliary task
-which tells the encoder, word by word, what the decoder will have to know of it.
+The encoder learns to tag in all three, as its first word piece says; where the decoder writes, that is an auxiliary
+task which tells the encoder, word by word, what the decoder will have to know of it. A list has a probability by either
+half: by its tokens as the decoder writes them, and by its words' tags. `by_both` takes the likeliest by the two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -24,9 +25,12 @@ from custom_models.projects.entity_text import Grammar, entities_in, list_of
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.seq2seq import PairBatch, padded, text_loss
 from custom_models.weights import fill
-from data_prep.iob import OUTSIDE, Entity, entities_of
+from data_prep.iob import OUTSIDE, Entity, entities_of, tags_of
 from workflows.errors import UserError
 from workflows.files import read_json
+
+Head = Literal["text", "tokens", "both"]
+"""What a model answers by: the decoder's lists, the encoder's tags, or the two together."""
 
 
 class Sentence(NamedTuple):
@@ -74,21 +78,43 @@ class Codec:
         """What ids stand for, the end left out."""
         return self.tokenizer.decode([i for i in ids if i != self.end_id], skip_special_tokens=False).strip()
 
-    def encode(self, words: Sequence[str], tags: Sequence[str], longest: int) -> Sentence:
-        """A sentence with its entities; words that begin beyond `longest` tokens, and their entities, are missing."""
+    def encode(
+        self,
+        words: Sequence[str],
+        tags: Sequence[str],
+        longest: int,
+        ids_of: Callable[[str], list[int]] | None = None,
+    ) -> Sentence:
+        """A sentence with its entities; words that begin beyond `longest` tokens, and their entities, are missing.
+
+        Args:
+            words: The sentence.
+            tags: Of each word.
+            longest: The most tokens, the end included.
+            ids_of: A word's ids, if not the vocabulary's own.
+        """
         source: list[int] = []
         firsts: list[int] = []
+        ids_of = ids_of or self.ids_of
         for word in words:
-            ids = self.ids_of(word)
+            ids = ids_of(word)
             if len(source) + len(ids) >= longest:
                 break
             firsts.append(len(source))
             source += ids
         read, kept = list(words[: len(firsts)]), list(tags[: len(firsts)])
-        listed = list_of(read, entities_of(kept), self.seen)
-        target = [i for word in listed for i in self.ids_of(word)]
+        target = self.target(read, entities_of(kept), ids_of)
         classes = [self.labels.index(tag) for tag in kept]
-        return Sentence(read, [*source, self.end_id], firsts, [*target, self.end_id], classes)
+        return Sentence(read, [*source, self.end_id], firsts, target, classes)
+
+    def target(
+        self, words: Sequence[str], entities: Sequence[Entity], ids_of: Callable[[str], list[int]] | None = None
+    ) -> list[int]:
+        """The list of a sentence's entities, and the end; arguments as for `encode`."""
+        return [
+            *(i for word in list_of(words, entities, self.seen) for i in (ids_of or self.ids_of)(word)),
+            self.end_id,
+        ]
 
     def grammar(self, words: Sequence[str]) -> Grammar:
         """What the decoder may write about a sentence."""
@@ -140,13 +166,13 @@ class EntityModel(nn.Module):
         """The encoder's output, (B, Ts, width) -> logits of each token's class, (B, Ts, n_label)."""
         return self.tag_head(context)  # (B, Ts, n_label)
 
-    def save(self, tokenizer: Tokenizer, folder: Path, head: str, data: str) -> None:
+    def save(self, tokenizer: Tokenizer, folder: Path, head: Head, data: str) -> None:
         """Write a checkpoint, whole or not at all.
 
         Args:
             tokenizer: Whose ids it reads.
             folder: Where.
-            head: "text" or "tokens", what it answers by.
+            head: What it answers by.
             data: The name of what it learned from.
         """
         save_encoder_decoder(self, self.t5.config, tokenizer, folder, entity_types=self.types, head=head, data=data)
@@ -154,7 +180,6 @@ class EntityModel(nn.Module):
     @torch.no_grad()
     def by_tags(self, sentences: Sequence[Sentence], batch_size: int = 64) -> Written:
         """The entities by the encoder's tags: for each word the likeliest one that may follow the one before it."""
-        self.eval()
         labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
         # An I-TYPE follows B-TYPE or I-TYPE, which stand before it and at its own place in the list.
         may = [[after % 2 == 1 or after == 0 or before in (after - 1, after) for after in range(len(labels))]
@@ -162,16 +187,28 @@ class EntityModel(nn.Module):
         follows = torch.tensor(may)  # (n_label, n_label)
         found: dict[int, list[Entity]] = {}
         for numbers in _by_length(sentences, batch_size):
-            chosen = [sentences[i] for i in numbers]
-            batch = batch_of(chosen, self.t5.config.pad_id)
-            logits = self.tag_logits(self.t5.encode(batch.source, batch.lengths))  # (B, Ts, n_label)
-            for i, sentence, row in zip(numbers, chosen, logits, strict=True):
+            for i, logprobs, _ in self.read([sentences[i] for i in numbers], numbers):
                 before, tags = 0, []
-                for scores in row[sentence.firsts]:  # (n_label,)
+                for scores in logprobs:  # (n_label,)
                     before = int(scores.masked_fill(~follows[before], -torch.inf).argmax())
                     tags.append(labels[before])
                 found[i] = entities_of(tags)
         return Written([found[i] for i in range(len(sentences))], 0, 0)
+
+    @torch.no_grad()
+    def read(self, sentences: Sequence[Sentence], numbers: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What the encoder makes of sentences, read together.
+
+        Yields:
+            Each one's number, the log-probabilities of its words' classes, (n_word, n_label), and the encoder's output,
+            (1, T, width).
+        """
+        self.eval()
+        batch = batch_of(sentences, self.t5.config.pad_id)
+        context = self.t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
+        logprobs = self.tag_logits(context).log_softmax(dim=-1)  # (B, Ts, n_label)
+        for i, sentence, row, vectors in zip(numbers, sentences, logprobs, context, strict=True):
+            yield i, row[sentence.firsts], vectors[None, : len(sentence.source)]
 
 
 @torch.no_grad()
@@ -184,7 +221,6 @@ def by_text(
     length_penalty: float = 1.0,
     max_new_tokens: int = 160,
     batch_size: int = 64,
-    renormalize: bool = False,
 ) -> Written:
     """The entities by the lists that a model writes.
 
@@ -198,8 +234,71 @@ def by_text(
         max_new_tokens: The longest list, in tokens.
         batch_size: Sentences at a time.
     """
-    found: dict[int, list[Entity]] = {}
-    malformed = unfinished = 0
+    lists = write_lists(model, codec, sentences, constrained, n_beam, length_penalty, max_new_tokens, batch_size)
+    return _written(codec, sentences, [best for best, *_ in lists])
+
+
+def _written(codec: Codec, sentences: Sequence[Sentence], lists: Sequence[Sequence[int]]) -> Written:
+    """What lists say."""
+    named = [codec.entities(ids, sentence.words) for sentence, ids in zip(sentences, lists, strict=True)]
+    unfinished = sum(ids[-1] != codec.end_id for ids in lists)
+    return Written([entities for entities, _ in named], sum(malformed for _, malformed in named), unfinished)
+
+
+@torch.no_grad()
+def by_both(
+    model: EntityModel,
+    codec: Codec,
+    sentences: Sequence[Sentence],
+    constrained: bool = True,
+    n_beam: int = 4,
+    tag_share: float = 0.75,
+) -> Written:
+    """The entities by the lists that decoder and encoder together find likeliest.
+
+    Candidates are what the beams keep, and the list of the encoder's own tags. A list's score is
+    (1 - tag_share) * log p(its tokens by the decoder) + tag_share * log p(its words' tags by the encoder).
+
+    Args:
+        model: Both of its heads are trained.
+        codec: See `by_text`, as for what follows.
+        sentences: See there.
+        constrained: See there.
+        n_beam: See there.
+        tag_share: How much the encoder counts.
+    """
+    t5 = model.t5.eval()
+    lists = write_lists(t5, codec, sentences, constrained, n_beam)
+    best = _written(codec, sentences, [first for first, *_ in lists])
+    tagged = model.by_tags(sentences).entities
+    found: list[list[Entity]] = []
+    for number, sentence in enumerate(sentences):
+        ((_, tag_logprobs, context),) = model.read([sentence], [number])  # (n_word, n_label), (1, T, width)
+        candidates = [codec.entities(ids, sentence.words)[0] for ids in lists[number]]
+        candidates += [] if tagged[number] in candidates else [tagged[number]]
+        targets = padded([codec.target(sentence.words, each) for each in candidates], t5.config.pad_id)  # (N, T)
+        logits = t5.decode(t5.shift(targets), context.expand(len(targets), -1, -1))  # (N, T, vocab_size)
+        of_tokens = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=t5.config.pad_id,
+                                     reduction="none").sum(dim=1)  # (N,)  # fmt: skip
+        tags = [[codec.labels.index(tag) for tag in tags_of(each, len(sentence.words))] for each in candidates]
+        of_tags = tag_logprobs.gather(1, torch.tensor(tags, dtype=torch.long).T).sum(dim=0)  # (N,)
+        found.append(candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())])
+    return best._replace(entities=found)
+
+
+@torch.no_grad()
+def write_lists(
+    model: EncoderDecoder,
+    codec: Codec,
+    sentences: Sequence[Sentence],
+    constrained: bool = True,
+    n_beam: int = 4,
+    length_penalty: float = 1.0,
+    max_new_tokens: int = 160,
+    batch_size: int = 64,
+) -> list[list[list[int]]]:
+    """For each sentence the lists that beam search keeps, the best first; arguments as for `by_text`."""
+    found: dict[int, list[list[int]]] = {}
     for numbers in _by_length(sentences, batch_size):
         chosen = [sentences[i] for i in numbers]
         lengths = torch.tensor([len(sentence.source) for sentence in chosen])  # (B,)
@@ -213,12 +312,9 @@ def by_text(
             length_penalty=length_penalty,
             stop_ids=[codec.end_id],
             allowed=partial(_allowed, grammars) if constrained else None,
-            renormalize=renormalize,
         )
-        for i, sentence, ids in zip(numbers, chosen, written.ids, strict=True):
-            found[i], wrong = codec.entities(ids, sentence.words)
-            malformed, unfinished = malformed + wrong, unfinished + (ids[-1] != codec.end_id)
-    return Written([found[i] for i in range(len(sentences))], malformed, unfinished)
+        found.update(zip(numbers, written.answers, strict=True))
+    return [found[i] for i in range(len(sentences))]
 
 
 def _allowed(grammars: Sequence[Grammar], text: int, ids: list[int]) -> list[int]:
@@ -231,11 +327,11 @@ def _by_length(sentences: Sequence[Sentence], batch_size: int) -> list[list[int]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, str]:
+def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, Head]:
     """Read a checkpoint that `make ner` left: ours, or a T5 of transformers'.
 
     Returns:
-        The model in evaluation mode, its codec, and its head, "text" or "tokens".
+        The model in evaluation mode, its codec, and its head.
 
     Raises:
         UserError: If it is none, or damaged.
@@ -246,8 +342,9 @@ def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, str]:
     types, head = config.get("entity_types"), config.get("head", "text")
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise UserError(f"{folder} is a model that names no entities. Train one with `make ner`.")
-    if head not in ("text", "tokens"):
-        raise UserError(f"{folder} is damaged: it answers by {head!r:.40}, neither text nor tokens. Train it again.")
+    if head not in get_args(Head):
+        known = ", ".join(get_args(Head))
+        raise UserError(f"{folder} is damaged: it answers by {head!r:.40}, none of {known}. Train it again.")
     if config.get("model_type") == "t5":
         t5, tokenizer = load_encoder_decoder(folder)
         model = EntityModel(t5, types)
@@ -266,11 +363,11 @@ class EntityTask(L.LightningModule):
         model: The model.
         fit: Rate and schedule.
         total_steps: Optimizer steps in all.
-        head: "text" or "tokens": what it will answer by.
-        tag_weight: Of the classes' loss beside the list's, with the head "text".
+        head: What it will answer by; with "tokens" it does not learn to write.
+        tag_weight: Of the classes' loss beside the list's.
     """
 
-    def __init__(self, model: EntityModel, fit: FitArgs, total_steps: int, head: str, tag_weight: float) -> None:
+    def __init__(self, model: EntityModel, fit: FitArgs, total_steps: int, head: Head, tag_weight: float) -> None:
         super().__init__()
         self.model, self.fit_args, self.total_steps = model, fit, total_steps
         self.head, self.tag_weight = head, tag_weight

@@ -4,18 +4,17 @@ import random
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
-from custom_models.projects.ner_model import Codec, EntityModel, Sentence, Written, by_text
+from custom_models.projects.ner_model import Codec, EntityModel, Head, Sentence, Written, by_both, by_text
 from data_prep.iob import OUTSIDE, Entity
 from data_prep.rows import read_rows
 from workflows.checkpoint import metric, versions, write_metrics
 from workflows.errors import UserError
 from workflows.measure import PeakMemory, hardware, seconds_of_step
 
-Head = Literal["text", "tokens"]
 Row = TypeVar("Row")
 
 
@@ -23,9 +22,10 @@ class Asking(NamedTuple):
     """How a model is asked for entities.
 
     Attributes:
-        head: "text": the decoder writes a list; "tokens": the encoder tags each word.
+        head: "text": the decoder writes a list; "tokens": the encoder tags each word; "both": the two together.
         constrained: Whether the decoder can write nothing but a list of the sentence's own words.
         n_beam: Beams; 1 is greedy search.
+        tag_share: How much the encoder counts with the head "both".
         longest: The longest sentence in tokens; words beyond it are not read.
         validation_rows: How many sentences of validation are looked at; all if None.
     """
@@ -33,6 +33,7 @@ class Asking(NamedTuple):
     head: Head
     constrained: bool
     n_beam: int
+    tag_share: float
     longest: int
     validation_rows: int | None
 
@@ -88,12 +89,13 @@ def looked_at(rows: Sequence[Row], most: int | None) -> list[Row]:
     return random.Random(0).sample(rows, len(rows) if most is None else min(most, len(rows)))
 
 
-def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], head: str, constrained: bool, n_beam: int
-) -> Written:  # fmt: skip
-    """The entities of sentences by one of the two heads; arguments as those of `Asking`."""
-    if head == "tokens":
+def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], asking: Asking) -> Written:
+    """The entities of sentences by the head that is asked for."""
+    if asking.head == "tokens":
         return model.by_tags(sentences)
-    return by_text(model.t5.eval(), codec, sentences, constrained, n_beam)
+    if asking.head == "both":
+        return by_both(model, codec, sentences, asking.constrained, asking.n_beam, asking.tag_share)
+    return by_text(model.t5.eval(), codec, sentences, asking.constrained, asking.n_beam)
 
 
 def report(
@@ -134,7 +136,7 @@ def report(
     with PeakMemory() as peak:
         for seed, done in zip(seeds, trained, strict=True):
             test, cut = encode(splits["test"], done.codec, asking.longest)
-            written = find(done.model, done.codec, test, asking.head, asking.constrained, asking.n_beam)
+            written = find(done.model, done.codec, test, asking)
             results.append((score(splits["test"], written.entities), written))
             rounds.append(done)
             beside.append(_beside(done, splits, test, asking, tag_weight))
@@ -177,16 +179,19 @@ def report(
 def _beside(
     done: Round, splits: dict[str, list[Tagged]], test: Sequence[Sentence], asking: Asking, tag_weight: float
 ) -> dict[str, float]:
-    """Further F1s of a model that writes lists: by its encoder's tags, and with and without the grammar."""
+    """Further F1s of a model that writes lists: by either of its halves alone, and with and without the grammar."""
     if asking.head == "tokens":
         return {}
     found = {}
+    if asking.head == "both":
+        alone = find(done.model, done.codec, test, asking._replace(head="text"))
+        found["f1 by the decoder's lists, test"] = score(splits["test"], alone.entities).f1
     if tag_weight:
         found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
     rows = looked_at(splits["validation"], asking.validation_rows)
     sentences, _ = encode(rows, done.codec, asking.longest)
     for name, constrained in (("constrained", True), ("free", False)):
-        written = find(done.model, done.codec, sentences, asking.head, constrained, asking.n_beam)
+        written = find(done.model, done.codec, sentences, asking._replace(constrained=constrained))
         found[f"f1, {name}, {len(rows):,} of validation"] = score(rows, written.entities).f1
         found[f"malformed entries, {name}"] = float(written.malformed)
     return found

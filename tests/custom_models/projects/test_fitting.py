@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
-from custom_models.projects import distill, pretrain, sentiment
+from custom_models.projects import distill, ner, pretrain, sentiment
 from custom_models.projects.fitting import FitArgs, fast_precision, fit_best, seed_problems
 from workflows.errors import UserError
 
@@ -18,7 +18,12 @@ RECIPES = Path("custom_models/recipes")
 
 @pytest.mark.parametrize(
     ("recipe", "setup"),
-    [("sentiment-scratch", sentiment.setup), ("distill", distill.setup), ("pretrain", pretrain.setup)],
+    [
+        ("sentiment-scratch", sentiment.setup),
+        ("distill", distill.setup),
+        ("pretrain", pretrain.setup),
+        ("ner-scratch", ner.setup),
+    ],
 )
 def test_the_defaults_of_the_command_line_are_the_recipes(recipe, setup):
     parser = ArgumentParser(exit_on_error=False)

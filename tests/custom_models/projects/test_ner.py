@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,19 @@ from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.entity_scores import majority_dictionary, score
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.ner import _texts, find, predict, setup
-from custom_models.projects.ner_model import Codec, EntityModel, EntityTask, batch_of, by_text, load_entity_model
-from custom_models.projects.seq2seq import T5Shape
+from custom_models.projects.ner_model import (
+    Codec,
+    EntityModel,
+    EntityTask,
+    Head,
+    Sentence,
+    batch_of,
+    by_both,
+    by_text,
+    load_entity_model,
+)
+from custom_models.projects.ner_report import Asking
+from custom_models.projects.seq2seq import T5Shape, text_loss
 from data_prep.iob import Entity, entities_of, tags_of
 from data_prep.rows import write_rows
 from workflows.__main__ import main
@@ -59,7 +70,7 @@ def test_words_beyond_the_limit_are_not_read(codec):
     assert codec.entities(cut.target, words)[0] == [Entity("Chemical", 0, 1)] and len(cut.tags) == 2
 
 
-@pytest.mark.parametrize("head", ["text", "tokens"])
+@pytest.mark.parametrize("head", get_args(Head))
 def test_a_sentence_of_which_nothing_can_be_read_has_no_entity(codec, head):
     torch.manual_seed(0)
     model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types).eval()
@@ -67,7 +78,7 @@ def test_a_sentence_of_which_nothing_can_be_read_has_no_entity(codec, head):
     assert unread.words == [] and unread.source == unread.target == [codec.end_id]
     read = codec.encode(["fever"], ["B-Disease"], 64)
     for sentences in ([unread], [read, unread]):
-        assert find(model, codec, sentences, head, True, 2).entities[-1] == []
+        assert find(model, codec, sentences, Asking(head, True, 2, 0.5, 100, None)).entities[-1] == []
         loss, right, n = EntityTask(model, FitArgs(), 1, head, 1.0).losses(batch_of(sentences, 0))
         assert loss.isfinite() and 0 <= float(right / n) <= 1
 
@@ -91,6 +102,30 @@ def test_tags_are_a_valid_sequence(codec, data):
     found = model.by_tags([codec.encode(row["tokens"], row["tags"], 100) for row in rows], batch_size=3)
     for row, entities in zip(rows, found.entities, strict=True):
         assert entities_of(tags_of(entities, len(row["tokens"]))) == entities
+
+
+def test_by_both_the_likeliest_list_wins(codec, data):
+    torch.manual_seed(0)
+    model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types).eval()
+    torch.nn.init.normal_(model.tag_head.weight)
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    sentences = [codec.encode(row["tokens"], row["tags"], 100) for row in rows]
+
+    @torch.no_grad()
+    def logprob(sentence: Sentence, entities: list[Entity], tag_share: float) -> float:
+        tags = tags_of(entities, len(sentence.words))
+        batch = batch_of([codec.encode(sentence.words, tags, 100)], 0)
+        by_tags, _, n_tagged = EntityTask(model, FitArgs(), 1, "tokens", 1.0).losses(batch)
+        by_tokens, _, n = text_loss(model.t5, batch)
+        return float(-tag_share * by_tags * n_tagged - (1 - tag_share) * by_tokens * n)
+
+    others = [by_text(model.t5, codec, sentences, n_beam=3).entities, model.by_tags(sentences).entities]
+    chosen = {share: by_both(model, codec, sentences, True, 3, share).entities for share in (0.0, 0.5, 1.0)}
+    for share, found in chosen.items():
+        for number, sentence in enumerate(sentences):
+            best = max(logprob(sentence, other[number], share) for other in others)
+            assert logprob(sentence, found[number], share) >= best - 1e-3
+    assert chosen[0.0] != chosen[1.0]
 
 
 def test_the_dictionary_knows_the_majority():
@@ -194,7 +229,7 @@ def test_what_cannot_be_is_told(codec, data, tmp_path, tiny_t5):
     torch.manual_seed(0)
     model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types)
     model.save(codec.tokenizer, tmp_path / "banana", "banana", "data")
-    with pytest.raises(UserError, match="it answers by 'banana', neither text nor tokens"):
+    with pytest.raises(UserError, match="it answers by 'banana', none of text, tokens, both"):
         predict(tmp_path / "banana", "aspirin")
     with pytest.raises(UserError, match="nothing to read"):
         predict(tiny_t5, "  ")
