@@ -219,14 +219,15 @@ sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews:
 	@$(PROJECT) sentiment --config $(call project_recipe,sentiment-$(ENCODER),sentiment-pretrained) --data data/$(REVIEWS) \
 	  --encoder $(call quoted,$(ENCODER)) --out_dir out/sentiment/$(call filename,$(ENCODER)) $(ARGS)
 
-predict: $(INSTALLED)  ## name the class of TEXT by that classifier
+predict: out/sentiment/$(call filename,$(ENCODER))/final/config.json  ## name the class of TEXT by that classifier
 	@$(PROJECT) predict --checkpoint_dir out/sentiment/$(call filename,$(ENCODER))/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 distill: out/sentiment/minilm/final/config.json data/$(REVIEWS)/manifest.json  ## distil the fine-tuned MiniLM into a student of half its layers
 	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) $(ARGS)
 
-out/sentiment/minilm/final/config.json:
-	@$(MAKE) --no-print-directory sentiment ENCODER=minilm ARGS=
+# A model that is asked for, and not there yet, is trained first.
+out/sentiment/%/final/config.json:
+	@$(MAKE) --no-print-directory sentiment ENCODER=$(if $(filter minilm,$*),minilm,$(call quoted,$(ENCODER))) ARGS=
 
 pretrain: $(INSTALLED)  ## pretrain an encoder by hiding tokens, RoBERTa's way (ARGS="--style bert" for BERT's)
 	@$(PROJECT) pretrain --config custom_models/recipes/pretrain.yaml $(ARGS)
@@ -284,7 +285,7 @@ ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 o
 	@$(PROJECT) ner --config $(call project_recipe,ner-$(T5),ner-pretrained) --data data/$(ENTITIES) --model $(call quoted,$(T5)) \
 	  --out_dir out/ner/$(call filename,$(T5)) $(ARGS)
 
-ner-predict: $(INSTALLED)  ## name the entities of TEXT by that model
+ner-predict: out/ner/$(call filename,$(T5))/final/config.json  ## name the entities of TEXT by that model
 	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 ner-autotrain: data/$(ENTITIES)/manifest.json  ## the same T5 (or T5=google-t5/t5-small) taught by Hugging Face's AutoTrain, in an environment of its own
@@ -292,11 +293,17 @@ ner-autotrain: data/$(ENTITIES)/manifest.json  ## the same T5 (or T5=google-t5/t
 	  --model $(call quoted,$(T5)) --out_dir out/ner-autotrain/$(call filename,$(T5)) \
 	  $(if $(PIP_ARGS),--pip_args=$(call quoted,$(PIP_ARGS))) $(ARGS)
 
+out/ner/$(call filename,$(T5))/final/config.json:
+	@$(MAKE) --no-print-directory ner ARGS=
+
 translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
 	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \
 	  --data data/$(PARALLEL) --out_dir out/translate/$(PARALLEL) $(ARGS)
 
-translate-text: $(INSTALLED)  ## translate TEXT by it
+out/translate/$(PARALLEL)/final/config.json:
+	@$(MAKE) --no-print-directory translate ARGS=
+
+translate-text: out/translate/$(PARALLEL)/final/config.json  ## translate TEXT by it
 	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 ##@ Quality

@@ -35,7 +35,7 @@ made = {
     "download": ("--path_file", ""),
     **{name: ("--out_dir", "final/provenance.json") for name in "lora dpo reward ppo grpo shrink distill-lm".split()},
     "teach": ("--out_dir", "manifest.json"),
-    **{name: ("--out_dir", "final/config.json") for name in ("sentiment", "gpt", "gpt-dpo", "summarize", "qa")},
+    **{name: ("--out_dir", "final/config.json") for name in "sentiment gpt gpt-dpo summarize qa ner translate".split()},
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
 }
@@ -413,6 +413,7 @@ def test_projects_read_reviews_and_write_folders_of_their_own(project):
     (bert,) = project.calls("sentiment", "ENCODER=google-bert/bert-base-uncased", "ARGS=--seeds [1,2]")
     assert option(bert, "--config").endswith("sentiment-pretrained.yaml") and bert[-2:] == ["--seeds", "[1,2]"]
     assert option(bert, "--out_dir") == "out/sentiment/google-bert--bert-base-uncased"
+    assert project.steps("predict", "ENCODER=minilm", "TEXT=good") == ["sentiment", "predict"]  # trained, then asked
     (asked,) = project.calls("predict", "TEXT=it's bad")
     assert option(asked, "--text") == "it's bad" and option(asked, "--checkpoint_dir") == "out/sentiment/scratch/final"
 
@@ -440,6 +441,12 @@ def test_a_translator_is_trained_by_the_recipe_of_its_texts(project):
         _, call = project.calls("translate", f"PARALLEL={parallel}")
         assert option(call, "--config") == f"custom_models/recipes/{recipe}.yaml"
         assert option(call, "--out_dir") == f"out/translate/{parallel}"
+    assert project.steps("translate-text", "TEXT=x") == ["translate-text"]  # of the French one, trained above
+    assert project.steps("translate-text", "TEXT=x", "PARALLEL=opus_books_de") == [
+        "data",
+        "translate",
+        "translate-text",
+    ]
     (asked,) = project.calls("translate-text", "PARALLEL=catalogues_de", "TEXT=it's %(name)s")
     assert option(asked, "--text") == "it's %(name)s"
     assert option(asked, "--checkpoint_dir") == "out/translate/catalogues_de/final"
@@ -455,6 +462,7 @@ def test_entities_are_named_by_the_t5_that_is_asked_for(project, tmp_path):
     assert option(data, "--raw_dir") == str(tmp_path / "bc5cdr") and option(ner, "--model") == "google-t5/t5-small"
     assert option(ner, "--config") == "custom_models/recipes/ner-pretrained.yaml"
     assert option(ner, "--out_dir") == "out/ner/google-t5--t5-small"
+    assert project.steps("ner-predict", "T5=some/t5", "TEXT=x") == ["ner", "ner-predict"]
     (asked,) = project.calls("ner-predict", "TEXT=it's lithium")
     assert option(asked, "--text") == "it's lithium" and option(asked, "--checkpoint_dir") == "out/ner/scratch/final"
     (auto,) = project.calls("ner-autotrain", "ARGS=--seeds [1,2]", "PIP_ARGS=--extra-index-url it's")
