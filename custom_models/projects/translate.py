@@ -24,7 +24,15 @@ from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.program_runs import find_node
-from custom_models.projects.seq2seq import PairBatch, Seq2SeqTask, T5Shape, batch_of, begin_by_copying, row_loader
+from custom_models.projects.seq2seq import (
+    PairBatch,
+    Seq2SeqTask,
+    T5Shape,
+    batch_of,
+    begin_by_copying,
+    begin_by_looking_near,
+    row_loader,
+)
 from custom_models.projects.translation_memory import Memory
 from custom_models.projects.translation_scores import (
     bleu_and_chrf,
@@ -141,6 +149,8 @@ def setup(
             L.seed_everything(seed, verbose=False)
             model = EncoderDecoder(shape.configuration(codec))
             begin_by_copying(model)
+            if model.encoder_bias is not None:
+                begin_by_looking_near(model)
             train = pair_loader(learned["train"], codec, fit.batch_size, seed, merge_dropout)
             validation = pair_loader(learned["validation"], codec, 2 * fit.batch_size)
             task = Seq2SeqTask(model, fit, len(train) * fit.max_epochs, label_smoothing)
