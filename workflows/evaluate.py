@@ -18,6 +18,7 @@ from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_eva
 from workflows.evaluation.tasks import load_tasks, split_of
 from workflows.files import atomic_update, write_json, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.progress import watched
 from workflows.training.processes import choose_accelerator, default_precision
 
 UNFINISHED = "unfinished.jsonl"
@@ -78,7 +79,7 @@ def setup(
     check_for_evaluation(checkpoint_dir)
     template = ChatTemplate.from_checkpoint(checkpoint_dir)
     loaded = load_tasks(tasks, data_dir, template)
-    with PeakMemory() as peak:
+    with watched(out_dir), PeakMemory() as peak:
         model = load_for_evaluation(checkpoint_dir, precision, device)
         identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
         unfinished = out_dir / UNFINISHED

@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from workflows.chat_template import ChatTemplate, Message
 from workflows.checkpoint import LORA_WEIGHTS, PROVENANCE, WEIGHTS, check_checkpoint_dir, load_weights
@@ -25,6 +24,7 @@ from workflows.errors import UserError
 from workflows.evaluation.cache import ResultCache, request_key
 from workflows.files import read_json, sha256
 from workflows.merge import read_hyperparameters
+from workflows.progress import Bar
 from workflows.training.batch import ROW_MULTIPLE, Tree, assign_rows, pack_row
 from workflows.training.model import GPT, LoRAArgs, Precision, load_model
 from workflows.training.rollouts import generate
@@ -276,7 +276,7 @@ class LitGPTLM(TemplateLM):
         return prompt[-room:]
 
     def _watch(self, units: list[Any], what: str) -> Any:
-        return tqdm(units, desc=what, disable=not self._progress, leave=False)
+        return Bar(units, desc=what, disable=not self._progress, leave=False)
 
 
 def check_for_evaluation(checkpoint_dir: Path) -> str:

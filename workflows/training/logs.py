@@ -68,6 +68,25 @@ class MetricsLog:
         write_text(self.path, "".join(map(self._line, [header, *rows])) if rows else "")
 
 
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.csv`, which may just be growing: step and numbers, empty cells and half a line left out.
+
+    Raises:
+        UserError: If the file is none.
+    """
+    if not file.is_file():
+        return []
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    try:
+        rows = [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(whole.splitlines(), restkey="too many")
+        ]
+        return [{**row, "step": row["step"]} for row in rows]
+    except (ValueError, TypeError, KeyError, csv.Error):
+        raise UserError(f"{file} is not a log of training steps; delete it, or run the step again.") from None
+
+
 def _make_logger(name: str, out_dir: Path) -> Any:
     """A Lightning logger by name.
 
