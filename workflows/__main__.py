@@ -34,6 +34,7 @@ STEPS = {
     "evaluate": ("workflows.evaluate", "setup", "score a checkpoint with lm-eval, and compare with another"),
     "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
+    "report": ("workflows.report", "setup", "a page about a run, or about several: curves, scores, answers, checks"),
     "status": ("workflows.status", "setup", "what runs, what was stopped, what is finished, and how to go on"),
     "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }

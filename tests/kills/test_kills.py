@@ -16,6 +16,7 @@ from tests.kills.engine import Bench, Step, differences, files_of
 from tests.kills.server import STOPPED, Server
 from tests.kills.steps import STEPS, make_steps
 from workflows.progress import PROGRESS
+from workflows.status import StepStatus, status_of
 
 pytestmark = [
     pytest.mark.rough,
@@ -73,11 +74,13 @@ def test_ctrl_c_keeps_the_step_that_was_reached(server, steps, tmp_path, name, u
     command = [*steps[name].command, "--out_dir", str(tmp_path), "--train.save_interval", "1000"]
     command[command.index("--train.max_steps") + 1] = "1000"
     log, progress = tmp_path / "metrics.csv", tmp_path / PROGRESS
+    seen: list[StepStatus] = []
 
     def press_ctrl_c() -> None:
-        until = time.monotonic() + 60
-        while not (log.is_file() and log.read_text().count("\n") > 3) and time.monotonic() < until:
+        until = time.monotonic() + 100
+        while not (log.is_file() and log.read_text().count("\n") > 2) and time.monotonic() < until:
             time.sleep(0.01)
+        seen.append(status_of(tmp_path, tmp_path.parent))
         os.kill(json.loads(progress.read_text())["pid"], signal.SIGINT)
 
     thread = threading.Thread(target=press_ctrl_c)
@@ -88,7 +91,11 @@ def test_ctrl_c_keeps_the_step_that_was_reached(server, steps, tmp_path, name, u
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     step = int(checkpoint.stem.removeprefix("step-"))
     rows = [int(row["step"]) for row in csv.DictReader(log.read_text().splitlines())]
-    assert rows == list(range(1, step + 1)) and step >= 3 and step % updates == 0
+    assert rows == list(range(1, step + 1)) and step >= 2 and step % updates == 0
+    (running,) = seen
+    assert running.state == "running" and running.total == 1000 and running.done >= 1
+    stopped = status_of(tmp_path, tmp_path.parent)
+    assert (stopped.state, stopped.keeps) == ("stopped", f"goes on from step {step}")
     told = server.log.read_text()
     assert "stopping when this step is done" in told
     assert "run the same command again to go on:\n  " in told

@@ -17,6 +17,8 @@ import numpy as np
 from workflows.errors import UserError
 
 BOOTSTRAP_SAMPLES = 10_000
+ANSWERS = "answers.jsonl"
+"""Where an evaluation keeps the first questions answered in words: {"task", "question", "wanted", "answer"}."""
 
 
 @dataclass(frozen=True)

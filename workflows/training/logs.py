@@ -4,18 +4,19 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import lightning as L
+from typing import TYPE_CHECKING, Any
 
 from workflows.errors import UserError
 from workflows.files import no_room_explained, write_text
+
+if TYPE_CHECKING:  # `status` reads logs, and is to be quick
+    import lightning as L
 
 
 class MetricsLog:
     """`metrics.csv`, always; TensorBoard and W&B where asked for. Rows after the step resumed from are dropped."""
 
-    def __init__(self, fabric: L.Fabric, out_dir: Path, start: int, loggers: Iterable[str]) -> None:
+    def __init__(self, fabric: "L.Fabric", out_dir: Path, start: int, loggers: Iterable[str]) -> None:
         """Open the logs; only the first process writes.
 
         Args:
