@@ -164,7 +164,7 @@ help:  ## list the targets
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and PROMPT="…" (gpt,'
-	@echo '            gpt-sample)'
+	@echo '            gpt-sample), RUNS="demo bigger" (report)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)

@@ -109,7 +109,10 @@ def status_of(folder: Path, out_dir: Path) -> StepStatus:
     }
     progress = folder / PROGRESS
     if progress.is_file():
-        return _unfinished(name, folder, read_json(progress), facts)
+        try:
+            return _unfinished(name, folder, read_json(progress), facts)
+        except (KeyError, TypeError):
+            raise UserError(f"{progress} does not say what a step says of itself; delete it.") from None
     if any((folder / result).is_file() for result in _RESULTS):
         return _finished(name, folder, facts)
     return StepStatus(name, "stopped", **facts, age=_age(folder / _LOG), keeps=_keeps(folder, facts["checkpoint"]))

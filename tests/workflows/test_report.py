@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.workflows.alignment import TRAIN, log_of, pair, question, write
+from tests.workflows.alignment import TRAIN, log_of, question, write
 from workflows import dpo, evaluate, grpo, lora
 from workflows.__main__ import main
 from workflows.files import read_json, write_json
@@ -156,7 +156,7 @@ def test_every_stage_answers_the_same_questions(run, out):
     assert len(found) == 4 and first["question"] == HOSTILE and first["wanted"] == "finding"
     for number, entry in enumerate(found):
         for stage, text in entry["answers"]:
-            lines = (out / "tiny" / "evaluate" / stage / "answers.jsonl").read_text().splitlines()
+            lines = (out / "tiny" / "evaluate" / stage / "answers.jsonl").read_text().split("\n")
             assert json.loads(lines[number])["answer"] == text
         assert [stage for stage, _ in entry["answers"]] == ["base", "lora", "dpo", "grpo"]
 
@@ -274,8 +274,9 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium found to look at the page with: install it (Debian: `apt install chromium`)")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_api.sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=path, args=options, timeout=120_000) as chromium:
-            yield chromium
+        chromium = playwright.chromium.launch(executable_path=path, args=options, timeout=120_000)
+        yield chromium
+        chromium.close()
 
 
 def opened(browser: Any, file: Path, width: int = 1280, scheme: str = "light", touch: bool = False) -> Any:
@@ -283,7 +284,7 @@ def opened(browser: Any, file: Path, width: int = 1280, scheme: str = "light", t
     size = {"width": width, "height": 900}
     context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)  # a busy machine
     page.complaints = []
     page.on("console", lambda message: page.complaints.append(message.text))
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
@@ -295,11 +296,21 @@ def opened(browser: Any, file: Path, width: int = 1280, scheme: str = "light", t
     return page
 
 
-DRAWN = """() => [...document.querySelectorAll('figure')].filter(f => f.offsetParent).map(figure => ({
+def until(page: Any, condition: str) -> None:
+    """Wait for it; Playwright's own waiting needs `eval`, which the page's policy forbids."""
+    for _ in range(600):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never: {condition}")
+
+
+DRAWN = """() => [...document.querySelectorAll('figure')].filter(f => f.childElementCount).map(figure => ({
   lines: [...figure.querySelectorAll('.scatterlayer path.js-line, .scatterlayer .point')]
     .filter(path => path.getAttribute('d').length > 10).length,
   ticks: figure.querySelectorAll('.xtick, .ytick').length,
-  font: Math.min(...[...figure.querySelectorAll('.xtick text, .ytick text')].map(t => parseFloat(getComputedStyle(t).fontSize))),
+  font: Math.min(...[...figure.querySelectorAll('.xtick text, .ytick text')]
+    .map(text => parseFloat(getComputedStyle(text).fontSize))),
   width: figure.getBoundingClientRect().width,
   title: figure.querySelector('figcaption b').textContent,
 }))"""
@@ -331,9 +342,7 @@ def test_the_page_is_drawn_and_readable(browser, page, width, touch, scheme):
     assert (contrast["paper"] > 0.9) if scheme == "light" else (contrast["paper"] < 0.05)
     assert contrast["text"] > 4.5 and contrast["ticks"] > 4.5 and contrast["lines"] > 3  # WCAG 2.2, AA
     shown.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    shown.wait_for_function(
-        "document.querySelectorAll('figure').length === document.querySelectorAll('.plot svg.main-svg:first-of-type').length"
-    )
+    until(shown, "[...document.querySelectorAll('figure')].every(figure => figure.querySelector('.main-svg'))")
     assert all(figure["lines"] >= 1 for figure in shown.evaluate(DRAWN))
     assert shown.evaluate("document.documentElement.scrollWidth") == width
     assert shown.complaints == []
@@ -344,19 +353,21 @@ def test_dragging_zooms_the_charts_of_a_step_and_no_others(browser, page):
     shown = opened(browser, page)
     ranges = "() => [...document.querySelectorAll('.plot')].map(plot => [...plot.layout.xaxis.range])"
     before = shown.evaluate(ranges)
-    box = shown.locator("figure .nsewdrag").first.bounding_box()
+    area = shown.locator("figure .nsewdrag").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
     y = box["y"] + box["height"] / 2
     shown.mouse.move(box["x"] + box["width"] * 0.3, y)
     shown.mouse.down()
     shown.mouse.move(box["x"] + box["width"] * 0.7, y, steps=5)
     shown.mouse.up()
-    shown.wait_for_function("document.querySelectorAll('.plot')[2].layout.xaxis.range[0] > 2")
+    until(shown, "document.querySelectorAll('.plot')[2].layout.xaxis.range[0] > 2")
     after = shown.evaluate(ranges)
     changed = [old != new for old, new in zip(before, after, strict=True)]
     assert changed == [True] * 3 + [False] * (len(before) - 3)  # lora has three
     assert after[1] == after[2] == pytest.approx(after[0])
     shown.mouse.dblclick(box["x"] + box["width"] / 2, y)
-    shown.wait_for_function("document.querySelectorAll('.plot')[2].layout.xaxis.range[0] < 2")
+    until(shown, "document.querySelectorAll('.plot')[2].layout.xaxis.range[0] < 2")
     assert shown.evaluate(ranges)[0] == pytest.approx(before[0])
     assert shown.complaints == []
     shown.context.close()
@@ -376,9 +387,9 @@ def test_charts_follow_when_the_system_turns_dark(browser, page):
 def test_runs_side_by_side_have_colours_of_their_own(browser, out):
     main(["report", "--runs", "[tiny,again]", "--out_dir", str(out)])
     shown = opened(browser, out / "report-tiny-again.html", 390, touch=True)
-    keys = "() => [...document.querySelectorAll('h1 .key')].map(key => getComputedStyle(key).backgroundColor)"
-    lines = "() => [...document.querySelectorAll('figure')[0].querySelectorAll('path.js-line')].map(l => getComputedStyle(l).stroke)"
-    names, drawn = shown.evaluate(keys), shown.evaluate(lines)
+    of = "([where, what]) => [...document.querySelectorAll(where)].map(e => getComputedStyle(e)[what])"
+    names = shown.evaluate(of, ["h1 .key", "backgroundColor"])
+    drawn = shown.evaluate(of, ["figure[data-chart='0,0'] path.js-line", "stroke"])
     assert len(set(names)) == 2 and set(drawn) == set(names)
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
     assert shown.complaints == []

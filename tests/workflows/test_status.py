@@ -153,5 +153,12 @@ def test_a_log_that_is_none_is_named(step, capsys, text):
     assert f"{step / 'metrics.csv'} is not a log of training steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{}", '{"updated": null}', '{"updated": 1, "host": "x", "command": "c", "total": 2}'])
+def test_a_progress_file_that_is_none_is_named(step, capsys, text):
+    (step / PROGRESS).write_text(text)
+    assert main(["status", "--out_dir", str(step.parents[1])]) == 1
+    assert f"{step / PROGRESS} does not say what a step says of itself" in capsys.readouterr().err
+
+
 def test_durations_have_two_units():
     assert [duration(s) for s in (0.4, 45, 200, 7500, 273600)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min", "3 d 4 h"]

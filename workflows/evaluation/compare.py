@@ -168,7 +168,8 @@ def _by_question(samples: list[dict[str, Any]]) -> dict[tuple[int, str], dict[st
 
 def _read_samples(file: Path) -> list[dict[str, Any]]:
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold other line separators
+    for number, line in enumerate(lines, start=1):
         try:
             sample = json.loads(line)
             samples.append({**sample, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]})

@@ -97,12 +97,19 @@ function together(plot, group) {
   groups[group].push(plot);
   plot.on("plotly_relayout", (change) => {
     if (following || !Object.keys(change).some((key) => key.startsWith("xaxis."))) return;
-    const range = plot.layout.xaxis.autorange ? null : [...plot.layout.xaxis.range];
-    const update = range ? { "xaxis.range": range, "yaxis.autorange": true } : { "xaxis.autorange": true, "yaxis.autorange": true };
+    const update = { "xaxis.range": [...plot.layout.xaxis.range], "yaxis.autorange": true };
     following = true;
     Promise.all(groups[group].filter((other) => other !== plot).map((other) => Plotly.relayout(other, update)))
       .finally(() => { following = false; });
   });
+}
+
+// All steps that a group of charts shows, with a little room.
+function extent(group) {
+  const steps = data.groups[group].charts.flatMap((chart) => chart.series.flatMap((s) => [s.x[0], s.x[s.x.length - 1]]));
+  const [low, high] = [Math.min(...steps), Math.max(...steps)];
+  const room = Math.max(0.3, (high - low) * 0.02);
+  return [low - room, high + room];
 }
 
 function drawCurves(figure) {
@@ -113,7 +120,7 @@ function drawCurves(figure) {
     : chart.series.length > 1 ? chart.series.map((s, i) => ({ name: s.name, colour: colour(i), dots: s.sparse })) : []);
   const plot = draw(figure, caption,
     () => chart.series.flatMap((series, i) => curves(series, i, chart)),
-    () => layout({ label: "step", tickformat: ",d", uirevision: true }, { nticks: 5, uirevision: true }));
+    () => layout({ label: "step", tickformat: ",d", range: extent(group), uirevision: true }, { nticks: 5, uirevision: true }));
   together(plot, group);
 }
 

@@ -38,7 +38,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         from_source.setdefault("\n".join(told), []).append(path)
     found += [("data", ", ".join(paths) + (f"\n{told}" if told else "")) for told, paths in from_source.items()]
     made = [step.provenance for step in run.steps if step.provenance] + [run.export]
-    last = next((entry for entry in reversed(made) if entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(made) if entry), {})
     if machine := next((entry["hardware"] for entry in reversed(made) if entry.get("hardware")), None):
         found.append(("hardware", _hardware(machine)))
     if last:
@@ -129,19 +129,15 @@ def answers(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         for stage in in_turn(run.answers):
             for row in run.answers[stage]:
-                entry = {"question": row["question"], "wanted": row["wanted"], "answers": []}
-                entry = found.setdefault((row["task"], row["question"]), entry)
-                entry["answers"].append((_of(run, stage, runs), row["answer"]))
+                asked = {"question": row["question"], "wanted": row["wanted"], "answers": []}
+                who = stage if len(runs) == 1 else f"{run.name}, {stage}"
+                found.setdefault((row["task"], row["question"]), asked)["answers"].append((who, row["answer"]))
     return list(found.values())
 
 
 def shown(run: Run) -> list[tuple[str, list[dict[str, str]]]]:
     """What each step answered before and after it, to questions of its own test."""
     return [(step.name, step.metrics["shown"]) for step in run.steps if step.metrics.get("shown")]
-
-
-def _of(run: Run, stage: str, runs: list[Run]) -> str:
-    return stage if len(runs) == 1 else f"{run.name}, {stage}"
 
 
 def checks(run: Run) -> list[tuple[str, str, bool | None]]:
@@ -156,15 +152,15 @@ def checks(run: Run) -> list[tuple[str, str, bool | None]]:
 
 
 def quantisations(run: Run) -> Rows:
-    """For each type of GGUF: its size, and how many greedy answers are LitGPT's."""
+    """For each type of GGUF: its size, how many greedy answers are LitGPT's, and how many of the others near ties."""
     sizes = run.verified.get("file_bytes", {})
     rows = []
     for kind, model in run.verified.get("models", {}).items():
-        size = next((count for name, count in sizes.items() if name.endswith(f"-{kind}.gguf")), None)
-        ties = sum(difference["near_tie"] for difference in model["differences"])
-        apart = len(model["differences"])
-        rows.append([kind, "" if size is None else f"{size / 1e6:,.0f} MB", f"{100 * model['greedy_agreement']:.0f}%"])
-        rows[-1] += [f"{apart} of {model['prompts']}", str(ties)]
+        size = next((f"{count / 1e6:,.0f} MB" for name, count in sizes.items() if name.endswith(f"-{kind}.gguf")), "")
+        differences = model["differences"]
+        ties = sum(difference["near_tie"] for difference in differences)
+        others = f"{len(differences)} of {model['prompts']}"
+        rows.append([kind, size, f"{100 * model['greedy_agreement']:.0f}%", others, str(ties)])
     return rows
 
 
