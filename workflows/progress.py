@@ -72,8 +72,11 @@ class _Watch:
         self._written = time.time()
         temporary = self.file.with_name(f".{self.file.stem}.{os.getpid()}.part.json")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({**self.facts, **numbers}), encoding="utf-8")
-            temporary.replace(self.file)
+            try:
+                temporary.write_text(json.dumps({**self.facts, **numbers}), encoding="utf-8")
+                temporary.replace(self.file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 _current: _Watch | None = None

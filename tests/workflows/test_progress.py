@@ -61,12 +61,14 @@ def test_only_the_first_of_several_processes_writes(tmp_path):
 
 
 def test_no_run_ends_because_its_progress_cannot_be_written(tmp_path, monkeypatch):
-    def full(*_: object, **__: object) -> None:
+    def full(file: Path, *_: object, **__: object) -> None:
+        file.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     with watched(tmp_path), Bar(total=1) as bar:
         bar.update()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_brief_work_shows_no_bar_and_gives_every_item(capsys):
