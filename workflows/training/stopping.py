@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-_TOLD = b"\nstopping when this step is done and kept; Ctrl-C again stops at once, without\n"
+_TOLD = b"\nstopping when this step is done, with a checkpoint; Ctrl-C again stops at once, without one\n"
 
 
 class Stopping:
