@@ -4,6 +4,7 @@ PYTHON  ?= python3
 MODEL   ?= smollm2-135m#     a name in checkpoints/registry.yaml, a Hub id, a Hugging Face folder or a .gguf file
 DATA    ?= hpo#              hpo, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
 RUN     ?= demo#             everything a run makes goes to out/RUN
+RUNS    ?= $(RUN)#           what `make report` shows side by side
 DEVICES ?= 1
 NODES   ?= 1
 ARGS    ?=#                  further options of the one step that is named: make lora ARGS="--train.max_steps 50"
@@ -128,7 +129,7 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
   pretrain-t5 ner ner-predict ner-autotrain summarize qa answer translate translate-text
-TAKE_ARGS := download data $(TRAINING) merge evaluate export chat shrink teach distill-lm test test-fast test-slow soak \
+TAKE_ARGS := download data $(TRAINING) merge evaluate export chat report status shrink teach distill-lm test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
@@ -153,7 +154,7 @@ endif
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
-  shrink teach distill-lm $(PROJECTS) clean FORCE
+  report status shrink teach distill-lm $(PROJECTS) clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -163,7 +164,7 @@ help:  ## list the targets
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
-	@echo '            PROMPT="…" (gpt, gpt-sample)'
+	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -213,6 +214,12 @@ export: $(EXPORT)  ## write GGUF and Modelfile, create the model in Ollama, veri
 
 chat: $(INSTALLED)  ## talk to the exported model
 	@$(STEP) chat --model $(NAME) $(ARGS)
+
+report: $(INSTALLED)  ## write a page about RUN: curves, scores, answers, checks (RUNS="demo other": side by side)
+	@$(STEP) report --runs $(call list,$(RUNS)) $(ARGS)
+
+status: $(INSTALLED)  ## show what runs, what was stopped and how it goes on, what is finished
+	@$(STEP) status $(ARGS)
 
 ##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
 sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub

@@ -398,6 +398,13 @@ def test_merge_has_the_run_trained_first(project: Project):
     assert project.steps("merge", "RUN=new")[-2:] == ["lora", "merge"]
 
 
+def test_a_page_is_about_the_run_or_about_several(project: Project):
+    assert project.calls("report", "RUN=mine") == [["report", "--runs", "[mine]"]]
+    several = project.calls("report", "RUN=mine", "RUNS=mine other", "ARGS=--out_file page.html")
+    assert several == [["report", "--runs", "[mine,other]", "--out_file", "page.html"]]
+    assert project.calls("status", "ARGS=--run mine") == [["status", "--run", "mine"]]
+
+
 def test_every_section_of_help_lists_targets(project: Project):
     sections = project.make("help").stdout.strip().split("\n\n")[1:-1]
     assert len(sections) >= 3 and all("\n  make " in section for section in sections)

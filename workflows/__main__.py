@@ -34,6 +34,8 @@ STEPS = {
     "evaluate": ("workflows.evaluate", "setup", "score a checkpoint with lm-eval, and compare with another"),
     "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
+    "report": ("workflows.report", "setup", "a page about a run, or about several: curves, scores, answers, checks"),
+    "status": ("workflows.status", "setup", "what runs, what was stopped, what is finished, and how to go on"),
     "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }
 
@@ -210,22 +212,26 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
         print(f"There is no step {step!r}.\n{usage(steps, program)}", file=sys.stderr)
         return 2
 
-    environment.prepare()
-    warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
-    for name in ("lightning", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a run's processes
     try:
+        environment.prepare()
+        warnings.filterwarnings("ignore", module="litgpt|jsonargparse|torch|lightning")
+        for name in ("lightning", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         module, name, _ = steps[step]
         function = getattr(importlib.import_module(module), name)
         function(**parse_all(function, rest, step, program))
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         if (message := explain(e)) is None:
             raise
-        process = os.environ.get("LOCAL_RANK", "0")
-        print(f"error: {message}" if process == "0" else f"error in process {process}: {message}", file=sys.stderr)
+        where = "" if first else f" in process {os.environ['LOCAL_RANK']}"
+        print(f"error{where}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        if first:
+            from workflows.progress import command
+
+            print(f"\nstopped; run the same command again to go on:\n  {command()}", file=sys.stderr)
         return 130
     return 0
 

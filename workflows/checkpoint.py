@@ -19,6 +19,7 @@ from litgpt.config import Config
 
 from workflows.errors import UserError
 from workflows.files import read_json, read_text, sha256, write_json, write_text
+from workflows.measure import hardware
 from workflows.untrusted import parse_yaml
 
 WEIGHTS = "lit_model.pth"
@@ -208,6 +209,7 @@ def write_provenance(
             "sources": plain(sources),
             "settings": plain(settings),
             "versions": versions(),
+            "hardware": hardware(),
             "files": {p.name: sha256(p) for p in sorted(checkpoint_dir.glob(files))},
         },
     )

@@ -13,11 +13,12 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
-from workflows.evaluation.compare import Comparison, compare_samples, samples_file
+from workflows.evaluation.compare import ANSWERS, Comparison, compare_samples, samples_file
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
-from workflows.evaluation.tasks import load_tasks, split_of
+from workflows.evaluation.tasks import LocalTask, load_tasks, split_of
 from workflows.files import atomic_update, write_json, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.progress import watched
 from workflows.training.processes import choose_accelerator, default_precision
 
 UNFINISHED = "unfinished.jsonl"
@@ -38,6 +39,8 @@ def setup(
     num_fewshot: int | None = None,
     row_tokens: int = 1024,
     batch_size: int = 16,
+    written: int = 4,
+    max_new_tokens: int = 64,
     resume: bool = True,
     device: str | None = None,
     seed: int = 1234,
@@ -57,6 +60,8 @@ def setup(
         num_fewshot: Examples before each question, for lm-eval's tasks.
         row_tokens: Capacity of a packed row in tokens; bounds the memory.
         batch_size: Answers generated side by side, for tasks that generate.
+        written: So many questions of each local task are answered in the model's own words, too (`answers.jsonl`).
+        max_new_tokens: The most tokens of such an answer.
         resume: Keep the finished questions of a run that was stopped; false starts anew.
         device: "cpu", "cuda", …; null takes a GPU if there is one.
         seed: Seed of few-shot examples and of tasks that sample.
@@ -64,7 +69,7 @@ def setup(
     Raises:
         UserError: If an argument, the checkpoint, a task or its data is not usable.
     """
-    report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot))
+    report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot, written, max_new_tokens))
     device = device or choose_accelerator()
     precision = precision or default_precision(on_gpu=device.startswith("cuda"))
     out_dir = out_dir or default_out_dir(checkpoint_dir)
@@ -78,7 +83,7 @@ def setup(
     check_for_evaluation(checkpoint_dir)
     template = ChatTemplate.from_checkpoint(checkpoint_dir)
     loaded = load_tasks(tasks, data_dir, template)
-    with PeakMemory() as peak:
+    with watched(out_dir), PeakMemory() as peak:
         model = load_for_evaluation(checkpoint_dir, precision, device)
         identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
         unfinished = out_dir / UNFINISHED
@@ -109,6 +114,10 @@ def setup(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+        tokens, spent = cache.tokens, cache.seconds
+        answers = [
+            row for task in loaded if isinstance(task, LocalTask) for row in _written(lm, task, written, max_new_tokens)
+        ]
     results = json.loads(json.dumps(results, default=handle_non_serializable))
     samples = results.pop("samples")
     compared, remarks = compare_samples(baseline, samples) if baseline is not None else ([], [])
@@ -117,11 +126,12 @@ def setup(
 
     with atomic_update(out_dir, last=[METRICS]) as fresh:
         write_results(fresh, results, samples)
+        write_text(fresh / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
         write_metrics(
             fresh / METRICS,
             metric_rows(results),
             seconds=seconds_of_step(began) + earlier,
-            tokens_per_second=cache.tokens / cache.seconds if cache.seconds else None,
+            tokens_per_second=tokens / spent if spent else None,
             peak_bytes=peak.bytes,
             checkpoint_dir=str(checkpoint_dir),
             **identity,
@@ -130,12 +140,18 @@ def setup(
         )
     cache.delete()
     print(table(results, compared))
-    print("\n".join([*remarks, f"{cache.tokens:,} tokens, {cache.tokens / max(cache.seconds, 1e-9):,.0f} a second"]))
+    print("\n".join([*remarks, f"{tokens:,} tokens, {tokens / max(spent, 1e-9):,.0f} a second"]))
     print(f"results: {out_dir}")
 
 
 def _problems(
-    tasks: list[str], limit: int | None, row_tokens: int, batch_size: int, num_fewshot: int | None
+    tasks: list[str],
+    limit: int | None,
+    row_tokens: int,
+    batch_size: int,
+    num_fewshot: int | None,
+    written: int,
+    max_new_tokens: int,
 ) -> list[str]:
     problems = []
     if not tasks:
@@ -147,10 +163,27 @@ def _problems(
         ("row_tokens", row_tokens, 1),
         ("batch_size", batch_size, 1),
         ("num_fewshot", num_fewshot, 0),
+        ("written", written, 0),
+        ("max_new_tokens", max_new_tokens, 1),
     ):
         if value is not None and value < least:
             problems.append(f"--{name} must be at least {least}, not {value}.")
     return problems
+
+
+def _written(lm: LitGPTLM, task: LocalTask, number: int, max_new_tokens: int) -> list[dict[str, str]]:
+    """The first questions of a task with the right answers, and the likeliest ones in the model's own words."""
+    docs = list(task.test_docs())[:number]
+    answers = lm.write([task.doc_to_text(doc) for doc in docs], max_new_tokens)
+    return [
+        {
+            "task": task.config.task,
+            "question": doc["prompt"][-1]["content"],
+            "wanted": doc["choices"][doc["answer"]],
+            "answer": answer,
+        }
+        for doc, answer in zip(docs, answers, strict=True)
+    ]
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:

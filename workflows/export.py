@@ -38,6 +38,7 @@ from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Reference, Verification, reference_answers, verify_model
 from workflows.peft_export import find_base, write_adapter
+from workflows.progress import watched
 from workflows.training.model import Precision
 from workflows.training.processes import choose_accelerator
 
@@ -143,7 +144,7 @@ def setup(
         held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
     )
     target = out_dir or default_out_dir(directory, name)
-    with PeakMemory() as peak:
+    with watched(target), PeakMemory() as peak:
         with atomic_update(target, last=_RESULTS, kept="*.gguf") as fresh:
             write_files(directory, target, fresh, name, kinds, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
             write_instructions(directory, fresh, name, kinds, modelfile)

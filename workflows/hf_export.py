@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from workflows.checkpoint import is_tied, load_config, load_weights
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, write_json, write_text
+from workflows.progress import brief
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 _NAMES = {
@@ -144,7 +145,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: i
         shards[-1].append(name)
         room -= tensor.nbytes
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, names in enumerate(brief(shards, "safetensors", "file"), start=1):
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: _alone(tensors[name]) for name in names}, folder / file, metadata={"format": "pt"})

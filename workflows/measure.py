@@ -26,6 +26,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._lap = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -38,15 +39,30 @@ class PeakMemory:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated()
+            self.lap()
         else:
             self._stop.set()
             self._thread.join()
 
+    def lap(self) -> int:
+        """The peak since the last lap, or since the beginning, in bytes."""
+        if torch.cuda.is_available():
+            self._lap = torch.cuda.max_memory_allocated()
+            self.bytes = max(self.bytes, self._lap)
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._see()
+        lap, self._lap = self._lap, 0
+        return lap
+
+    def _see(self) -> None:
+        now = tree_bytes(psutil.Process())
+        self._lap = max(self._lap, now)
+        self.bytes = max(self.bytes, now)
+
     def _watch(self) -> None:
-        me = psutil.Process()
         while True:
-            self.bytes = max(self.bytes, tree_bytes(me))
+            self._see()
             if self._stop.wait(self.INTERVAL):
                 return
 

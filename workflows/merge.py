@@ -23,6 +23,7 @@ from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, read_text, write_json
 from workflows.litgpt_api import incremental_save
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.progress import brief
 from workflows.training.model import LoRAArgs, empty_model
 from workflows.untrusted import parse_yaml
 
@@ -108,7 +109,7 @@ def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAAr
     base = load_weights(base_dir)
     merged: dict[str, Any] = {}
     with incremental_save(out_dir / WEIGHTS) as saver, torch.no_grad():
-        for name, weight in base.items():
+        for name, weight in brief(base.items(), "merging", "tensor"):
             if name == "lm_head.weight" and tied and name not in layers:
                 continue
             if name in layers:

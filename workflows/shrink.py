@@ -31,6 +31,7 @@ from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir, read_json, write_json
 from workflows.litgpt_api import incremental_save
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.progress import brief
 from workflows.training.model import LoRAArgs, empty_model
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
@@ -106,7 +107,7 @@ def _write_weights(source: Path, kept: Sequence[int], target: Path) -> int:
     written: dict[str, Any] = {}
     parameters = 0
     with incremental_save(target / WEIGHTS) as saver, torch.no_grad():
-        for name, weight in load_weights(source).items():
+        for name, weight in brief(load_weights(source).items(), "copying", "tensor"):
             if name == "lm_head.weight" and tied:
                 continue
             if found := _LAYER.fullmatch(name):

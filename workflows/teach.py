@@ -7,12 +7,13 @@ were made, from answers with their thoughts of which a reward had kept the right
 """
 
 import math
+import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data_prep.rows import Row, write_rows
 from workflows.chat_template import ChatTemplate
@@ -26,8 +27,10 @@ from workflows.checkpoint import (
     write_metrics,
 )
 from workflows.errors import UserError, report_all
+from workflows.evaluation.cache import ResultCache, request_key
 from workflows.files import atomic_dir, read_json, sha256, write_json
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.progress import Bar, watched
 from workflows.training.held_out import text_of
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.processes import Accelerator, choose_accelerator, default_precision
@@ -36,7 +39,10 @@ from workflows.training.rewards import Rewards, Sample, WeightedReward
 from workflows.training.rollouts import Rollout, generate
 
 SLICE = 256
-"""Answers between two steps of the progress bar. Each slice's random numbers follow those of the one before it."""
+"""Answers that are kept together: a run that was stopped goes on after the last whole slice. Each slice's random
+numbers follow those of the one before it."""
+DECIDING = ("max_new_tokens", "temperature", "top_p", "batch_size", "precision", "seed")
+"""Settings that decide the answer to a question."""
 STORY = ("title", "origin", "revision", "licence", "attribution", "files")
 """What the manifest hands on of the data that the questions are from."""
 FACTS = ("kind", "id", "answers")
@@ -105,13 +111,19 @@ def setup(
         asked[split] = questions * samples
         print(told)
     model = load_model(directory, None, precision, device=device).eval()
+    working = target.with_name(f"{target.name}.unfinished")
+    identity = {"teacher": describe_source(directory).get("files"), "versions": versions()}
+    cache = ResultCache(working / "answers.jsonl", {**identity, **{name: settings[name] for name in DECIDING}})
+    began -= cache.seconds
+    if len(cache):
+        print(f"going on with {len(cache)} finished answers of {cache.path}")
     dropped: Counter[str] = Counter()
-    with atomic_dir(target) as temporary, PeakMemory() as peak:
+    with watched(working), atomic_dir(target) as temporary, PeakMemory() as peak:
         splits: dict[str, Any] = {}
         for number, (split, questions) in enumerate(asked.items()):
             draw = torch.Generator().manual_seed(seed + number)
             sampled: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-            answers = _answered(model, template, questions, split, draw, batch_size=batch_size, **sampled)
+            answers = _answered(model, template, questions, split, draw, cache, batch_size=batch_size, **sampled)
             worth = _worth(judge, questions, answers, template, max_new_tokens)
             taught = _kept(questions, answers, template, worth, threshold, dropped)
             if not taught:
@@ -136,6 +148,7 @@ def setup(
         write_json(temporary / "manifest.json", plain(manifest))
         counts = [metric("rows", split["rows"], split=name.removesuffix(".jsonl")) for name, split in splits.items()]
         write_metrics(temporary / "metrics.json", counts, seconds=seconds_of_step(began), peak_bytes=peak.bytes)
+    shutil.rmtree(working)
     for name, split in splits.items():
         print(f"{target / name}: {split['rows']:,} of {split['asked']:,} answers")
     for reason, count in dropped.items():
@@ -162,15 +175,27 @@ def _problems(settings: dict[str, Any], room: int) -> list[str]:
 
 
 def _answered(
-    model: GPT, template: ChatTemplate, questions: list[Question], name: str, draw: torch.Generator, **sampled: Any
+    model: GPT,
+    template: ChatTemplate,
+    questions: list[Question],
+    name: str,
+    draw: torch.Generator,
+    cache: ResultCache,
+    **sampled: Any,
 ) -> list[Rollout]:
-    """One answer to each question, slice by slice."""
+    """One answer to each question, slice by slice; those of a run that was stopped are taken from the cache."""
     answers: list[Rollout] = []
-    with tqdm(total=len(questions), desc=name, unit="answer") as bar:
+    with Bar(total=len(questions), desc=name, unit="answer") as bar:
         for begin in range(0, len(questions), SLICE):
             prompts = [question.prompt for question in questions[begin : begin + SLICE]]
             draws = torch.rand(len(prompts), sampled["max_new_tokens"], generator=draw, dtype=torch.float64)
-            answers += generate(model, prompts, stop_ids=template.stop_ids, draws=draws, **sampled)
+            keys = [request_key("answer", name, begin + i, prompt) for i, prompt in enumerate(prompts)]
+            if not cache.has(keys):
+                start = time.perf_counter()
+                found = generate(model, prompts, stop_ids=template.stop_ids, draws=draws, **sampled)
+                kept = {key: [answer.ids, answer.stopped] for key, answer in zip(keys, found, strict=True)}
+                cache.add(kept, time.perf_counter() - start, sum(len(answer.ids) for answer in found))
+            answers += [Rollout(ids=cache[key][0], stopped=cache[key][1]) for key in keys]
             bar.update(len(prompts))
     return answers
 

@@ -12,17 +12,19 @@ import io
 import json
 import random
 import shutil
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from tests.kills.server import Kill, Run, Server, is_temporary, temporaries
+from workflows.progress import PROGRESS
 
 _VARYING = {  # what two undisturbed runs differ in, too: times, memory, dates
     "metrics.json": ("seconds", "tokens_per_second", "peak_bytes", "train_seconds"),
     "results.json": ("date", "start_time", "end_time", "total_evaluation_time_seconds"),
-    "metrics.csv": ("tokens_per_second", "updated_per_second", "sampled_per_second"),
+    "metrics.csv": ("tokens_per_second", "updated_per_second", "sampled_per_second", "peak_bytes"),
 }
 _MOST_KILLS = 3  # in a row, before a run is let to its end
 
@@ -123,29 +125,30 @@ class Bench:
             self.undisturbed[True] = self._run_to_end(step.command)
             assert not (odd := differences(self.new, files_of(step.folder))), odd
 
-    def kill(self, kills: int, seed: int) -> Tally:
+    def kill(self, kills: int, seed: int, sent: signal.Signals = signal.SIGKILL) -> Tally:
         """Kill the step so many times.
 
         Args:
             kills: How many kills that hit.
             seed: Decides where the kills fall; moments vary with the machine's speed nevertheless.
+            sent: By which signal.
         """
         sequence = 0
         while self.tally.kills < kills and sequence < 4 * kills and len(self.tally.problems) < 5:
             rng = random.Random(f"{seed}-{self.step.name}-{sequence}")
             over = self.step.earlier is not None and rng.random() < 0.5
             wanted = min(rng.choice((1, 1, 2, _MOST_KILLS)), kills - self.tally.kills)
-            self._sequence(rng, over, wanted, f"{self.step.name}, seed {seed}, sequence {sequence}")
+            self._sequence(rng, over, wanted, sent, f"{self.step.name}, seed {seed}, sequence {sequence}")
             sequence += 1
         return self.tally
 
-    def _sequence(self, rng: random.Random, over: bool, wanted: int, name: str) -> None:
+    def _sequence(self, rng: random.Random, over: bool, wanted: int, sent: signal.Signals, name: str) -> None:
         """Start, kill, start again, … and let the last run end."""
         self._reset(over)
         story = [f"{name}, {'over an earlier result' if over else 'into an empty folder'}"]
         done = 0
         while True:
-            kill = self._draw(rng, over) if done < wanted else None
+            kill = self._draw(rng, over, sent) if done < wanted else None
             before = _states(self.step.folder)
             run = self.server.run(self.step.command, self.step.folder, kill)
             self.tally.resumed += done > 0
@@ -166,16 +169,16 @@ class Bench:
         else:
             self.tally.identical += 1
 
-    def _draw(self, rng: random.Random, over: bool) -> Kill:
+    def _draw(self, rng: random.Random, over: bool, sent: signal.Signals) -> Kill:
         """At any moment, while a temporary file or folder is there, or right before a change to the folder."""
         run = self.undisturbed[over]
         sort = rng.choices(("moment", "temporary", "change"), (2, 1, 1))[0]
         if sort == "temporary" and run.temporaries:
             name = rng.choice(sorted(run.temporaries))
-            return Kill(rng.uniform(0, run.temporaries[name]), temporary=name)
-        if sort == "change":
+            return Kill(rng.uniform(0, run.temporaries[name]), temporary=name, sent=sent)
+        if sort == "change" and sent == signal.SIGKILL:
             return Kill(change=rng.randint(1, len(run.changes)))
-        return Kill(rng.uniform(0, run.seconds))
+        return Kill(rng.uniform(0, run.seconds), sent=sent)
 
     def _problems_after_kill(self, old: Files) -> list[str]:
         """What of the files that stand there is not as an undisturbed run leaves it.
@@ -205,7 +208,7 @@ class Bench:
         return problems
 
     def _is_working(self, name: str) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in self.step.working)
+        return any(fnmatch.fnmatch(name, pattern) for pattern in (PROGRESS, *self.step.working))
 
     def _reset(self, over: bool) -> None:
         shutil.rmtree(self.step.folder, ignore_errors=True)

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
 TIME_LIMIT = 120.0  # seconds; a step on a tiny model takes two
 POLL = 0.0005  # seconds between two looks at the step's folder
+STOPPED = 130
+"""The exit code of a step that Ctrl-C stopped."""
 _PRELOADED = (
     "workflows.__main__",
     "workflows.lora",
@@ -43,22 +45,24 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclass(frozen=True)
 class Kill:
-    """When to send SIGKILL: at a moment, at a change to the step's folder, or while a temporary file is there.
+    """When to send SIGKILL or SIGINT: at a moment, at a change to the step's folder, or while some file is there.
 
     Attributes:
         seconds: After the start; with `temporary`, after it was first seen.
         temporary: The name of a temporary file or folder to wait for, as `temporaries` gives it.
+        sent: The signal; SIGINT is sent once.
         change: The number of the change (from 1) that is not made any more; the child then kills itself.
     """
 
     seconds: float = 0.0
     temporary: str | None = None
+    sent: signal.Signals = signal.SIGKILL
     change: int | None = None
 
     def __str__(self) -> str:
         if self.change is not None:
             return f"before change {self.change}"
-        return f"{self.seconds:.4f} s after {self.temporary or 'the start'}"
+        return f"by {self.sent.name} {self.seconds:.4f} s after {self.temporary or 'the start'}"
 
     def is_due(self, age: float, present: dict[str, float]) -> bool:
         """Whether the parent is to kill now.
@@ -77,7 +81,7 @@ class Run:
     """What became of a step's process.
 
     Attributes:
-        code: Its exit code, -9 after a kill.
+        code: Its exit code, -9 after a kill, 130 after Ctrl-C.
         seconds: How long it lived.
         changes: The changes to its folder, in words, if it was not killed.
         temporaries: The temporary names seen, and for how many seconds each was there.
@@ -90,7 +94,7 @@ class Run:
 
     @property
     def killed(self) -> bool:
-        return self.code == -signal.SIGKILL
+        return self.code in (-signal.SIGKILL, STOPPED)
 
 
 def is_temporary(name: str) -> bool:
@@ -160,15 +164,18 @@ class Server:
         pid = int(self._answer())
         first: dict[str, float] = {}  # when each temporary name appeared
         lasted: dict[str, float] = {}
-        late = False
+        late = sent = False
         while not select.select([self._process.stdout], [], [], POLL)[0]:
             now = time.monotonic()
             first = {name: first.get(name, now) for name in temporaries(folder)}
             lasted |= {name: max(lasted.get(name, 0.0), now - since) for name, since in first.items()}
             late = now - began > TIME_LIMIT
-            if late or (kill is not None and kill.is_due(now - began, {name: now - first[name] for name in first})):
+            ages = {name: now - first[name] for name in first}
+            due = kill is not None and not sent and kill.is_due(now - began, ages)
+            if late or due:
+                sent = due and kill.sent == signal.SIGINT
                 with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL if late else kill.sent)
         answer = json.loads(self._answer())
         if late:
             raise TimeoutError(
@@ -211,8 +218,11 @@ def _run(request: dict[str, Any], writing: int) -> None:
     changes: list[str] = []
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
         sys.addaudithook(_watch(request["folder"], changes, request["kill_at"]))
         code = main(request["command"])
+    except KeyboardInterrupt:  # as Python itself ends by it
+        code = STOPPED
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

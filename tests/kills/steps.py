@@ -98,7 +98,9 @@ def make_steps(work: Path) -> dict[str, Step]:
             working=("metrics.csv", "checkpoints/step-*.pth", "completions.jsonl"),
         ),
         Step("shrink", work / "shrink", [*shrink, "2"], [*shrink, "1"], whole=("final",)),
-        Step("teach", work / "teach", [*teach, "1"], [*teach, "2"], whole=("taught",)),
+        Step(
+            "teach", work / "teach", [*teach, "1"], [*teach, "2"], whole=("taught",), working=("taught.unfinished/*",)
+        ),
         Step(
             "distill-lm",
             work / "distill-lm",

@@ -1,6 +1,9 @@
 """Steps killed at random moments end like undisturbed ones, and what they leave meanwhile is whole."""
 
+import csv
+import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,8 +13,10 @@ import psutil
 import pytest
 
 from tests.kills.engine import Bench, Step, differences, files_of
-from tests.kills.server import Server
+from tests.kills.server import STOPPED, Server
 from tests.kills.steps import STEPS, make_steps
+from workflows.progress import PROGRESS
+from workflows.status import StepStatus, status_of
 
 pytestmark = [
     pytest.mark.rough,
@@ -36,8 +41,8 @@ def server(work: Path) -> Iterator[Server]:
         yield server
 
 
-def kill(server: Server, step: Step, work: Path, kills: int, seed: int) -> None:
-    tally = Bench(server, step, work).kill(kills, seed)
+def kill(server: Server, step: Step, work: Path, kills: int, seed: int, sent: signal.Signals = signal.SIGKILL) -> None:
+    tally = Bench(server, step, work).kill(kills, seed, sent)
     assert not tally.problems, "\n".join(tally.problems)
     assert (tally.kills, tally.identical) == (kills, tally.ended)
 
@@ -51,6 +56,49 @@ def test_a_killed_step_ends_like_an_undisturbed_one(server, steps, tmp_path, nam
 @pytest.mark.parametrize("name", STEPS)
 def test_twenty_kills(server, steps, tmp_path, name):
     kill(server, steps[name], tmp_path, 20, SEED + 1)
+
+
+@pytest.mark.parametrize("name", ("lora", "grpo", "teach", "export"))  # a step of each kind
+def test_a_step_that_ctrl_c_stopped_ends_like_an_undisturbed_one(server, steps, tmp_path, name):
+    kill(server, steps[name], tmp_path, 1, SEED, signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_ten_times_ctrl_c(server, steps, tmp_path, name):
+    kill(server, steps[name], tmp_path, 10, SEED + 2, signal.SIGINT)
+
+
+@pytest.mark.parametrize(("name", "updates"), [("lora", 1), ("ppo", 2)])
+def test_ctrl_c_keeps_the_step_that_was_reached(server, steps, tmp_path, name, updates):
+    command = [*steps[name].command, "--out_dir", str(tmp_path), "--train.save_interval", "1000"]
+    command[command.index("--train.max_steps") + 1] = "1000"
+    log, progress = tmp_path / "metrics.csv", tmp_path / PROGRESS
+    seen: list[StepStatus] = []
+
+    def press_ctrl_c() -> None:
+        until = time.monotonic() + 100
+        while not (log.is_file() and log.read_text().count("\n") > 2) and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append(status_of(tmp_path, tmp_path.parent))
+        os.kill(json.loads(progress.read_text())["pid"], signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    run = server.run(command, tmp_path)
+    thread.join()
+    assert run.code == STOPPED
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    step = int(checkpoint.stem.removeprefix("step-"))
+    rows = [int(row["step"]) for row in csv.DictReader(log.read_text().splitlines())]
+    assert rows == list(range(1, step + 1)) and step >= 2 and step % updates == 0
+    (running,) = seen
+    assert running.state == "running" and running.total == 1000 and running.done >= 1
+    stopped = status_of(tmp_path, tmp_path.parent)
+    assert (stopped.state, stopped.keeps) == ("stopped", f"goes on from step {step}")
+    told = server.log.read_text()
+    assert "stopping when this step is done" in told
+    assert "run the same command again to go on:\n  " in told
 
 
 def test_what_is_not_whole_is_found(server, steps, tmp_path):

@@ -9,6 +9,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from data_prep.rows import read_rows
 from workflows import evaluate as step
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
@@ -17,6 +18,9 @@ from workflows.errors import UserError
 from workflows.evaluate import UNFINISHED, default_out_dir, setup
 from workflows.evaluation.lm import LitGPTLM
 from workflows.evaluation.tasks import LocalTask
+from workflows.progress import PROGRESS
+from workflows.training.model import load_model
+from workflows.training.rollouts import generate
 
 pytestmark = pytest.mark.long
 
@@ -85,6 +89,21 @@ def test_accuracies_are_those_of_lm_evals_hf_model(tiny_llama, tiny_llama_hf, da
     assert metrics["tokens_per_second"] > 0 and metrics["seconds"] > 0 and metrics["peak_bytes"] > 0
     assert not (tmp_path / UNFINISHED).exists()
     assert f"{rows['acc']['value']:.3f} ± {rows['acc']['stderr']:.3f}" in capsys.readouterr().out
+
+
+def test_the_first_questions_are_answered_in_words(tiny_llama, data_dir, tmp_path):
+    evaluate(tiny_llama, data_dir, tmp_path, limit=6, written=3, max_new_tokens=8)
+    found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    rows = read_rows(data_dir / "hpo_mcq" / "test.jsonl", "scoring")[:3]
+    template, model = ChatTemplate.from_checkpoint(tiny_llama), load_model(tiny_llama)
+    prompts = [template.prompt_ids(row["prompt"]) for row in rows]
+    answers = generate(model, prompts, max_new_tokens=8, stop_ids=template.stop_ids)
+    for row, said, answer in zip(rows, found, answers, strict=True):
+        assert (said["task"], said["question"]) == ("hpo_mcq", row["prompt"][-1]["content"])
+        assert said["wanted"] == row["choices"][row["answer"]]
+        assert said["answer"] == template.decode(answer.ids).strip()
+    evaluate(tiny_llama, data_dir, tmp_path, limit=6, written=0)
+    assert (tmp_path / "answers.jsonl").read_text() == ""
 
 
 def test_comparison_with_a_baseline(tiny_llama, other_llama, data_dir, tmp_path, capsys):
@@ -159,7 +178,9 @@ def test_a_folder_between_an_old_and_a_new_result_is_taken_for_neither(
         patch.setattr(step, "write_json", stops)  # after the samples
         with pytest.raises(KeyboardInterrupt):
             evaluate(other_llama, data_dir, changed)
-    assert {path.name: path.read_bytes() for path in changed.iterdir() if path.name != UNFINISHED} == before
+    assert {
+        path.name: path.read_bytes() for path in changed.iterdir() if path.name not in (UNFINISHED, PROGRESS)
+    } == before
     replace, samples = Path.replace, changed / "samples_hpo_mcq.jsonl"
     with monkeypatch.context() as patch:  # when the samples are to take their place
         patch.setattr(Path, "replace", lambda file, to: stops() if to == samples else replace(file, to))

@@ -33,6 +33,19 @@ def test_peak_sees_an_allocation_that_is_gone_again():
     assert 190 * MIB < peak.bytes - before.bytes < 260 * MIB
 
 
+def test_a_lap_has_its_own_peak():
+    with PeakMemory() as peak:
+        peak.lap()
+        pages = mmap.mmap(-1, 100 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(0, len(pages), 4096):
+            pages[page] = 1
+        large = peak.lap()
+        pages.close()
+        small = peak.lap()
+    assert large - small > 90 * MIB
+    assert peak.bytes >= large
+
+
 @pytest.mark.long
 def test_peak_counts_children():
     script = "b = bytearray(150 * 2**20); b[::4096] = b'x' * len(b[::4096]); import time; time.sleep(1.5)"

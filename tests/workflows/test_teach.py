@@ -11,6 +11,7 @@ from tests.workflows.alignment import TRAIN, early_letters, log_of, question, wr
 from workflows import lora, teach
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
+from workflows.progress import PROGRESS
 from workflows.training.model import load_model
 from workflows.training.rewards import Sample, WeightedReward
 from workflows.training.rollouts import Rollout, generate
@@ -53,6 +54,45 @@ def test_its_rows_are_the_teachers_greedy_answers(teacher, questions, tmp_path):
         (answer,) = generate(model, [prompt], max_new_tokens=24, stop_ids=template.stop_ids)
         assert template.decode(answer.ids[:-1]) == row["messages"][-1]["content"]
     assert rows[0]["answers"][0].startswith("finding")  # the question's facts stay with it
+
+
+def test_a_stopped_teacher_keeps_its_answers(teacher, questions, tmp_path, monkeypatch, capsys):
+    sampled = {"temperature": 0.8, "samples": 3}
+    monkeypatch.setattr(teach, "SLICE", 20)
+    whole = taught(teacher, questions, tmp_path / "whole", **sampled)
+    calls: list[int] = []
+
+    def stopped_in_the_third(*args: Any, **options: Any) -> list[Rollout]:
+        calls.append(len(args[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teach, "generate", stopped_in_the_third)
+        taught(teacher, questions, tmp_path / "stopped", **sampled)
+    working = tmp_path / "stopped.unfinished"
+    assert not (tmp_path / "stopped").exists()
+    assert sorted(path.name for path in working.iterdir()) == ["answers.jsonl", PROGRESS]
+    capsys.readouterr()
+    calls.clear()
+    monkeypatch.setattr(teach, "generate", lambda *a, **o: calls.append(len(a[1])) or generate(*a, **o))
+    resumed = taught(teacher, questions, tmp_path / "stopped", **sampled)
+    assert "going on with 40 finished answers" in capsys.readouterr().out
+    assert calls == [8, 12]  # the rest of training's 48, then validation's
+    assert resumed["splits"] == whole["splits"] and resumed["dropped"] == whole["dropped"]
+    assert not working.exists()
+
+
+def test_answers_of_another_seed_are_not_kept(teacher, questions, tmp_path, monkeypatch, capsys):
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teach, "_worth", stops)
+        taught(teacher, questions, tmp_path / "taught")
+    taught(teacher, questions, tmp_path / "taught", seed=5)
+    assert "going on with" not in capsys.readouterr().out
 
 
 def test_a_student_trains_on_them(teacher, questions, tiny_llama, tmp_path):

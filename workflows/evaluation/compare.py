@@ -17,6 +17,8 @@ import numpy as np
 from workflows.errors import UserError
 
 BOOTSTRAP_SAMPLES = 10_000
+ANSWERS = "answers.jsonl"
+"""Where an evaluation keeps the first questions answered in words: {"task", "question", "wanted", "answer"}."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _by_question(samples: list[dict[str, Any]]) -> dict[tuple[int, str], dict[st
 
 def _read_samples(file: Path) -> list[dict[str, Any]]:
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold other line separators
+    for number, line in enumerate(lines, start=1):
         try:
             sample = json.loads(line)
             samples.append({**sample, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]})

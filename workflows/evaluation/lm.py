@@ -9,6 +9,7 @@ row without padding, and the language-model head runs only where a continuation'
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from workflows.chat_template import ChatTemplate, Message
 from workflows.checkpoint import LORA_WEIGHTS, PROVENANCE, WEIGHTS, check_checkpoint_dir, load_weights
@@ -25,6 +25,7 @@ from workflows.errors import UserError
 from workflows.evaluation.cache import ResultCache, request_key
 from workflows.files import read_json, sha256
 from workflows.merge import read_hyperparameters
+from workflows.progress import Bar
 from workflows.training.batch import ROW_MULTIPLE, Tree, assign_rows, pack_row
 from workflows.training.model import GPT, LoRAArgs, Precision, load_model
 from workflows.training.rollouts import generate
@@ -224,6 +225,16 @@ class LitGPTLM(TemplateLM):
             self._answer([prompt for _, prompt, _ in chunk], [key for _, _, key in chunk], setting, seed)
         return [self.cache[keys[number]] for number in range(len(requests))]
 
+    def write(self, contexts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers to rendered prompts, each up to its end or the limit."""
+        settings = self._generation_settings({"until": [], "max_gen_toks": max_new_tokens, "do_sample": False})
+        prompts = [self._fit_prompt(self.tok_encode(context), max_new_tokens) for context in contexts]
+        keys = [request_key("written", prompt, max_new_tokens) for prompt in prompts]
+        for begin in self._watch(range(0, len(prompts), self.batch_size), "answers in words"):
+            unit = slice(begin, begin + self.batch_size)
+            self._answer(prompts[unit], keys[unit], settings, self.seed)
+        return [self.cache[key].strip() for key in keys]
+
     def _answer(self, prompts: list[list[int]], keys: list[str], settings: dict[str, Any], seed: int) -> None:
         """Generate one batch of answers unless it is finished."""
         if self.cache.has(keys):
@@ -275,8 +286,8 @@ class LitGPTLM(TemplateLM):
         self.truncated += len(prompt) > room
         return prompt[-room:]
 
-    def _watch(self, units: list[Any], what: str) -> Any:
-        return tqdm(units, desc=what, disable=not self._progress, leave=False)
+    def _watch(self, units: Sequence[Any], what: str) -> Any:
+        return Bar(units, desc=what, disable=not self._progress, leave=False)
 
 
 def check_for_evaluation(checkpoint_dir: Path) -> str:

@@ -32,6 +32,7 @@ from workflows.gguf_header import read_header
 from workflows.hf_export import hf_tensors
 from workflows.ollama.client import OURS
 from workflows.ollama.tokenizer_fields import read_tokenizer
+from workflows.progress import brief
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "source"]
 """`source` is what Ollama is given to quantize by itself: float32, under float16's name. It refuses files that call
@@ -104,7 +105,7 @@ def write_gguf(
             writer.write_ti_data_to_file()
             if factors is not None:
                 writer.write_tensor_data(factors)
-            for _, hf_name, tensor_type in plan:
+            for _, hf_name, tensor_type in brief(plan, file.name, "tensor"):
                 tensor = tensors[hf_name]
                 if arch == MODEL_ARCH.LLAMA:
                     tensor = _interleave(tensor, hf_name, config)

@@ -23,6 +23,7 @@ from workflows.errors import UserError
 from workflows.ollama.client import connect, explained
 from workflows.ollama.modelfile import conversations, derive
 from workflows.ollama.server import OllamaServer
+from workflows.progress import brief
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.rollouts import generate
 
@@ -120,7 +121,8 @@ def verify_model(
     equal, shown = 0, True
     differences: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
-    for messages, prompt, ours in zip(prompts, reference.prompts, reference.answers, strict=True):
+    asked = list(zip(prompts, reference.prompts, reference.answers, strict=True))
+    for messages, prompt, ours in brief(asked, f"asking {model}", "question"):
         theirs, text, stopped = _ask(server, model, template, messages, num_predict=ANSWER_TOKENS)
         shown = shown and theirs is not None
         answer = [i for i in ours if i not in template.stop_ids]

@@ -22,7 +22,7 @@ class AnswerLog:
             UserError: If there is no room for them.
         """
         if not self._begun:
-            earlier = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+            earlier = self.file.read_text(encoding="utf-8").split("\n") if self.file.is_file() else []
             kept = "".join(line + "\n" for line in earlier if _step_of(line) < step)
             with atomic_file(self.file) as temporary:
                 temporary.write_text(kept, encoding="utf-8")

@@ -177,6 +177,10 @@ class GRPO(Objective):
         self._fabric, self._model, self._device = fabric, model, fabric.device
         self._log = AnswerLog(out_dir / "completions.jsonl") if fabric.global_rank == 0 else None
 
+    def may_pause(self, steps: int) -> bool:
+        """Between updates on the same answers a run may not: checkpoints do not keep them."""
+        return steps % self.settings.updates == 0
+
     def batches(self, step: int, rank: int, world_size: int) -> list[GroupBatch]:
         """The rows of one step: sampled anew where the updates on the last ones are done."""
         self._largest = 0.0

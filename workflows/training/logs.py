@@ -4,18 +4,19 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import lightning as L
+from typing import TYPE_CHECKING, Any
 
 from workflows.errors import UserError
 from workflows.files import no_room_explained, write_text
+
+if TYPE_CHECKING:  # `status` reads logs, and is to be quick
+    import lightning as L
 
 
 class MetricsLog:
     """`metrics.csv`, always; TensorBoard and W&B where asked for. Rows after the step resumed from are dropped."""
 
-    def __init__(self, fabric: L.Fabric, out_dir: Path, start: int, loggers: Iterable[str]) -> None:
+    def __init__(self, fabric: "L.Fabric", out_dir: Path, start: int, loggers: Iterable[str]) -> None:
         """Open the logs; only the first process writes.
 
         Args:
@@ -66,6 +67,25 @@ class MetricsLog:
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
         header = {name: name for name in self.columns}
         write_text(self.path, "".join(map(self._line, [header, *rows])) if rows else "")
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.csv`, which may just be growing: step and numbers, empty cells and half a line left out.
+
+    Raises:
+        UserError: If the file is none.
+    """
+    if not file.is_file():
+        return []
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    try:
+        rows = [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(whole.splitlines(), restkey="too many")
+        ]
+        return [{**row, "step": row["step"]} for row in rows]
+    except (ValueError, TypeError, KeyError, csv.Error):
+        raise UserError(f"{file} is not a log of training steps; delete it, or run the step again.") from None
 
 
 def _make_logger(name: str, out_dir: Path) -> Any:

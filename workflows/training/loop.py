@@ -2,7 +2,8 @@
 
 In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
 gradient clipping, the learning-rate schedule, progress bar; beside it `processes.py` (devices and strategies),
-`resume.py` (checkpoints) and `logs.py`. A step file supplies an `Objective`: its batches, its loss, its validation.
+`resume.py` (checkpoints), `stopping.py` (Ctrl-C) and `logs.py`. A step file supplies an `Objective`: its batches, its
+loss, its validation.
 """
 
 import math
@@ -15,12 +16,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import lightning as L
 import torch
-from tqdm import tqdm
 
 from workflows.checkpoint import plain
 from workflows.errors import UserError
+from workflows.measure import PeakMemory
+from workflows.progress import Bar
 from workflows.training.logs import MetricsLog
 from workflows.training.resume import Checkpoints, ResumeMode
+from workflows.training.stopping import Stopping
 
 MOST_SAMPLES = 1 << 20
 """The most samples of a step: their numbers are kept in memory."""
@@ -123,6 +126,10 @@ class Objective(ABC):
     def step_metrics(self) -> dict[str, float]:
         """What else a step's row of the log shows, besides the sums that `loss` gives; the mean over processes."""
         return {}
+
+    def may_pause(self, steps: int) -> bool:
+        """Whether a run may be stopped and gone on with after so many steps."""
+        return True
 
     @abstractmethod
     def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
@@ -238,6 +245,7 @@ def fit(
     identity: dict[str, Any],
     resume: ResumeMode = "auto",
     loggers: Iterable[str] = (),
+    peak: PeakMemory | None = None,
 ) -> FitResult:
     """Train a model.
 
@@ -253,12 +261,14 @@ def fit(
         resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew; "matching"
             goes on from one of this very identity and deletes others.
         loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
+        peak: A memory watch that is running; each row of the log has its peak since the row before.
 
     Returns:
         Steps, seconds, tokens and the last validation metrics.
 
     Raises:
         UserError: If loss or gradient stop being numbers, a file cannot be written, or `resume` finds none that fits.
+        KeyboardInterrupt: After Ctrl-C, once the step is finished and its checkpoint written.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -288,7 +298,8 @@ def fit(
                 f"the last good checkpoint is in {saver.directory}"
             )
 
-    with log, tqdm(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step") as bar:
+    bar = Bar(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step")
+    with log, bar, Stopping(fabric) as stop:
         for step in range(result.steps, train.max_steps):
             began = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
@@ -321,14 +332,18 @@ def fit(
                 logged |= result.metrics
             if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
                 rates = {"tokens_per_second": tokens / seconds, "updated_per_second": tokens / (seconds - waited)}
-                log.write(result.steps, {**logged, "lr": learning_rate(step, train), **rates})
-            if last or result.steps % train.save_interval == 0:
+                memory = {} if peak is None else {"peak_bytes": peak.lap()}
+                log.write(result.steps, {**logged, "lr": learning_rate(step, train), **rates, **memory})
+            stopping = stop.asked() and objective.may_pause(result.steps)
+            if last or stopping or result.steps % train.save_interval == 0:
                 saver.save(result.counters())
             bar.set_postfix_str(
                 f"loss {logged['loss']:.3f}, {result.real_tokens / result.seconds:,.0f} tokens/s"
                 + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
             )
             bar.update()
+            if stopping:
+                raise KeyboardInterrupt
     result.report = objective.report(wrapped)
     return result
 

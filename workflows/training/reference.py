@@ -15,9 +15,9 @@ import lightning as L
 import safetensors
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from workflows.files import atomic_file
+from workflows.progress import Bar
 from workflows.training.batch import Tree, pack
 from workflows.training.model import GPT, adapters_off, load_model
 
@@ -60,7 +60,7 @@ def reference_logprobs(
         was_training = model.training
         model.eval()
         with adapters_off(model):
-            for number in tqdm(range(rounds), desc="reference", disable=fabric.global_rank != 0, unit="row"):
+            for number in Bar(range(rounds), desc="reference", disable=fabric.global_rank != 0, unit="row"):
                 indices, batch = mine[number] if number < len(mine) else rows[0]
                 logprobs = model(batch.to(fabric.device))  # (N,)
                 if number < len(mine):

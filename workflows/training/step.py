@@ -32,6 +32,7 @@ from workflows.checkpoint import (
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
+from workflows.progress import watched
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.model import LoRAArgs, Precision, load_model
 from workflows.training.processes import (
@@ -152,7 +153,7 @@ def run_step(
     """
     final = Path(settings["out_dir"]) / "final"
     fabric = make_fabric(run.devices, run.num_nodes, run.strategy, run.accelerator)
-    with launched(fabric):
+    with launched(fabric), watched(final.parent, fabric.global_rank == 0):
         mode: ResumeMode = "matching" if run.resume == "auto" and final.is_dir() else run.resume
         _train(fabric, step, settings, run, make_objective(fabric), final, mode)
 
@@ -185,6 +186,7 @@ def _train(
             identity=run_identity(settings),
             resume=resume,
             loggers=run.loggers or (),
+            peak=peak,
         )
         if fabric.global_rank == 0:
             checkpoints = final.parent / "checkpoints"

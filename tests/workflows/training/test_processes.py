@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,27 @@ def test_a_process_dies_and_one_process_goes_on(strategy, victim, alone, tiny_ll
 
     lora_step.setup(**settings_of(tiny_llama, data, tmp_path), train=TRAIN)  # one process
     assert losses(tmp_path)[: done // 5 * 5][:20] == pytest.approx(alone[: done // 5 * 5][:20], abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny_llama, data, tmp_path):
+    run = start(tiny_llama, data, tmp_path, strategy)
+    until = time.monotonic() + 120
+    while not (tmp_path / "metrics.csv").is_file() or len(losses(tmp_path)) < 2:
+        assert run.poll() is None and time.monotonic() < until, run.communicate()[1]
+        time.sleep(0.01)
+    first = psutil.Process(run.pid)
+    family = [first, *(p for p in first.children(recursive=True) if "lora" in p.cmdline())]
+    first.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert psutil.wait_procs(family, timeout=20)[1] == [] and len(family) == 2
+    assert run.returncode == 130 and said.count("run the same command again to go on:") == 1 and "Traceback" not in said
+    done = len(losses(tmp_path))
+    assert (tmp_path / "checkpoints" / f"step-{done:08d}.pth").is_file() and done < STEPS
+
+    lora_step.setup(**settings_of(tiny_llama, data, tmp_path), train=TRAIN)  # one process
     assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
 
 

@@ -1,0 +1,109 @@
+"""How far a long step has come: a bar in the terminal, and a small file in the step's folder that `status` reads.
+
+The file is there while the step runs, and stays when it was stopped: it says by which command the step goes on. A step
+that ends well deletes it.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from tqdm import tqdm
+
+PROGRESS = "progress.json"
+HOST = platform.node()
+_INTERVAL = 1.0
+"""Seconds between two writes of the file."""
+
+
+_PATIENCE = 2.0
+"""Seconds that work may take before it gets a bar, where most of it takes less."""
+
+T = TypeVar("T")
+
+
+class Bar(tqdm):
+    """tqdm's bar, which `status` sees too where the step is `watched`."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count n more units as done."""
+        shown = super().update(n)
+        if _current is not None and not self.disable:
+            _current.note(self)
+        return shown
+
+
+def brief(items: Collection[T], what: str, unit: str) -> Iterator[T]:
+    """The items, with a bar if they take long, which is gone afterwards."""
+    return iter(Bar(items, desc=what, unit=unit, leave=False, delay=_PATIENCE))
+
+
+class _Watch:
+    """The file of the step that this process runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / PROGRESS
+        self.facts: dict[str, Any] = {
+            "command": command(),
+            "host": HOST,
+            "pid": os.getpid(),
+            "born": psutil.Process().create_time(),
+        }
+        self._written = 0.0
+
+    def note(self, bar: tqdm) -> None:
+        """Keep a bar's numbers."""
+        now = time.time()
+        done = bar.total is not None and bar.n >= bar.total
+        if done or now - self._written >= _INTERVAL:
+            facts = {"what": bar.desc.removesuffix(": "), "unit": bar.unit, "done": bar.n, "total": bar.total}
+            self.write({**facts, "first": bar.initial, "began": bar.start_t, "updated": now, "told": bar.postfix or ""})
+
+    def write(self, numbers: dict[str, Any]) -> None:
+        """Write the file whole. It is not flushed to the disk, and no run ends because there is no room for it."""
+        self._written = time.time()
+        temporary = self.file.with_name(f".{self.file.stem}.{os.getpid()}.part.json")
+        with contextlib.suppress(OSError):
+            try:
+                temporary.write_text(json.dumps({**self.facts, **numbers}), encoding="utf-8")
+                temporary.replace(self.file)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+_current: _Watch | None = None
+
+
+@contextlib.contextmanager
+def watched(folder: Path, active: bool = True) -> Iterator[None]:
+    """Let `status` see the bars of the body.
+
+    Args:
+        folder: The step's folder; made if needed.
+        active: Whether this process is the one that tells (the first of several).
+    """
+    global _current
+    if not active:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    before, _current = _current, _Watch(folder)
+    _current.write({"updated": time.time()})
+    try:
+        yield
+        _current.file.unlink(missing_ok=True)
+    finally:
+        _current = before
+
+
+def command() -> str:
+    """The command line that started this process, as one would type it."""
+    return shlex.join(sys.orig_argv)

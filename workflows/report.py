@@ -1,0 +1,74 @@
+"""`make report`: what a run did, on one page that opens from the disk and asks nothing of the network.
+
+The page holds everything it needs, the plotting library too: the same plotly.js that the package of that name carries.
+A policy in its head forbids it to load anything else, and what models wrote is put in as text only.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from workflows.errors import UserError
+from workflows.files import write_text
+from workflows.reporting import tables
+from workflows.reporting.charts import charts, score_charts
+from workflows.reporting.gather import Run, read_run
+
+
+def setup(runs: list[str], out_dir: Path = Path("out"), out_file: Path | None = None) -> None:
+    """Write a page about one run, or about several side by side.
+
+    Args:
+        runs: The runs' names, e.g. [demo] or [demo,again].
+        out_dir: The folder of all runs.
+        out_file: The page; by default OUT_DIR/RUN/report.html, of several runs OUT_DIR/report-RUN-RUN.html.
+
+    Raises:
+        UserError: If there is no such run, it has left nothing yet, or one of its files is damaged.
+    """
+    names = list(dict.fromkeys(runs))
+    if not names:
+        raise UserError("--runs names no run, e.g. --runs '[demo]'.")
+    found = [read_run(out_dir / name) for name in names]
+    alone = out_dir / names[0] / "report.html"
+    page = out_file or (alone if len(names) == 1 else out_dir / f"report-{'-'.join(run.name for run in found)}.html")
+    write_text(page, render(found))
+    print(f"report: {page}")
+
+
+def render(runs: list[Run]) -> str:
+    """The page as HTML."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("workflows", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    groups = charts(runs)
+    scores = score_charts(runs)
+    drawn: dict[str, Any] = {"runs": [run.name for run in runs], "groups": groups, "scores": scores}
+    source = environment.loader.get_source  # type: ignore[union-attr]
+    return environment.get_template("page.html").render(
+        runs=runs,
+        tables=tables,
+        groups=groups,
+        scores=scores,
+        gained=any(tables.gains_table(run) or tables.own_tests(run) for run in runs),
+        answers=tables.answers(runs),
+        data=_as_script(drawn),
+        css=Markup(source(environment, "page.css")[0]),
+        js=Markup(source(environment, "page.js")[0]),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _as_script(value: Any) -> Markup:
+    """JSON that can stand in a script element, whatever the names in it are."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
