@@ -48,6 +48,7 @@ ENTITIES  ?= $(if $(wildcard $(WORKFLOW_DATA)/bc5cdr),bc5cdr,hpo_entities)
 T5        ?= scratch
 # What `make translate` learns from: what programs say, catalogues_fr or _de; python_javascript; opus_books_fr or _de.
 PARALLEL  ?= catalogues_fr
+FILE      ?=
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
@@ -310,8 +311,9 @@ translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catal
 out/translate/$(PARALLEL)/final/config.json:
 	@$(MAKE) --no-print-directory translate ARGS=
 
-translate-text: out/translate/$(PARALLEL)/final/config.json  ## translate TEXT by it
-	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final --text $(call quoted,$(TEXT)) $(ARGS)
+translate-text: out/translate/$(PARALLEL)/final/config.json  ## translate TEXT, or a FILE, by it
+	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final \
+	  $(if $(FILE),--file $(call quoted,$(FILE)),--text $(call quoted,$(TEXT))) $(ARGS)
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run

@@ -454,6 +454,8 @@ def test_a_translator_is_trained_by_the_recipe_of_its_texts(project):
         "translate",
         "translate-text",
     ]
+    program = project.calls("translate-text", "PARALLEL=python_javascript", "FILE=it's.py")[-1]
+    assert option(program, "--file") == "it's.py" and "--text" not in program
     (asked,) = project.calls("translate-text", "PARALLEL=catalogues_de", "TEXT=it's %(name)s")
     assert option(asked, "--text") == "it's %(name)s"
     assert option(asked, "--checkpoint_dir") == "out/translate/catalogues_de/final"

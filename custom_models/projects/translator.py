@@ -17,6 +17,7 @@ from custom_models.projects.translation_text import Codec
 from custom_models.span_corruption import Pair
 from custom_models.weights import fill
 from workflows.errors import UserError
+from workflows.files import read_text
 
 
 @dataclass
@@ -122,16 +123,18 @@ class Translator:
         return Written(translated, sum(cut for _, _, cut in read), unfinished)
 
 
-def translate(checkpoint_dir: Path, text: str) -> None:
+def translate(checkpoint_dir: Path, text: str = "", file: Path | None = None) -> None:
     """Translate a text.
 
     Args:
         checkpoint_dir: A translator's folder, such as out/translate/catalogues_fr/final.
         text: What to translate.
+        file: A file with it, such as a program.
 
     Raises:
-        UserError: If the folder holds no translator, or the text is empty.
+        UserError: If the folder holds no translator, the text is empty, or the file cannot be read.
     """
+    text = text if file is None else read_text(file).rstrip("\n")
     translator = Translator.load(checkpoint_dir)
     written = translator.translate([text])
     print(written.texts[0])

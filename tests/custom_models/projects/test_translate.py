@@ -209,7 +209,7 @@ def test_a_translator_learns_and_leaves_its_picture(trained):
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_saved_translator_reloads_and_is_asked(trained, capsys):
+def test_a_saved_translator_reloads_and_is_asked(trained, tmp_path, capsys):
     translator = Translator.load(trained / "final")
     texts = ["open new file", "close %(page)s", "new red file {name}"]
     found = translator.translate(texts)
@@ -219,6 +219,9 @@ def test_a_saved_translator_reloads_and_is_asked(trained, capsys):
     assert Translator.load(trained / "again").translate(texts) == found
     args = ["translate-text", "--checkpoint_dir", str(trained / "final"), "--text"]
     assert main([*args, "send %(who)s"], PROJECTS, "custom_models") == 0
+    assert "%(who)s" in capsys.readouterr().out
+    (tmp_path / "text").write_text("send %(who)s\n")
+    assert main([*args[:-1], "--file", str(tmp_path / "text")], PROJECTS, "custom_models") == 0
     assert "%(who)s" in capsys.readouterr().out
     assert main([*args, "open " * 40], PROJECTS, "custom_models") == 0
     assert "only the first 32 tokens were read" in capsys.readouterr().out
