@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from workflows.errors import UserError
 from workflows.lifetime import end_with_parent
 from workflows.training.model import Precision
+from workflows.training.whole import keep_skeleton
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
@@ -115,6 +116,7 @@ def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
     """FSDP2: every block is a unit of its own, gathered when it runs and freed after."""
     from torch.distributed.fsdp import fully_shard
 
+    keep_skeleton(model)
     for block in model.transformer.h:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
