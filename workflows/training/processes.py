@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 
-from workflows.errors import UserError
+from workflows.errors import UserError, first_line
 from workflows.lifetime import end_with_parent
 from workflows.training.model import Precision
 from workflows.training.whole import keep_skeleton
@@ -60,8 +60,13 @@ def device_problems(
         return [f"--devices must be a number or auto, not {devices!r}."]
     problems = []
     present = torch.cuda.device_count() if chosen == "cuda" else 1 if chosen == "mps" else None
-    if count < 1 or (present is not None and count > present):
-        problems.append(f"--devices must be from 1 to {present or 'the number of cores'}, not {count}.")
+    if count < 1:
+        problems.append(f"--devices must be at least 1, not {count}.")
+    if present is not None and count > present:
+        problems.append(
+            f"--devices {count}: this machine has {present} {'GPUs' if present > 1 else 'GPU'} that torch sees. Give "
+            f"--devices {present} (make: DEVICES={present}), or for more machines --num_nodes."
+        )
     if num_nodes < 1:
         problems.append(f"--num_nodes must be at least 1, not {num_nodes}.")
     if chosen == "mps" and strategy != "auto":
@@ -88,6 +93,9 @@ def make_fabric(
         num_nodes: Machines.
         strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
         accelerator: What to run on.
+
+    Raises:
+        UserError: If torchrun or SLURM has started another number of processes.
     """
     chosen = choose_accelerator(accelerator)
     count = _count(chosen, devices)
@@ -103,7 +111,16 @@ def make_fabric(
         )
     elif strategy == "ddp" or count * num_nodes > 1:
         joined = "ddp"
-    return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
+    try:
+        return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
+    except (ValueError, RuntimeError) as e:
+        if not (_started_by_torchrun() or "SLURM_NTASKS" in os.environ):
+            raise
+        raise UserError(
+            f"--devices {count} and --num_nodes {num_nodes} do not fit what started this run ({first_line(e)}). For "
+            f"them torchrun takes --nproc_per_node {count} --nnodes {num_nodes}, SLURM --ntasks-per-node={count} "
+            f"--nodes={num_nodes}; or change the settings (make: DEVICES, NODES)."
+        ) from None
 
 
 def _count(accelerator: str, devices: int | str) -> int:
