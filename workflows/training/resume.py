@@ -17,7 +17,7 @@ import torch
 from workflows.checkpoint import load_weights, plain
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained
-from workflows.training.shards import read_run, read_shards, read_whole, tensors_of, write_shards
+from workflows.training.shards import read_file, read_run, read_shards, read_whole, tensors_of, write_shards
 from workflows.training.whole import is_sharded
 
 Resume = bool | Literal["auto"]
@@ -84,6 +84,8 @@ class Checkpoints:
             if path.is_dir():
                 read_shards(path, self._tensors())
                 rest = read_run(path)
+            elif self.is_sharded:
+                rest = read_file(path, self._tensors())
             else:
                 rest = self.fabric.load(path, self.state, strict=False, weights_only=True)
             counters = {name: rest[name] for name in fresh}

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workflows.errors import UserError
 from workflows.files import read_json, write_json
@@ -105,6 +106,40 @@ def read_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     if missing := _incomplete(_metadata(directory), {name: tensor.shape for name, tensor in tensors.items()}):
         raise ValueError(missing)
     _load(directory, tensors, alone=not torch.distributed.is_initialized())
+
+
+def read_file(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Fill a sharded run's tensors with the checkpoint that unsharded processes wrote into one file.
+
+    Fabric's own reader takes the optimizer's numbers for places among all parameters; ours has the trained ones only.
+
+    Args:
+        file: The checkpoint.
+        tensors: From `tensors_of`, in that order; each process keeps its parts.
+
+    Returns:
+        The run's counters.
+
+    Raises:
+        ValueError: If the file holds other tensors.
+    """
+    saved = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    names = [name.removeprefix(WEIGHT) for name in tensors if name.startswith(WEIGHT)]
+    found = {WEIGHT + name: tensor for name, tensor in saved["model"].items()}
+    for number, state in saved["optimizer"]["state"].items():
+        found |= {f"{MOMENTS}{names[number]}.{key}": value for key, value in state.items()}
+    for name, tensor in tensors.items():
+        value = found.get(name)
+        if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+            raise ValueError(f"no {name} of {list(tensor.shape)}")
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(
+                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            ).to_local()
+            tensor = tensor.to_local()
+        tensor.copy_(value)
+    counters: dict[str, Any] = saved
+    return counters
 
 
 def read_whole(directory: Path, prefix: str = WEIGHT) -> dict[str, torch.Tensor]:
