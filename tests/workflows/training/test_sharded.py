@@ -25,7 +25,7 @@ from workflows.training import resume, shards
 from workflows.training.loop import TrainArgs
 from workflows.training.rewards import WeightedReward
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("sharded")]  # the two processes are started once
+pytestmark = pytest.mark.long
 
 TRAIN = TrainArgs(
     max_steps=5,
