@@ -189,8 +189,11 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether torch can read all of a file."""
+    """Whether all of a checkpoint can be read."""
     try:
+        if checkpoint.is_dir():
+            read_run(checkpoint)
+            return True
         torch.load(checkpoint, weights_only=True, map_location="cpu")
     except Exception:  # as in `_newest`
         return False

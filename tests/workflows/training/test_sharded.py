@@ -178,10 +178,10 @@ def test_shards_put_together_are_what_one_process_has(stopped, llama, data, tmp_
     assert len(moments) == 3 * len(one) and all(float(moments[f"{name}.step"]) == 4 for name in one)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_any_number_of_processes_goes_on_from_shards(processes, two, stopped, whole_run, llama, data):
-    if processes == 2:
-        train_in_two(two, "lora", llama, data, stopped, train=TRAIN, resume=True)
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp", None])
+def test_any_number_of_processes_goes_on_from_shards(strategy, two, stopped, whole_run, llama, data):
+    if strategy is not None:
+        train_in_two(two, "lora", llama, data, stopped, train=TRAIN, resume=True, strategy=strategy)
     else:
         train("lora", llama, data, stopped, train=TRAIN, resume=True)
     assert losses(stopped) == pytest.approx(losses(whole_run), abs=1e-4)
