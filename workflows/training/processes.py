@@ -10,6 +10,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -112,15 +113,17 @@ def make_fabric(
     elif strategy == "ddp" or count * num_nodes > 1:
         joined = "ddp"
     try:
-        return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
+        # Fabric checks this only where it starts processes itself; others would wait for more, or not know of theirs
+        for launcher in (TorchElasticEnvironment, SLURMEnvironment):
+            if launcher.detect():
+                launcher().validate_settings(num_devices=count, num_nodes=num_nodes)
     except (ValueError, RuntimeError) as e:
-        if not (_started_by_torchrun() or "SLURM_NTASKS" in os.environ):
-            raise
         raise UserError(
             f"--devices {count} and --num_nodes {num_nodes} do not fit what started this run ({first_line(e)}). For "
             f"them torchrun takes --nproc_per_node {count} --nnodes {num_nodes}, SLURM --ntasks-per-node={count} "
             f"--nodes={num_nodes}; or change the settings (make: DEVICES, NODES)."
         ) from None
+    return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
 
 
 def _count(accelerator: str, devices: int | str) -> int:

@@ -156,14 +156,14 @@ SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, SLURM])
-@pytest.mark.parametrize(("devices", "num_nodes"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("devices", "num_nodes"), [(4, 1), (2, 2), (1, 1)])
 def test_a_launcher_that_started_other_processes_is_told(launcher, devices, num_nodes, monkeypatch):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         UserError, match=rf"--nproc_per_node {devices} --nnodes {num_nodes}, SLURM --ntasks-per-node={devices}"
     ):
-        make_fabric(devices, num_nodes, "fsdp", "cpu")
+        make_fabric(devices, num_nodes, accelerator="cpu")
 
 
 def test_slurm_without_tasks_per_node_is_told(monkeypatch):
