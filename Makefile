@@ -5,7 +5,8 @@ MODEL   ?= smollm2-135m#     a name in checkpoints/registry.yaml, a Hub id, a Hu
 DATA    ?= hpo#              hpo, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
 RUN     ?= demo#             everything a run makes goes to out/RUN
 RUNS    ?= $(RUN)#           what `make report` shows side by side
-DEVICES ?= 1
+HARDWARE ?=#              24gb, 80gb, 8x80gb: the recipes for these GPUs, of a MODEL that has such (docs/large-models.md)
+DEVICES ?= $(if $(findstring x,$(HARDWARE)),$(firstword $(subst x, ,$(HARDWARE))),1)
 NODES   ?= 1
 ARGS    ?=#                  further options of the one step that is named: make lora ARGS="--train.max_steps 50"
 PIP_ARGS ?=#                 further options of pip install, e.g. --extra-index-url for CPU builds of torch (see README)
@@ -13,6 +14,7 @@ PIP_ARGS ?=#                 further options of pip install, e.g. --extra-index-
 MODEL := $(strip $(MODEL))
 DATA  := $(strip $(DATA))
 RUN   := $(strip $(RUN))
+HARDWARE := $(strip $(HARDWARE))
 ARGS  := $(strip $(ARGS))
 NAME  := $(RUN)#             the model's name in Ollama; not from the environment, where WSL keeps the machine's name
 
@@ -62,8 +64,9 @@ SUMMARIZER = out/summarize/$(call filename,$(pretrained))$(if $(filter extractiv
 # The encoder of projects that begin at pretrained weights.
 pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
-# A step's settings: the model's own recipe, for this very data if there is one, else the one that suits any small model.
-recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),-$(DATA).yaml .yaml)) \
+# A step's settings: the model's own recipe, for this very hardware or data if there is one, else the one that suits any
+# small model.
+recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),$(HARDWARE:%=-%.yaml) -$(DATA).yaml .yaml)) \
   workflows/recipes/default/$(1).yaml)
 # What distill-lm trains on: the answers of the data, beside the teacher's distributions, or such as the teacher wrote.
 ANSWERS   ?= data
@@ -115,7 +118,7 @@ args_for   = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(if $(filter demo,$(MA
   sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null)))
 demo_args_dpo  := --max_test_rows 200
 demo_args_grpo := --train.max_steps 24 --max_test_rows 200
-settings   = $(variables_of_$(1)) ARGS=$(call args_for,$(1))
+settings   = $(variables_of_$(1))$(if $(filter %-$(HARDWARE).yaml,$(call recipe,$(1))), HARDWARE=$(HARDWARE)) ARGS=$(call args_for,$(1))
 # FORCE if a step is to run although its files are new: its settings are others, or ARGS ask for it again.
 changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
   test "$$(cat $(OUT)/.settings/$(1) 2>/dev/null)" = $(call quoted,$(call settings,$(1))) || echo FORCE))
@@ -144,6 +147,13 @@ $(error $(DATA) has no questions with options to score a model on; `make lora` r
   To score on something else name it, e.g. make evaluate DATA=$(DATA) TASKS=medical)
 endif
 
+ifneq ($(and $(HARDWARE),$(filter $(TRAINING) demo,$(MAKECMDGOALS))),)
+ifeq ($(wildcard workflows/recipes/$(KNOWN_AS)/*-$(HARDWARE).yaml),)
+$(error $(MODEL) has no recipes for HARDWARE=$(HARDWARE). There are: $(patsubst workflows/recipes/%.yaml,%,\
+  $(sort $(foreach size,24gb 80gb,$(wildcard workflows/recipes/*/*$(size).yaml)))))
+endif
+endif
+
 ifneq ($(or $(filter dpo ppo,$(STAGES)),$(filter reward,$(MAKECMDGOALS))),)
 ifeq ($(PAIRS),)
 $(error $(DATA) has no preferences to learn from. Name some: PAIRS=orca (or another of $(COLLECTIONS)), or your own, \
@@ -165,7 +175,8 @@ help:  ## list the targets
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
-	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report)'
+	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report), HARDWARE=8x80gb (recipes for large GPUs:'
+	@echo '            docs/large-models.md)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)

@@ -309,7 +309,8 @@ def test_a_step_that_failed_leaves_what_was_there(project: Project):
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
         ("llama-3.3-8b", "llama-3.1-8b-instruct"),  # the same weights
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "deepseek-r1-distill-llama-8b"),
-        ("llama-3.2-3b-instruct", "default"),
+        ("llama-3.2-3b-instruct", "llama-3.2-3b-instruct"),
+        ("smollm2-1.7b-instruct", "default"),
         ("Qwen/Qwen2.5-0.5B-Instruct", "default"),
         ("models/it's mine.gguf", "default"),
     ],
@@ -317,6 +318,24 @@ def test_a_step_that_failed_leaves_what_was_there(project: Project):
 def test_the_recipe_follows_the_model_however_it_is_named(project: Project, model: str, recipe: str):
     shown = project.make("-n", "lora", f"MODEL={model}").stdout
     assert re.findall(r"lora --config workflows/recipes/(\S+)/lora.yaml", shown) == [recipe]
+
+
+def test_hardware_chooses_the_recipe_and_the_number_of_devices(project: Project):
+    run = ("MODEL=llama-3.1-8b-instruct", "DATA=medqa")
+    for hardware, devices in (("24gb", "1"), ("80gb", "1"), ("8x80gb", "8")):
+        *_, lora = project.calls("lora", *run, f"HARDWARE={hardware}")  # other hardware's settings: done again
+        assert option(lora, "--config") == f"workflows/recipes/llama-3.1-8b-instruct/lora-{hardware}.yaml"
+        assert option(lora, "--devices") == devices
+    assert project.calls("lora", *run, "HARDWARE=8x80gb", "NODES=2", "DEVICES=4") == []  # how fast, not which result
+    *_, dpo = project.calls("dpo", *run, "HARDWARE=24gb", "PAIRS=ultramedical_preference", "STAGES=dpo")
+    assert option(dpo, "--config") == "workflows/recipes/llama-3.1-8b-instruct/dpo.yaml"  # there is no other
+
+
+def test_hardware_that_a_model_has_no_recipes_for_is_refused(project: Project):
+    said = project.refusal("lora", "HARDWARE=80gb")
+    assert "smollm2-135m has no recipes for HARDWARE=80gb" in said and "llama-3.1-8b-instruct/lora-80gb" in said
+    assert "has no recipes for HARDWARE=4x4gb" in project.refusal("lora", "MODEL=llama-3.3-8b", "HARDWARE=4x4gb")
+    assert project.make("help", "HARDWARE=80gb").returncode == 0
 
 
 def test_a_models_path_may_have_spaces_and_quotes(project: Project):

@@ -102,8 +102,9 @@ def setup(
         identity = {name: run_identity(settings)[name] for name in ("base_files", "precision", "quantize")}
         test = HeldOut()
         if max_test_rows and (data / "test.jsonl").is_file():
-            room = 0 if common.strategy == "fsdp" else train.max_seq_length - max_new_tokens  # that needs a whole model
-            test = HeldOut(encoded("test", max_test_rows), template, room, max_new_tokens)
+            test = HeldOut(
+                encoded("test", max_test_rows), template, train.max_seq_length - max_new_tokens, max_new_tokens
+            )
         if loss == "kto":
             return KTO(*splits, train, common.seed, kto_settings, identity, test)
         trained, validated = ([answer.tree for answer in answers] for answers in splits)

@@ -170,9 +170,9 @@ def test_all_problems_are_told_at_once(tiny_llama, questions, tmp_path):
         )  # fmt: skip
     for option in ("--group_size", "--max_new_tokens", "--temperature", "--beta", "--updates", "--max_val_rows"):
         assert option in str(e.value)
-    with pytest.raises(UserError, match="3 problems") as e:
-        align(tiny_llama, questions, tmp_path, updates=0, lora_r=0, strategy="fsdp")
-    for option in ("--updates", "--beta", "--strategy"):
+    with pytest.raises(UserError, match="2 problems") as e:
+        align(tiny_llama, questions, tmp_path, updates=0, lora_r=0)
+    for option in ("--updates", "--beta"):
         assert option in str(e.value)
 
 

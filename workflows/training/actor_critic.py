@@ -15,7 +15,6 @@ import torch
 from workflows.training import losses
 from workflows.training.batch import PackedBatch
 from workflows.training.groups import GRPO, GroupBatch, Judged
-from workflows.training.held_out import bare
 from workflows.training.questions import Question
 from workflows.training.rollouts import Rollout
 from workflows.training.scalar_heads import ActorCritic, with_head
@@ -105,8 +104,7 @@ class PPO(GRPO):
         return [replace(b, advantages=((b.advantages - mean) / deviation).float()) for b in batches]
 
     def _forward(self, rows: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        policy: Any = bare(self._model)
-        logprobs, values = policy(rows.to(self._device), temperature=self.settings.temperature)
+        logprobs, values = self._policy(rows.to(self._device), temperature=self.settings.temperature)
         return logprobs.cpu(), values.cpu()
 
     def _logprobs(self, rows: PackedBatch) -> torch.Tensor:

@@ -8,7 +8,8 @@ the sampling temperature, on both sides of every ratio; the old ones are those t
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from workflows.evaluation.compare import compare
 from workflows.training import losses
 from workflows.training.answer_log import AnswerLog
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.held_out import SHOWN, answered, bare, before_and_after, text_of
+from workflows.training.held_out import SHOWN, answered, before_and_after, text_of
 from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.losses import Normalisation, Scale
 from workflows.training.model import GPT, adapters_off
@@ -32,6 +33,7 @@ from workflows.training.questions import Question
 from workflows.training.rewards import Rewards, Sample
 from workflows.training.rollouts import Rollout, generate
 from workflows.training.step import RunArgs
+from workflows.training.whole import whole
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,6 @@ class GroupSettings:
     def problems(self, train: TrainArgs, run: RunArgs, least_group: int = 2) -> list[str]:
         """Everything that is wrong with them, as messages."""
         found = []
-        if run.strategy == "fsdp":
-            found.append("--strategy fsdp: answers are sampled from a whole model; use ddp.")
         if run.lora_r == 0 and self.beta and not self.frozen_reference:
             found.append(
                 "--beta needs a reference. With adapters (--lora_r) it is the model without them; for full weights ask "
@@ -175,6 +175,7 @@ class GRPO(Objective):
     def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:
         """Keep the model: a step samples from it."""
         self._fabric, self._model, self._device = fabric, model, fabric.device
+        self._policy: Any = None  # all of the model in this process, while answers are sampled and scored
         self._log = AnswerLog(out_dir / "completions.jsonl") if fabric.global_rank == 0 else None
 
     def may_pause(self, steps: int) -> bool:
@@ -190,8 +191,15 @@ class GRPO(Objective):
             )
             draws = self._draws(len(indices) * self.settings.group_size, step)
             mine = draws.view(len(indices), self.settings.group_size, -1)[rank::world_size].flatten(0, 1)
-            self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, mine)
+            with self._whole(self._model):
+                self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, mine)
         return self._current
+
+    @contextmanager
+    def _whole(self, model: Any) -> Iterator[None]:
+        with whole(model) as self._policy:
+            yield
+        self._policy = None
 
     def _draws(self, answers: int, step: int) -> torch.Tensor:
         """The numbers that decide a step's samples, (answers, max_new_tokens): the same for any number of processes."""
@@ -203,7 +211,7 @@ class GRPO(Objective):
         size = self.settings.group_size
         began = time.perf_counter()
         prompts = [question.prompt for question in questions for _ in range(size)]
-        rollouts = self._sample_answers(prompts, draws, bare(self._model))
+        rollouts = self._sample_answers(prompts, draws, self._policy)
         seconds = time.perf_counter() - began
         rows = [question.row for question in questions for _ in range(size)]
         given = self.rewards([self._sample(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)])
@@ -295,11 +303,11 @@ class GRPO(Objective):
         if self.frozen is not None:
             logprobs: torch.Tensor = self.frozen(rows.to(self._device), temperature=self.settings.temperature)
             return logprobs.cpu()
-        with adapters_off(self._model):
+        with adapters_off(self._policy):
             return self._logprobs(rows)
 
     def _logprobs(self, rows: PackedBatch) -> torch.Tensor:
-        logprobs: torch.Tensor = bare(self._model)(rows.to(self._device), temperature=self.settings.temperature)
+        logprobs: torch.Tensor = self._policy(rows.to(self._device), temperature=self.settings.temperature)
         return logprobs.cpu()
 
     def units(self, batch: GroupBatch) -> int:
@@ -381,7 +389,8 @@ class GRPO(Objective):
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Mean reward of greedy answers to the validation questions; every process asks all of them."""
-        rollouts = self._greedy_answers([question.prompt for question in self.validation], bare(model))
+        with self._whole(model):
+            rollouts = self._greedy_answers([question.prompt for question in self.validation], self._policy)
         return {"val_reward": statistics.fmean(self._worth(self.validation, rollouts))}
 
     def _worth(self, questions: Sequence[Question], rollouts: Sequence[Rollout]) -> list[float]:
@@ -395,11 +404,17 @@ class GRPO(Objective):
         is from the reference; and the first greedy answers."""
         if not self.test:
             return Report()
+        with self._whole(model):
+            return self._report()
+
+    def _report(self) -> Report:
         prompts = [question.prompt for question in self.test]
         draws = self._draws(len(prompts), 0)  # the same before and after
         answers = {
-            "reward": before_and_after(model, partial(self._greedy_answers, prompts), self.frozen),
-            "sampled_reward": before_and_after(model, partial(self._sample_answers, prompts, draws), self.frozen),
+            "reward": before_and_after(self._policy, partial(self._greedy_answers, prompts), self.frozen),
+            "sampled_reward": before_and_after(
+                self._policy, partial(self._sample_answers, prompts, draws), self.frozen
+            ),
         }
         found = Report()
         for name, (before, after) in answers.items():
@@ -409,7 +424,7 @@ class GRPO(Objective):
                 found.metrics.append(_mean_row(f"{name}_before", was))
                 found.gain.append(compare("test", name, was, now).row())
             found.metrics.append(_mean_row(name, now))
-        if self.frozen is not None or bare(model).has_adapters:
+        if self.frozen is not None or self._policy.has_adapters:
             found.metrics.append(_mean_row("kl_per_answer", self._distances(answers["sampled_reward"][1])))
         before, after = answers["reward"]
         for i, question in enumerate(self.test[:SHOWN]):

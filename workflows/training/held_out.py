@@ -10,6 +10,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.training.answers import Labelled
 from workflows.training.model import GPT, adapters_off
 from workflows.training.rollouts import Rollout, generate
+from workflows.training.whole import whole
 
 SHOWN = 3
 """Prompts that are answered to be read."""
@@ -75,23 +76,18 @@ def before_and_after(
     """What a model answers as it was before training and as it is.
 
     Args:
-        model: A model, bare or as Fabric set it up, whole in this process.
+        model: A model, bare or as Fabric set it up.
         answer: Lets a policy answer some prompts.
         frozen: The model as it was; without it, it is the model without its adapters.
 
     Returns:
         One for each prompt, before and after; before is None where all weights were trained and no copy is kept.
     """
-    after = answer(bare(model))
-    if frozen is not None:
-        return answer(frozen), after
-    if not bare(model).has_adapters:
-        return None, after
-    with adapters_off(model):
-        return answer(bare(model)), after
-
-
-def bare(model: Any) -> GPT:
-    """The model itself, out of Fabric's wrapper."""
-    inner: GPT = getattr(model, "module", model)
-    return inner
+    with whole(model) as policy:
+        after = answer(policy)
+        if frozen is not None:
+            return answer(frozen), after
+        if not policy.has_adapters:
+            return None, after
+        with adapters_off(policy):
+            return answer(policy), after

@@ -10,12 +10,14 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 
-from workflows.errors import UserError
+from workflows.errors import UserError, first_line
 from workflows.lifetime import end_with_parent
 from workflows.training.model import Precision
+from workflows.training.whole import keep_skeleton
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
@@ -59,8 +61,13 @@ def device_problems(
         return [f"--devices must be a number or auto, not {devices!r}."]
     problems = []
     present = torch.cuda.device_count() if chosen == "cuda" else 1 if chosen == "mps" else None
-    if count < 1 or (present is not None and count > present):
-        problems.append(f"--devices must be from 1 to {present or 'the number of cores'}, not {count}.")
+    if count < 1:
+        problems.append(f"--devices must be at least 1, not {count}.")
+    if present is not None and count > present:
+        problems.append(
+            f"--devices {count}: this machine has {present} {'GPUs' if present > 1 else 'GPU'} that torch sees. Give "
+            f"--devices {present} (make: DEVICES={present}), or for more machines --num_nodes."
+        )
     if num_nodes < 1:
         problems.append(f"--num_nodes must be at least 1, not {num_nodes}.")
     if chosen == "mps" and strategy != "auto":
@@ -87,6 +94,9 @@ def make_fabric(
         num_nodes: Machines.
         strategy: "auto" (DDP where there are several processes), "ddp" or "fsdp" (FSDP2, one shard per block).
         accelerator: What to run on.
+
+    Raises:
+        UserError: If torchrun or SLURM has started another number of processes.
     """
     chosen = choose_accelerator(accelerator)
     count = _count(chosen, devices)
@@ -102,6 +112,17 @@ def make_fabric(
         )
     elif strategy == "ddp" or count * num_nodes > 1:
         joined = "ddp"
+    try:
+        # Fabric checks this only where it starts processes itself; others would wait for more, or not know of theirs
+        for launcher in (TorchElasticEnvironment, SLURMEnvironment):
+            if launcher.detect():
+                launcher().validate_settings(num_devices=count, num_nodes=num_nodes)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(
+            f"--devices {count} and --num_nodes {num_nodes} do not fit what started this run ({first_line(e)}). For "
+            f"them torchrun takes --nproc_per_node {count} --nnodes {num_nodes}, SLURM --ntasks-per-node={count} "
+            f"--nodes={num_nodes}; or change the settings (make: DEVICES, NODES)."
+        ) from None
     return L.Fabric(accelerator=chosen, devices=count, num_nodes=num_nodes, strategy=joined)
 
 
@@ -115,6 +136,7 @@ def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
     """FSDP2: every block is a unit of its own, gathered when it runs and freed after."""
     from torch.distributed.fsdp import fully_shard
 
+    keep_skeleton(model)
     for block in model.transformer.h:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

@@ -1,7 +1,9 @@
 """Checkpoints that a stopped run goes on from.
 
-A checkpoint holds trained weights, optimizer state and counters. Data order, dropout and learning rate are functions of
-the seed and the step alone, so nothing else is needed for a resumed run to end bit-identical to one that never stopped.
+A checkpoint holds trained weights, optimizer state and counters: one file, or a folder of shards (`shards.py`) where
+the model is sharded. Either is gone on with by any number of processes, sharded or not. Data order, dropout and
+learning rate are functions of the seed and the step alone, so nothing else is needed for a resumed run to end
+bit-identical to one that never stopped.
 """
 
 import os
@@ -12,9 +14,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from workflows.checkpoint import plain
+from workflows.checkpoint import load_weights, plain
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained
+from workflows.training.shards import read_file, read_run, read_shards, read_whole, tensors_of, write_shards
+from workflows.training.whole import is_sharded
 
 Resume = bool | Literal["auto"]
 """True goes on from the newest checkpoint and needs one, "auto" does so if there is one, False starts anew."""
@@ -41,7 +45,8 @@ class Checkpoints:
             names: The trained parameters' names; only these are saved.
             identity: What the run's result depends on.
         """
-        self.fabric, self.directory, self.identity = fabric, directory, identity
+        self.fabric, self.directory, self.identity, self.names = fabric, directory, identity, names
+        self.is_sharded = is_sharded(model)
         self.state = {"model": model, "optimizer": optimizer}
         self.filter = {"model": lambda name, _: name in names}
 
@@ -73,10 +78,16 @@ class Checkpoints:
             self.fabric.barrier()
             if self.fabric.global_rank == 0:
                 for old in self.found():
-                    old.unlink()
+                    _delete(old)
             return fresh
         try:
-            rest = self.fabric.load(path, self.state, strict=False, weights_only=True)
+            if path.is_dir():
+                read_shards(path, self._tensors())
+                rest = read_run(path)
+            elif self.is_sharded:
+                rest = read_file(path, self._tensors())
+            else:
+                rest = self.fabric.load(path, self.state, strict=False, weights_only=True)
             counters = {name: rest[name] for name in fresh}
             if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
                 raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
@@ -113,22 +124,44 @@ class Checkpoints:
             UserError: If there is no room for it; the older ones stay.
         """
         path = self.directory / f"step-{counters['step']:08d}.pth"
-        temporary = self.directory / f".{path.name}.part"  # one name for all processes: sharded saves write it together
+        temporary = self.directory / f".{path.name}.part"  # one name for all processes: they write shards together
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with no_room_explained(path):
-                self.fabric.save(temporary, {**self.state, **counters, "identity": self.identity}, filter=self.filter)
+                rest = {**counters, "identity": self.identity}
+                if self.is_sharded:
+                    if self.fabric.global_rank == 0:
+                        _delete(temporary)  # a killed run's, which may have had more processes
+                    self.fabric.barrier()
+                    write_shards(temporary, self._tensors(), rest, is_first=self.fabric.global_rank == 0)
+                else:
+                    self.fabric.save(temporary, {**self.state, **rest}, filter=self.filter)
                 self.fabric.barrier()
                 if self.fabric.global_rank == 0:
-                    with open(temporary, "rb") as f:
-                        os.fsync(f.fileno())
+                    if not self.is_sharded:  # shards are flushed by those who write them
+                        with open(temporary, "rb") as f:
+                            os.fsync(f.fileno())
+                    _delete(path)  # one that was passed over
                     temporary.replace(path)
                     for old in self.found()[: -self.KEEP]:
-                        old.unlink()
+                        _delete(old)
         finally:
             if self.fabric.global_rank == 0:
-                temporary.unlink(missing_ok=True)
+                _delete(temporary)
         self.fabric.barrier()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return tensors_of(self.state["model"].module, self.state["optimizer"].optimizer, self.names)
+
+
+def trained_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters of a run's newest checkpoint by name, whole ones, whether it is one file or shards.
+
+    Args:
+        directory: Where checkpoints are kept.
+    """
+    newest = max(directory.glob("step-*.pth"))
+    return read_whole(newest) if newest.is_dir() else load_weights(directory, newest.name)
 
 
 def discard(directory: Path, identity: dict[str, Any]) -> None:
@@ -148,9 +181,19 @@ def discard(directory: Path, identity: dict[str, Any]) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def _delete(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether torch can read all of a file."""
+    """Whether all of a checkpoint can be read."""
     try:
+        if checkpoint.is_dir():
+            read_run(checkpoint)
+            return True
         torch.load(checkpoint, weights_only=True, map_location="cpu")
     except Exception:  # as in `_newest`
         return False
@@ -158,7 +201,10 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _read_identity(checkpoint: Path) -> dict[str, Any]:
-    identity = torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")["identity"]
+    if checkpoint.is_dir():
+        identity = read_run(checkpoint)["identity"]
+    else:
+        identity = torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")["identity"]
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
     return identity

@@ -45,7 +45,7 @@ from workflows.training.processes import (
     make_fabric,
 )
 from workflows.training.qlora import Quantize, quantize_frozen
-from workflows.training.resume import Resume, ResumeMode, discard
+from workflows.training.resume import Resume, ResumeMode, discard, trained_weights
 
 MOST_RANK = 1 << 16
 
@@ -190,7 +190,7 @@ def _train(
         )
         if fabric.global_rank == 0:
             checkpoints = final.parent / "checkpoints"
-            trained = load_weights(checkpoints, max(checkpoints.glob("step-*.pth")).name)
+            trained = trained_weights(checkpoints)
             seconds = seconds_of_step(began)
             write_final(final, step, base, trained, run.lora, settings, result, seconds, peak, objective)
             shutil.rmtree(checkpoints)

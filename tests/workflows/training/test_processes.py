@@ -21,8 +21,9 @@ from workflows import grpo as grpo_step
 from workflows import lora as lora_step
 from workflows import ppo as ppo_step
 from workflows import reward as reward_step
+from workflows.errors import UserError
 from workflows.training.loop import TrainArgs
-from workflows.training.processes import device_problems
+from workflows.training.processes import device_problems, make_fabric
 from workflows.training.rewards import WeightedReward
 
 pytestmark = pytest.mark.long
@@ -165,6 +166,31 @@ def test_device_problems_are_all_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_problems("auto", "auto", 1, "auto", 8) == []
-    assert "from 1 to 2, not 3" in device_problems("cuda", 3, 1, "ddp", 8)[0]
+    assert "--devices 3: this machine has 2 GPUs" in device_problems("cuda", 3, 1, "ddp", 8)[0]
+    assert "at least 1, not 0" in device_problems("cuda", 0, 1, "ddp", 8)[0]
     assert "4 processes" in device_problems("auto", 2, 2, "fsdp", 3)[0]
     assert device_problems("cpu", 4, 1, "ddp", 8) == []
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "lora"}
+SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "12345"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SLURM])
+@pytest.mark.parametrize(("devices", "num_nodes"), [(4, 1), (2, 2), (1, 1)])
+def test_a_launcher_that_started_other_processes_is_told(launcher, devices, num_nodes, monkeypatch):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=rf"--nproc_per_node {devices} --nnodes {num_nodes}, SLURM --ntasks-per-node={devices}"
+    ):
+        make_fabric(devices, num_nodes, accelerator="cpu")
+
+
+def test_slurm_without_tasks_per_node_is_told(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(UserError, match="--ntasks-per-node=2"):
+        make_fabric(2, 1, "fsdp", "cpu")
