@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.workflows.fake_ollama import Handler, fake_ollama, show, speak
 from workflows.__main__ import main
-from workflows.chat import Chat, ThoughtParser, setup
+from workflows.chat import Chat, setup
 from workflows.errors import UserError
 from workflows.ollama.server import OllamaServer, probe
+from workflows.ollama.thoughts import ThoughtParser
 
 
 @pytest.fixture
@@ -153,14 +154,14 @@ def test_thoughts_that_never_end_are_thoughts() -> None:
 
 
 @pytest.mark.parametrize(("think", "shown"), [("show", "hm, breath\n\nTachypnea\n"), ("hide", "Tachypnea\n")])
-def test_thoughts_are_shown_or_hidden_and_never_sent_again(think: str, shown: str) -> None:
+def test_thoughts_are_shown_or_hidden_and_what_follows_them_is_sent_again_to_the_letter(think: str, shown: str) -> None:
     with fake_ollama({"/api/chat": speak("<thi", "nk>hm, ", "breath</think>", "\n\nTachy", "pnea")}) as (url, requests):
         chat = connected(url, think=think)
         answer = chat.ask("fast?")
         chat.ask("sure?")
     assert (answer.thoughts, answer.text) == ("hm, breath", "Tachypnea")
     assert chat.out.getvalue() == shown * 2
-    assert {"role": "assistant", "content": "Tachypnea"} in requests[-1][1]["messages"]
+    assert {"role": "assistant", "content": "\n\nTachypnea"} in requests[-1][1]["messages"]
 
 
 def test_an_answer_may_begin_inside_the_thoughts(replies: dict, monkeypatch, capsys) -> None:

@@ -23,6 +23,7 @@ from workflows.errors import UserError
 from workflows.ollama.client import connect, explained
 from workflows.ollama.modelfile import conversations, derive
 from workflows.ollama.server import OllamaServer
+from workflows.ollama.thoughts import without_thoughts
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.rollouts import generate
 
@@ -215,6 +216,9 @@ def _difference(
 def _check_conversations(server: OllamaServer, model: str, template: ChatTemplate) -> bool | None:
     """Compare the prompts of conversations with one to three turns, with and without a system message.
 
+    Where the template drops the thoughts of earlier answers, it is also given such answers, and Ollama what a chat of
+    ours sends of them.
+
     Returns:
         True if the text that the server logged and the number of its tokens are ours; None if it shows no text.
 
@@ -222,10 +226,13 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
         UserError: If they differ.
     """
     client = connect(server)
-    for messages in conversations(with_system=derive(template).system_before is not None):
+    asked = conversations(with_system=derive(template).system_before is not None)
+    if template.drops_thoughts:
+        asked += [[_thoughtful(message) for message in messages] for messages in asked if len(messages) > 2]
+    for messages in asked:
         mark = server.log.stat().st_size if server.log else 0
         with explained(server, model):
-            response = client.chat(model, messages, options={**_GREEDY, "num_predict": 1})
+            response = client.chat(model, without_thoughts(messages), options={**_GREEDY, "num_predict": 1})
         expected = template.render(messages, add_generation_prompt=True)
         number = len(template.encode(expected))
         if response.prompt_eval_count is not None and response.prompt_eval_count != number:
@@ -245,6 +252,11 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
                 f"  ours:   {expected[at : at + 80]!r}\n  Ollama: {logged[at : at + 80]!r}"
             )
     return True
+
+
+def _thoughtful(message: Message) -> Message:
+    thought = "<think>\nIt may be {{ .Thinking }}.\n</think>\n\n"
+    return {**message, "content": thought + message["content"]} if message["role"] == "assistant" else message
 
 
 def last_logged_prompt(log: Path, offset: int = 0) -> str | None:
