@@ -34,6 +34,7 @@ STEPS = {
     "evaluate": ("workflows.evaluate", "setup", "score a checkpoint with lm-eval, and compare with another"),
     "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
+    "ask": ("workflows.ask", "setup", "have a file of questions answered by a model in Ollama"),
     "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }
 
