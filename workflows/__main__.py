@@ -35,6 +35,8 @@ STEPS = {
     "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
     "ask": ("workflows.ask", "setup", "have a file of questions answered by a model in Ollama"),
+    "deepseek": ("workflows.deepseek", "setup", "get DeepSeek-R1 into Ollama: from its registry, the Hub, or a file"),
+    "evaluate-ollama": ("workflows.evaluate_ollama", "setup", "score a model in Ollama on questions with options"),
     "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }
 

@@ -137,7 +137,6 @@ class Batch:
                     except _Stopped:
                         continue
                     except ServerGone as e:
-                        self._stop.set()
                         self._attempts[i] += 1
                         gone = e
                         if self._attempts[i] < _ATTEMPTS:
@@ -180,6 +179,9 @@ class Batch:
             finally:
                 stream.close()  # type: ignore[attr-defined]
             value = answer.text if question.schema is None else validated(answer.text, question.schema)
+        except ServerGone:
+            self._stop.set()  # here, before this thread takes up the next question
+            raise
         except ContextFull as e:
             return self._record(i, error=str(e))
         except InvalidAnswer as e:
@@ -241,7 +243,7 @@ def _read_answers(file: Path, keys: set[str]) -> dict[str, Record]:
         if not isinstance(record, dict) or record.get("key") not in keys:
             raise UserError(
                 f"{file}, line {number}: not an answer to one of these questions by this model with these settings. "
-                "Choose another --out_file, or --resume false to begin anew."
+                "Move that file away, or begin anew with --resume false."
             )
         if "error" not in record:
             answers[record["key"]] = record

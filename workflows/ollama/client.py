@@ -180,8 +180,14 @@ def installed(server: OllamaServer, model: str) -> ollama.ListResponse.Model:
         raise ollama.ResponseError("not found", 404)
 
 
-def owner_sha256(server: OllamaServer, name: str) -> str | None:
+def owner_sha256(server: OllamaServer, name: str, made_from: str | None = None) -> str | None:
     """The fingerprint of the checkpoint that a model of ours was made from.
+
+    Args:
+        server: The server.
+        name: The model's name.
+        made_from: What a model without our mark must be made from to be taken for ours: the SHA-256 of its GGUF file,
+            or the name of the model that it is a copy of.
 
     Returns:
         None if there is no model of that name.
@@ -191,9 +197,12 @@ def owner_sha256(server: OllamaServer, name: str) -> str | None:
     """
     try:
         with explained(server, name):
-            info = connect(server).show(name).modelinfo or {}
+            shown = connect(server).show(name)
     except UnknownModel:
         return None
+    info, parent = shown.modelinfo or {}, shown.details.parent_model if shown.details else None
+    if made_from and (made_from == parent or made_from in (shown.modelfile or "")):
+        return made_from
     if not isinstance(info.get(OURS), str):
         raise UserError(
             f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
@@ -203,21 +212,27 @@ def owner_sha256(server: OllamaServer, name: str) -> str | None:
 
 
 def create_model(
-    server: OllamaServer, name: str, gguf: Path, modelfile: Modelfile, quantize: str | None = None
+    server: OllamaServer,
+    name: str,
+    gguf: Path,
+    modelfile: Modelfile,
+    quantize: str | None = None,
+    made_from: str | None = None,
 ) -> None:
     """Create (or replace, if it is ours) a model in Ollama.
 
     Args:
         server: The server.
         name: The model's name.
-        gguf: The weights, with our mark in the header.
+        gguf: The weights, with our mark in the header or `made_from`.
         modelfile: All else.
         quantize: A type that Ollama converts the weights to.
+        made_from: As in `owner_sha256`.
 
     Raises:
         UserError: If a model of that name is not ours, or the server fails.
     """
-    owner_sha256(server, name)
+    owner_sha256(server, name, made_from)
     client = connect(server)
     with explained(server, name):
         digest = client.create_blob(gguf)

@@ -136,7 +136,7 @@ def verify_model(
     return Verification(
         prompts=len(prompts),
         prompt_ids_equal=True if shown else None,
-        chat_prompts_equal=_check_conversations(server, model, template),
+        chat_prompts_equal=check_conversations(server, model, template),
         greedy_agreement=equal / len(prompts),
         differences=differences,
         examples=examples,
@@ -213,11 +213,19 @@ def _difference(
     }
 
 
-def _check_conversations(server: OllamaServer, model: str, template: ChatTemplate) -> bool | None:
+def check_conversations(
+    server: OllamaServer, model: str, template: ChatTemplate, as_text: ChatTemplate | None = None
+) -> bool | None:
     """Compare the prompts of conversations with one to three turns, with and without a system message.
 
     Where the template drops the thoughts of earlier answers, it is also given such answers, and Ollama what a chat of
     ours sends of them.
+
+    Args:
+        server: The server.
+        model: The model's name in it.
+        template: The model's own template.
+        as_text: The same without the BOS token's text, for a GGUF whose tokenizer adds that token by itself.
 
     Returns:
         True if the text that the server logged and the number of its tokens are ours; None if it shows no text.
@@ -233,8 +241,8 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
         mark = server.log.stat().st_size if server.log else 0
         with explained(server, model):
             response = client.chat(model, without_thoughts(messages), options={**_GREEDY, "num_predict": 1})
-        expected = template.render(messages, add_generation_prompt=True)
-        number = len(template.encode(expected))
+        number = len(template.prompt_ids(messages))
+        expected = (as_text or template).render(messages, add_generation_prompt=True)
         if response.prompt_eval_count is not None and response.prompt_eval_count != number:
             raise UserError(
                 f"Ollama evaluated {response.prompt_eval_count} tokens for a conversation of {len(messages)} messages; "
