@@ -15,7 +15,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, metric, share_metric, write_metrics
 from workflows.errors import report_all
 from workflows.evaluation.compare import compare
-from workflows.evaluation.constrained import choose_options, enum_of, written
+from workflows.evaluation.constrained import choose_options, enum_of, speakable, written
 from workflows.evaluation.tasks import LOCAL, local_file
 from workflows.files import atomic_update, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
@@ -226,7 +226,7 @@ def ask_all(
     if batch.kept:  # a part was answered by an earlier run: its time is that of its answers
         seconds = sum(record["seconds"] for record in asked) / parallel
     choices = [
-        row["choices"].index(record["answer"]) if "error" not in record else None
+        [*map(speakable, row["choices"])].index(record["answer"]) if "error" not in record else None
         for row, record in zip(rows, records, strict=True)
     ]
     entry = installed(server, model)

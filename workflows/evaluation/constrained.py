@@ -25,14 +25,30 @@ _SPACES = (b" ", b"\n", b"\n ", b"\n\t", b"\n\n")
 """White space that the grammar allows after the closing quotation mark; what a token may end with."""
 
 
+_UNSPEAKABLE = str.maketrans({'"': "'", "\\": "/", "\n": " ", "\r": " ", "\t": " "})
+"""llama.cpp's grammars (Ollama 0.9.3) escape no backslash, so that what JSON escapes makes a schema fail."""
+
+
 def enum_of(options: Sequence[str]) -> dict[str, Any]:
-    """The JSON schema of an answer that is one of these texts."""
-    return {"type": "string", "enum": list(options)}
+    """The JSON schema of an answer that is one of these texts, as `speakable` has them.
+
+    Raises:
+        UserError: If two of them are then the same.
+    """
+    texts = [speakable(option) for option in options]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"The options {', '.join(map(repr, options))} differ in quotation marks or white space only.")
+    return {"type": "string", "enum": texts}
+
+
+def speakable(option: str) -> str:
+    """An option without quotation marks, backslashes and line breaks, which a grammar of Ollama's cannot hold."""
+    return option.translate(_UNSPEAKABLE)
 
 
 def written(option: str) -> str:
     """An option as the grammar has it."""
-    return json.dumps(option, ensure_ascii=False)
+    return json.dumps(speakable(option), ensure_ascii=False)
 
 
 @torch.no_grad()
