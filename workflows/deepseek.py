@@ -238,10 +238,11 @@ def create_from_gguf(
     adds_bos = len(template.tokenizer.encode("x").ids) > len(template.encode("x"))
     as_text = dataclasses.replace(template, bos_token="") if adds_bos else template
     modelfile = make_modelfile(as_text, source.generation_config, **parameters)
-    if system is not None:
-        modelfile = dataclasses.replace(modelfile, system=system)
-    create_model(server, name, file, modelfile, made_from=sha256(file))
+    digest = sha256(file)
+    create_model(server, name, file, modelfile, made_from=digest)
     equal = check_conversations(server, name, template, as_text)
+    if system is not None:  # with it, conversations without a system message are not the template's own any more
+        create_model(server, name, file, dataclasses.replace(modelfile, system=system), made_from=digest)
     told = {True: "equal to those of the template in the file", None: "not verified: this server does not show them"}
     print(f"{name}: prompts of conversations {told[equal]}")
     return equal

@@ -57,7 +57,6 @@ class Registry:
 
 @contextmanager
 def served(registry: Registry, monkeypatch) -> Iterator[list]:
-    monkeypatch.setattr(Handler, "do_GET", registry.list)
     monkeypatch.setattr(Handler, "do_GET", lambda handler: registry.list(handler))
     replies = {"/api/show": registry.show, "/api/pull": registry.pull, "/api/create": registry.create}
     with fake_ollama(replies) as (url, requests):
@@ -163,7 +162,7 @@ def test_a_model_in_the_hubs_form_is_converted_exported_and_verified(to_it, tmp_
     for line in ("temperature 0.6", "top_p 0.95", "num_ctx 512"):  # the model's own context is the limit
         assert line in " ".join((shown.parameters or "").split())
     # A checkpoint of ours is taken as it is.
-    setup(str(checkpoints / "local" / folder.name), "tiny-hub", "0.5" and 0.5, data=data, verify_prompts=0, out_dir=out)
+    setup(str(checkpoints / "local" / folder.name), "tiny-hub", 0.5, data=data, verify_prompts=0, out_dir=out)
     assert "temperature 0.5" in " ".join((connect(to_it).show("tiny-hub").parameters or "").split())
     connect(to_it).delete("tiny-hub")
 
