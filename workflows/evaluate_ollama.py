@@ -20,7 +20,8 @@ from workflows.evaluation.tasks import LOCAL, local_file
 from workflows.files import atomic_update, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.ollama.batch import Batch, Question
-from workflows.ollama.client import connect, explained, installed
+from workflows.ollama.client import connect, explained, installed, owner_sha256
+from workflows.ollama.gguf_writer import fingerprint
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.training.model import Precision, load_model
 from workflows.training.processes import choose_accelerator
@@ -83,8 +84,7 @@ def setup(
     if not 1 <= parallel <= 64:
         problems.append(f"--parallel must be from 1 to 64, not {parallel}.")
     report_all(problems)
-    if checkpoint_dir is not None:
-        check_checkpoint_dir(checkpoint_dir)
+    ours = None if checkpoint_dir is None else fingerprint(check_checkpoint_dir(checkpoint_dir))
     began = step_began()
     rows = {task: read_rows(file, "scoring")[:limit] for task, file in files.items() if file is not None}
     target = out_dir or Path("out") / "evaluate-ollama" / model.replace("/", "-").replace(":", "-")
@@ -96,7 +96,10 @@ def setup(
     scored: list[Scored] = []
     with PeakMemory() as peak:
         with open_server(port, parallel=parallel) as server:
-            for name in tags_of(server, model):
+            names = tags_of(server, model)
+            if ours is not None:
+                report_all([_of_another(name, checkpoint_dir) for name in names if owner_sha256(server, name) != ours])
+            for name in names:
                 for task in tasks:
                     scored.append(ask_all(server, name, task, rows[task], target, options, parallel, resume))
         reference = {}
@@ -124,6 +127,13 @@ def setup(
         unfinished.unlink()
     print(table(results))
     print(f"acc: the option that is written when nothing else may be, greedily.\nresults: {target}")
+
+
+def _of_another(name: str, checkpoint_dir: Path | None) -> str:
+    return (
+        f"{name} in Ollama was not made from {checkpoint_dir} as it is now. Export it again (`make export`), name the "
+        "checkpoint that it is of with --checkpoint_dir, or leave that out to score Ollama alone."
+    )
 
 
 class Scored:

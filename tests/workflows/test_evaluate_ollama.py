@@ -10,9 +10,10 @@ import pytest
 from tests.workflows.fake_ollama import Handler, fake_ollama, show
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
 from workflows.evaluate_ollama import setup
 from workflows.ollama.client import connect, create_model
-from workflows.ollama.gguf_writer import write_gguf
+from workflows.ollama.gguf_writer import fingerprint, write_gguf
 from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.server import OllamaServer
 
@@ -40,7 +41,7 @@ def served(speaking_llama: Path, ollama_server: OllamaServer, tmp_path: Path, mo
     """The tiny model in two types under one name."""
     modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=256, num_thread=1)
     for tag, kind in (("choose", "f32"), ("choose:q8_0", "q8_0")):
-        write_gguf(speaking_llama, tmp_path / "m.gguf", kind, "choose", "0" * 64)
+        write_gguf(speaking_llama, tmp_path / "m.gguf", kind, "choose", fingerprint(speaking_llama))
         create_model(ollama_server, tag, tmp_path / "m.gguf", modelfile)
 
     @contextmanager
@@ -68,6 +69,12 @@ def test_a_served_model_chooses_what_litgpt_chooses(served: str, data: Path, spe
     assert not list(out.glob("unfinished*")) and [m["unanswered"] for m in metrics["models"]] == [0, 0, 0]
     table = capsys.readouterr().out
     assert "choose:q8_0" in table and "agreement" in table
+
+
+@pytest.mark.ollama
+def test_a_model_of_another_checkpoint_is_told(served: str, data: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*choose:latest in Ollama was not made from"):
+        setup(served, ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
 
 
 def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
