@@ -87,7 +87,7 @@ def setup(
     report_all(problems)
     path = Path(model).expanduser()
     threads = num_thread or max(1, (os.cpu_count() or 1) // 2)
-    sampling = {"temperature": temperature, "top_p": top_p}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     if path.suffix == ".gguf":
         with open_server(port) as server:
             create_from_gguf(server, name, path, system, num_ctx=num_ctx, num_thread=threads, **sampling)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,14 @@ import pytest
 from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
 from workflows.__main__ import main
 from workflows.ask import setup
+from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.ollama import batch
+from workflows.ollama.client import create_model
+from workflows.ollama.gguf_writer import write_gguf
+from workflows.ollama.install import install, is_supported
+from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.server import OllamaServer, probe
 
 R1_TEMPLATE = "{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"
 
@@ -205,6 +213,42 @@ def test_ctrl_c_keeps_what_is_answered(replies: dict, file: Path, monkeypatch, c
         monkeypatch.setenv("OLLAMA_HOST", url)
         assert main(command) == 0
     assert len(answers(file)) == 6 and "q0" not in chats(requests)
+
+
+@pytest.mark.ollama
+def test_a_real_server_killed_amid_a_batch_and_started_again(
+    speaking_llama: Path, tmp_path: Path, file, monkeypatch
+) -> None:
+    if not is_supported():
+        pytest.skip("the private Ollama is for Linux on x86-64")
+    state, binary = tmp_path / "state", install()
+    with ExitStack() as stack:
+        first = stack.enter_context(OllamaServer.start(binary, state, parallel=2))
+        write_gguf(speaking_llama, tmp_path / "m.gguf", "f32", "m", "0" * 64)
+        modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=256, num_thread=1)
+        create_model(first, "m", tmp_path / "m.gguf", modelfile)
+        monkeypatch.setenv("OLLAMA_HOST", first.url)
+        settings = {"model": "m", "parallel": 2, "temperature": 0.0, "num_predict": 16}
+        setup(file, **settings, out_file=tmp_path / "undisturbed.answers.jsonl")
+        port, count, record = int(first.url.rpartition(":")[2]), itertools.count(), batch.Batch._record
+
+        def crash(self: batch.Batch, i: int, **result: object) -> dict:
+            if next(count) == 2:
+                assert first.pid is not None
+                os.kill(first.pid, signal.SIGKILL)
+            return record(self, i, **result)
+
+        def start_again(url: str, timeout: float) -> object:
+            if first.pid is not None:
+                first.stop()
+                stack.enter_context(OllamaServer.start(binary, state, port, parallel=2))
+            return probe(url, timeout)
+
+        monkeypatch.setattr(batch.Batch, "_record", crash)
+        monkeypatch.setattr(batch, "probe", start_again)
+        setup(file, **settings)
+    wanted = [json.loads(line)["answer"] for line in (tmp_path / "undisturbed.answers.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in answers(file)] == wanted and len(wanted) == 6 and all(wanted)
 
 
 # ---- a schema ----
