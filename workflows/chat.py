@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 from workflows.errors import UserError, report_all
 from workflows.files import write_json
 from workflows.ollama.client import ContextFull, rough_tokens, stream_chat
-from workflows.ollama.schema import read_schema, validated
+from workflows.ollama.schema import InvalidAnswer, read_schema, validated
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.thoughts import Answer, ThoughtParser, answer_at_once, facts
 
@@ -162,6 +162,7 @@ class Chat:
 
         Raises:
             ContextFull: If the conversation does not fit into the context.
+            InvalidAnswer: If the answer does not follow the schema.
             UserError: If the server fails. Either way the conversation is left as it was before the question.
         """
         # Another's server leaves out the oldest messages without a word, so that they have to be counted beforehand.
@@ -244,7 +245,8 @@ class Chat:
     def loop(self) -> None:
         """Read questions and commands until /exit or the end of the input.
 
-        An error ends the chat, but for a full context where somebody is there to mend it.
+        An error ends the chat, but for a full context, or an answer that does not follow its schema, where somebody is
+        there to mend it.
 
         Raises:
             UserError: If the server fails.
@@ -267,7 +269,7 @@ class Chat:
             elif line:
                 try:
                     self.ask(line)
-                except ContextFull as e:
+                except (ContextFull, InvalidAnswer) as e:
                     if not interactive:
                         raise
                     print(e, file=sys.stderr)

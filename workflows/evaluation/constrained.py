@@ -83,10 +83,12 @@ def choose_options(
                 f"A question is longer than the model's context of {model.max_seq_length}: {prompt[:80]!r}."
             )
         while len(left) > 1:
-            logits = model(torch.tensor([ids], device=model.transformer.wte.weight.device))[0, -1]  # (vocab,)
             allowed = _allowed(vocabulary, left.values())
-            candidates = torch.tensor(list(allowed), device=logits.device)
-            token = int(candidates[logits[candidates].argmax()])
+            token, *others = allowed
+            if others:
+                logits = model(torch.tensor([ids], device=model.transformer.wte.weight.device))[0, -1]  # (vocab,)
+                candidates = torch.tensor([token, *others], device=logits.device)
+                token = int(candidates[logits[candidates].argmax()])
             piece = allowed[token]
             left = {i: rest[len(piece) :] for i, rest in left.items() if _continues(rest, piece)}
             ids.append(token)
