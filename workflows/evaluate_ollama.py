@@ -7,10 +7,12 @@ held to the options by a JSON schema (`workflows.evaluation.constrained` says wh
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.rows import Row, read_rows
+from workflows.chat import chosen, option_problems
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, metric, share_metric, write_metrics
 from workflows.errors import report_all
@@ -70,7 +72,9 @@ def setup(
     Raises:
         UserError: If an argument or a task's data is not usable, Ollama does not know the model, or it fails.
     """
-    problems = []
+    options = chosen(num_ctx=num_ctx, num_thread=num_thread)
+    problems = option_problems(options, port)
+    options |= _GREEDY
     files = {task: local_file(task, data_dir) for task in tasks}
     for task, file in files.items():
         if file is None:
@@ -88,11 +92,6 @@ def setup(
     began = step_began()
     rows = {task: read_rows(file, "scoring")[:limit] for task, file in files.items() if file is not None}
     target = out_dir or Path("out") / "evaluate-ollama" / model.replace("/", "-").replace(":", "-")
-    options = {
-        **_GREEDY,
-        **({"num_ctx": num_ctx} if num_ctx else {}),
-        **({"num_thread": num_thread} if num_thread else {}),
-    }
     scored: list[Scored] = []
     with PeakMemory() as peak:
         with open_server(port, parallel=parallel) as server:
@@ -107,12 +106,13 @@ def setup(
             reference = {
                 s.task: s for s in litgpt_choices(checkpoint_dir, rows, precision, device or choose_accelerator())
             }
-    results = [row for s in [*reference.values(), *scored] for row in s.rows(rows[s.task], reference.get(s.task))]
+    columns = [*reference.values(), *scored]
+    results = [column.result(rows[column.task], reference.get(column.task)) for column in columns]
     with atomic_update(target, last=[_METRICS]) as fresh:
         for task in tasks:
-            columns = [s for s in [*reference.values(), *scored] if s.task == task]
+            of_task = [column for column in columns if column.task == task]
             lines = (
-                {"id": row.get("id", i), "answer": row["answer"], **{s.model: s.choices[i] for s in columns}}
+                {"id": row.get("id", i), "answer": row["answer"], **{s.model: s.choices[i] for s in of_task}}
                 for i, row in enumerate(rows[task])
             )
             write_text(fresh / f"choices_{task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -136,6 +136,7 @@ def _of_another(name: str, checkpoint_dir: Path | None) -> str:
     )
 
 
+@dataclass(frozen=True)
 class Scored:
     """One model's choices on one task.
 
@@ -149,20 +150,15 @@ class Scored:
         quantization: Their type.
     """
 
-    def __init__(
-        self,
-        model: str,
-        task: str,
-        choices: Sequence[int | None],
-        tokens: int,
-        seconds: float,
-        size: int | None,
-        quantization: str,
-    ) -> None:
-        self.model, self.task, self.choices = model, task, choices
-        self.tokens, self.seconds, self.size, self.quantization = tokens, seconds, size, quantization
+    model: str
+    task: str
+    choices: Sequence[int | None]
+    tokens: int
+    seconds: float
+    size: int | None
+    quantization: str
 
-    def rows(self, questions: list[Row], reference: "Scored | None") -> list[dict[str, Any]]:
+    def result(self, questions: list[Row], reference: "Scored | None") -> dict[str, Any]:
         """The model's result, as metrics.json has it."""
         right = [float(choice == row["answer"]) for choice, row in zip(self.choices, questions, strict=True)]
         n = len(right)
@@ -181,7 +177,7 @@ class Scored:
             base = [float(c == row["answer"]) for c, row in zip(reference.choices, questions, strict=True)]
             result["difference"] = compare(self.task, "acc", base, right).row()
         result["metrics"] = [{**row, "model": self.model, "task": self.task} for row in found]
-        return [result]
+        return result
 
 
 def tags_of(server: OllamaServer, model: str) -> list[str]:
