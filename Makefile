@@ -1,5 +1,8 @@
 # One target per workflow; `make help` lists them. Every target builds the virtual environment first if it has to.
 
+# What `make deepseek` gets, unless MODEL is given: a tag of Ollama's registry.
+R1      := $(if $(filter undefined,$(origin MODEL)),deepseek-r1:1.5b,$(MODEL))
+
 PYTHON  ?= python3
 MODEL   ?= smollm2-135m#     a name in checkpoints/registry.yaml, a Hub id, a Hugging Face folder or a .gguf file
 DATA    ?= hpo#              hpo, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
@@ -22,7 +25,7 @@ NAME  := $(RUN)#             the model's name in Ollama; not from the environmen
 quoted     = '$(subst ','\'',$(1))'
 comma     := ,
 space     := $(subst ,, )
-filename   = $(subst $(space),-,$(subst ',-,$(subst /,--,$(1))))
+filename   = $(subst $(space),-,$(subst ',-,$(subst :,-,$(subst /,--,$(1)))))
 # Words as the list that a step takes.
 list       = '[$(subst $(space),$(comma),$(strip $(1)))]'
 ifneq ($(word 2,$(RUN))$(word 2,$(DATA))$(word 2,$(NAME)),)
@@ -50,7 +53,6 @@ ENTITIES  ?= $(if $(wildcard $(WORKFLOW_DATA)/bc5cdr),bc5cdr,hpo_entities)
 T5        ?= scratch
 # What `make translate` learns from: what programs say, catalogues_fr or _de; python_javascript; opus_books_fr or _de.
 PARALLEL  ?= catalogues_fr
-FILE      ?=
 # What a GPT is trained by: gpt, gpt-shakespeare, gpt-shakespeare-small (custom_models/recipes); it goes to out/RECIPE.
 RECIPE    ?= gpt
 PROMPT    ?=
@@ -60,6 +62,8 @@ METHOD    ?= extractive
 # Questions about texts: hpo_spans, squad, or one's own; and the file that `make answer` answers from.
 QUESTIONS ?= hpo_spans
 CONTEXT   ?=
+# The questions that `make ask` has answered, a line of JSON each; or a text for `make translate-text`.
+FILE      ?=
 SUMMARIZER = out/summarize/$(call filename,$(pretrained))$(if $(filter extractive,$(METHOD)),,-$(METHOD))
 # The encoder of projects that begin at pretrained weights.
 pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
@@ -133,7 +137,8 @@ BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/med
 TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
   pretrain-t5 ner ner-predict ner-autotrain summarize qa answer translate translate-text
-TAKE_ARGS := download data $(TRAINING) merge evaluate export chat report status shrink teach distill-lm test test-fast test-slow soak \
+TAKE_ARGS := download data $(TRAINING) merge evaluate evaluate-ollama export chat ask deepseek report status shrink teach distill-lm \
+  test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
@@ -142,7 +147,10 @@ endif
 ifneq ($(and $(ARGS),$(filter-out help,$(MAKECMDGOALS)),$(filter-out 1,$(words $(filter $(TAKE_ARGS),$(MAKECMDGOALS))))),)
 $(error ARGS are options of one step, so with them `make` takes exactly one of: $(TAKE_ARGS))
 endif
-ifneq ($(and $(filter evaluate,$(MAKECMDGOALS)),$(if $(TASKS),,none)),)
+ifneq ($(and $(filter ask,$(MAKECMDGOALS)),$(if $(FILE),,none)),)
+$(error `make ask` needs a file with a line for each question, such as {"question": "…"}: make ask FILE=questions.jsonl NAME=$(NAME))
+endif
+ifneq ($(and $(filter evaluate evaluate-ollama,$(MAKECMDGOALS)),$(if $(TASKS),,none)),)
 $(error $(DATA) has no questions with options to score a model on; `make lora` reports its loss on held-out rows. \
   To score on something else name it, e.g. make evaluate DATA=$(DATA) TASKS=medical)
 endif
@@ -165,18 +173,18 @@ endif
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
-  report status shrink teach distill-lm $(PROJECTS) clean FORCE
+  ask deepseek evaluate-ollama report status shrink teach distill-lm $(PROJECTS) clean FORCE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
 	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
 	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
-	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report), HARDWARE=8x80gb (recipes for large GPUs:'
-	@echo '            docs/large-models.md)'
+	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report), FILE=questions.jsonl (ask), HARDWARE=8x80gb'
+	@echo '            (recipes for large GPUs: docs/large-models.md)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -232,6 +240,17 @@ report: $(INSTALLED)  ## write a page about RUN: curves, scores, answers, checks
 
 status: $(INSTALLED)  ## show what runs, what was stopped and how it goes on, what is finished
 	@$(STEP) status $(ARGS)
+
+ask: $(INSTALLED)  ## have the questions in FILE answered by it, a line of JSON each (ARGS="--schema form.json": in that form)
+	@$(STEP) ask --model $(NAME) --file $(call quoted,$(FILE)) $(ARGS)
+
+evaluate-ollama: data/$(DATA)/manifest.json  ## score what Ollama serves under NAME, each of its types, beside LitGPT where RUN made it
+	@$(STEP) evaluate-ollama --model $(NAME) --tasks $(call list,$(TASKS)) \
+	  $(if $(and $(filter $(RUN),$(NAME)),$(wildcard $(call trained,$(LAST)))),--checkpoint_dir $(OUT)/$(LAST)/final) $(ARGS)
+
+deepseek: $(if $(or $(findstring :,$(R1)),$(filter %.gguf,$(R1))),$(INSTALLED),data/$(DATA)/manifest.json)  ## get DeepSeek-R1 into Ollama: MODEL=deepseek-r1:7b (a tag), a model of the Hub, a checkpoint or a .gguf file
+	@$(STEP) deepseek --config $(call recipe,deepseek) --model $(call quoted,$(R1)) \
+	  --name $(if $(filter command%,$(origin NAME)),$(NAME),deepseek) $(ARGS)
 
 ##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
 sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub

@@ -151,6 +151,8 @@ class ChatData(DataModule):
     """Validate on at most this many rows, chosen at random by `seed`."""
     checkpoint_dir: Path | None = None
     """The checkpoint whose chat template and tokenizer are used; LitGPT's commands need not be told, it is theirs."""
+    chat_template: Path | None = None
+    """A Jinja file to use in place of the checkpoint's own chat template."""
     seed: int = 42
     """The random seed for choosing and shuffling rows."""
     num_workers: int = 0
@@ -188,13 +190,13 @@ class ChatData(DataModule):
         directory = self.checkpoint_dir or _running_checkpoint_dir()
         if directory is None:
             raise UserError("ChatData does not know the checkpoint; name it with --data.checkpoint_dir.")
-        self.template = ChatTemplate.from_checkpoint(directory)
+        self.template = ChatTemplate.from_checkpoint(directory, self.chat_template)
         if tokenizer is not None and tokenizer.processor.get_vocab() != self.template.tokenizer.get_vocab():
             raise UserError(
                 f"{directory} has another tokenizer than the model in training. "
                 "Make --data.checkpoint_dir the same as --checkpoint_dir, or leave it out."
             )
-        if has_prompt_style(directory):
+        if self.chat_template is None and has_prompt_style(directory):
             self.prompt_style = read_prompt_style(directory)
         else:
             self.prompt_style = choose_prompt_style(directory, self.template)

@@ -161,19 +161,32 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path} does not exist.")
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
-            except json.JSONDecodeError as e:
-                raise UserError(
-                    f"{path}, line {number}: not valid JSON ({e.msg} at column {e.colno}). "
-                    "Mend or remove that line; if it is the last one, the file may be cut short."
-                ) from None
-            except ValueError as e:
-                raise UserError(f"{path}, line {number}: not valid JSON ({e}). Mend or remove that line.") from None
+            if line.strip():
+                yield number, parse_line(path, number, line)
+
+
+def parse_line(path: Path, number: int, line: bytes) -> Any:
+    """The value of a line of a JSONL file.
+
+    Args:
+        path: The file, for messages.
+        number: The line's number, from 1.
+        line: Its bytes.
+
+    Raises:
+        UserError: If it is not UTF-8 or not JSON; the message names file and line.
+    """
+    try:
+        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{path}, line {number}: not valid JSON ({e.msg} at column {e.colno}). "
+            "Mend or remove that line; if it is the last one, the file may be cut short."
+        ) from None
+    except ValueError as e:
+        raise UserError(f"{path}, line {number}: not valid JSON ({e}). Mend or remove that line.") from None
 
 
 def read_rows(path: Path, shape: str = "messages") -> list[Row]:

@@ -568,3 +568,38 @@ def test_a_question_is_answered_by_a_model_that_is_trained_once(project):
 def test_pictures_are_drawn_with_the_options_that_were_given(project):
     assert project.calls("attention-map", "TEXT=it's") == [["attention-map", "--text", "it's"]]
     assert project.calls("expert-load", "ARGS=--steps 5") == [["expert-load", "--steps", "5"]]
+
+
+def test_deepseek_is_a_tag_of_the_registry_unless_model_says_otherwise(project):
+    (pulled,) = project.calls("deepseek")
+    assert (option(pulled, "--model"), option(pulled, "--name")) == ("deepseek-r1:1.5b", "deepseek")
+    assert option(pulled, "--config") == "workflows/recipes/default/deepseek.yaml"
+    (tag,) = project.calls("deepseek", "MODEL=deepseek-r1:7b", "NAME=mine", "ARGS=--num_ctx 8192")
+    assert (option(tag, "--model"), option(tag, "--name"), tag[-2:]) == (
+        "deepseek-r1:7b",
+        "mine",
+        ["--num_ctx", "8192"],
+    )
+    (file,) = project.calls("deepseek", "MODEL=it's mine.gguf")
+    assert option(file, "--model") == "it's mine.gguf"
+    data, exported = project.calls("deepseek", "MODEL=deepseek-r1-distill-qwen-1.5b")
+    assert data == ["data", "--data", "hpo"]  # questions to verify an export with
+    assert option(exported, "--model") == "deepseek-r1-distill-qwen-1.5b"
+
+
+def test_a_file_of_questions_is_asked(project):
+    (call,) = project.calls("ask", "FILE=it's mine.jsonl", "NAME=mine", "ARGS=--parallel 2")
+    assert call == ["ask", "--model", "mine", "--file", "it's mine.jsonl", "--parallel", "2"]
+    assert "make ask FILE=questions.jsonl" in project.refusal("ask")
+
+
+def test_a_served_model_is_scored_beside_the_checkpoint_of_its_run(project):
+    data, alone = project.calls("evaluate-ollama", "NAME=deepseek", "ARGS=--limit 50")
+    assert data[0] == "data" and option(alone, "--model") == "deepseek" and option(alone, "--tasks") == "[hpo_mcq]"
+    assert "--checkpoint_dir" not in alone and alone[-2:] == ["--limit", "50"]
+    project.calls("lora")
+    (beside,) = project.calls("evaluate-ollama")
+    assert option(beside, "--model") == "demo" and option(beside, "--checkpoint_dir") == "out/demo/lora/final"
+    (other,) = project.calls("evaluate-ollama", "NAME=deepseek")  # another model than the run's
+    assert "--checkpoint_dir" not in other
+    assert "has no questions with options" in project.refusal("evaluate-ollama", "DATA=medquad")

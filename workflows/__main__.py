@@ -36,6 +36,9 @@ STEPS = {
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
     "report": ("workflows.report", "setup", "a page about a run, or about several: curves, scores, answers, checks"),
     "status": ("workflows.status", "setup", "what runs, what was stopped, what is finished, and how to go on"),
+    "ask": ("workflows.ask", "setup", "have a file of questions answered by a model in Ollama"),
+    "deepseek": ("workflows.deepseek", "setup", "get DeepSeek-R1 into Ollama: from its registry, the Hub, or a file"),
+    "evaluate-ollama": ("workflows.evaluate_ollama", "setup", "score a model in Ollama on questions with options"),
     "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
 }
 

@@ -62,16 +62,21 @@ class ChatTemplate:
     stop_ids: tuple[int, ...]
 
     @classmethod
-    def from_checkpoint(cls, checkpoint_dir: Path | str) -> "ChatTemplate":
+    def from_checkpoint(cls, checkpoint_dir: Path | str, template_file: Path | None = None) -> "ChatTemplate":
         """Read the template and tokenizer of a checkpoint directory.
+
+        Args:
+            checkpoint_dir: The folder.
+            template_file: A Jinja file to use in place of the checkpoint's own template.
 
         Raises:
             UserError: If a file is missing or malformed, or the checkpoint has no chat template (a base model).
         """
         directory = Path(checkpoint_dir)
         config = read_json(directory / "tokenizer_config.json")
-        template_file = directory / "chat_template.jinja"
-        source = read_text(template_file) if template_file.is_file() else config.get("chat_template")
+        if template_file is None and (own := directory / "chat_template.jinja").is_file():
+            template_file = own
+        source = read_text(template_file) if template_file is not None else config.get("chat_template")
         if not isinstance(source, str):
             raise UserError(
                 f"{directory} has no chat template (chat_template.jinja): it looks like a base model. Use the "
@@ -171,6 +176,15 @@ class ChatTemplate:
     def opens_thoughts(self) -> bool:
         """Whether the generation prompt itself writes `<think>`, so that answers begin inside the thoughts."""
         return self.render(_PROBE, add_generation_prompt=True).rstrip().endswith("<think>")
+
+    @functools.cached_property
+    def drops_thoughts(self) -> bool:
+        """Whether of an earlier answer only what follows `</think>` is in the prompt, to the letter (DeepSeek-R1)."""
+        texts = [
+            self.render([*_PROBE, {"role": "assistant", "content": f"{thoughts}\n\n{_CONTENT}"}, *_PROBE])
+            for thoughts in ("", "<think>\n\ue003\n</think>")
+        ]
+        return texts[0] == texts[1]
 
     @property
     def empty_thoughts(self) -> str:

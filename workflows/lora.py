@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from data_prep.chat_data import ChatData
-from workflows.chat_template import EncodedChat
+from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import (
     check_checkpoint_dir,
     copy_companions,
@@ -29,6 +29,7 @@ from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir
 from workflows.lifetime import end_with_parent
 from workflows.measure import seconds_of_step, step_began
+from workflows.prompt_style import replace_chat_template
 from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.loop import Objective, TrainArgs, step_indices
 from workflows.training.model import GPT
@@ -77,6 +78,7 @@ def setup(
     data: Path = Path("data/hpo"),
     out_dir: Path = Path("out/lora"),
     kinds: list[str] | None = None,
+    chat_template: Path | None = None,
     max_val_rows: int = 200,
     train: TrainArgs = TrainArgs(),
     trainer: Literal["workflows", "litgpt"] = "workflows",
@@ -89,6 +91,8 @@ def setup(
         data: A data directory with train.jsonl and validation.jsonl (`make data`).
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         kinds: Train only on rows whose `kind` is one of these; all rows if null.
+        chat_template: A Jinja file that takes the place of the checkpoint's chat template, here and in all that is made
+            from the result; for a base model, which has none, or to teach another form of conversation.
         max_val_rows: At most this many validation rows are scored each time.
         train: Training settings.
         trainer: "workflows" for our loop; "litgpt" runs LitGPT's own `finetune_lora` on the same data and settings.
@@ -107,6 +111,11 @@ def setup(
         problems.append("--quantize with --trainer litgpt needs a CUDA GPU: LitGPT quantizes on no other device.")
     if trainer == "litgpt" and common.lora_r == 0:
         problems.append("--trainer litgpt runs `finetune_lora`; it needs --lora_r of at least 1.")
+    if chat_template is not None:
+        if chat_template.is_file():
+            _ = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).turn_end
+        else:
+            problems.append(f"--chat_template {chat_template}: there is no such file.")
     report_all(problems)
 
     settings = decided(own, common)
@@ -141,6 +150,7 @@ def _chat_data(settings: dict[str, Any]) -> ChatData:
         kinds=settings["kinds"],
         max_val_rows=settings["max_val_rows"],
         checkpoint_dir=Path(settings["checkpoint_dir"]),
+        chat_template=settings.get("chat_template"),
     )
 
 
@@ -193,6 +203,8 @@ def run_litgpt(settings: dict[str, Any]) -> None:
     command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     if settings["quantize"]:
         command += ["--quantize", settings["quantize"]]
+    if settings["chat_template"]:
+        command += ["--data.chat_template", str(settings["chat_template"])]
     if settings["kinds"]:
         command += ["--data.kinds", yaml.safe_dump(settings["kinds"], default_flow_style=True).strip()]
     # Killed here, it must not go on writing beside the run that is started again.
@@ -203,6 +215,8 @@ def run_litgpt(settings: dict[str, Any]) -> None:
         for path in (unfinished / "final").iterdir():
             path.rename(temporary / path.name)
         copy_companions(base, temporary)  # LitGPT leaves out the chat template
+        if settings["chat_template"]:
+            replace_chat_template(temporary, settings["chat_template"])
         write_hyperparameters(temporary, settings)
         write_metrics(temporary / "metrics.json", [], seconds=seconds_of_step(began))
         write_provenance(temporary, "lora", sources(settings), settings)

@@ -8,6 +8,7 @@ installed.
 """
 
 import json
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -98,3 +99,9 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptS
 def write_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> None:
     """Write `prompt_style.yaml`, checked against the chat template on text with newlines, digits and unicode."""
     save_prompt_style(choose_prompt_style(checkpoint_dir, template), checkpoint_dir)
+
+
+def replace_chat_template(checkpoint_dir: Path, template_file: Path) -> None:
+    """Give a checkpoint directory another chat template, and the prompt style that goes with it."""
+    shutil.copyfile(template_file, checkpoint_dir / "chat_template.jinja")
+    write_prompt_style(checkpoint_dir, ChatTemplate.from_checkpoint(checkpoint_dir))

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.workflows.fake_ollama import Handler, fake_ollama, show, speak
 from workflows.__main__ import main
-from workflows.chat import Chat, ThoughtParser, setup
+from workflows.chat import Chat, setup
 from workflows.errors import UserError
 from workflows.ollama.server import OllamaServer, probe
+from workflows.ollama.thoughts import ThoughtParser
 
 
 @pytest.fixture
@@ -153,14 +154,76 @@ def test_thoughts_that_never_end_are_thoughts() -> None:
 
 
 @pytest.mark.parametrize(("think", "shown"), [("show", "hm, breath\n\nTachypnea\n"), ("hide", "Tachypnea\n")])
-def test_thoughts_are_shown_or_hidden_and_never_sent_again(think: str, shown: str) -> None:
+def test_thoughts_are_shown_or_hidden_and_what_follows_them_is_sent_again_to_the_letter(think: str, shown: str) -> None:
     with fake_ollama({"/api/chat": speak("<thi", "nk>hm, ", "breath</think>", "\n\nTachy", "pnea")}) as (url, requests):
         chat = connected(url, think=think)
         answer = chat.ask("fast?")
         chat.ask("sure?")
     assert (answer.thoughts, answer.text) == ("hm, breath", "Tachypnea")
     assert chat.out.getvalue() == shown * 2
-    assert {"role": "assistant", "content": "Tachypnea"} in requests[-1][1]["messages"]
+    assert {"role": "assistant", "content": "\n\nTachypnea"} in requests[-1][1]["messages"]
+
+
+THOUGHT = "<think>\nhm, fast breath\n</think>\n\nTachypnea"
+
+
+class Screen(io.StringIO):
+    """What a terminal is sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_thoughts_are_folded_into_a_line_and_unfolded(capsys) -> None:
+    with fake_ollama({"/api/chat": speak(*THOUGHT)}) as (url, _):
+        chat = connected(url, think="fold")
+        chat.ask("fast?")
+        said = chat.out.getvalue()
+        chat.command("/think")
+        assert "hm, fast breath" in capsys.readouterr().err
+        chat.out = Screen()
+        chat.ask("fast?")
+    first, second, _ = said.split("\n")
+    assert first.startswith("[thought for ") and first.endswith(" s: 3 words]") and second == "Tachypnea"
+    drawn = chat.out.getvalue()
+    assert "\r\033[K\033[2mthinking … 0 s\033[0m" in drawn and "hm" not in drawn
+    assert drawn.endswith("words]\033[0m\nTachypnea\n")
+
+
+def test_thoughts_are_dim_on_a_terminal() -> None:
+    with fake_ollama({"/api/chat": speak(THOUGHT)}) as (url, _):
+        chat = connected(url)
+        chat.out = Screen()
+        chat.ask("fast?")
+    assert chat.out.getvalue() == "\033[2mhm, fast breath\n\033[0m\n\nTachypnea\n"
+
+
+def test_each_answer_says_how_long_it_took(replies: dict, monkeypatch, capsys) -> None:
+    replies["/api/chat"] = speak("Tachypnea", eval_duration=7 * 10**8)
+    with fake_ollama(replies) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(model="m", prompt="fast?")
+        captured = capsys.readouterr()
+        assert captured.out == "Tachypnea\n" and captured.err.rstrip().endswith(" s, 7 tokens, 10.0 tokens/s]")
+        setup(model="m", prompt="fast?", json=True)
+        record = json.loads(capsys.readouterr().out)
+    assert record["tokens_per_second"] == 10.0 and record["seconds"] >= 0
+
+
+def test_an_answer_in_the_form_of_a_schema(replies: dict, monkeypatch, tmp_path: Path, capsys) -> None:
+    schema = {"type": "object", "properties": {"finding": {"type": "string"}}, "required": ["finding"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    command = ["chat", "--model", "m", "--prompt", "fast?", "--schema", str(tmp_path / "schema.json")]
+    replies |= {"/api/show": show(R1_TEMPLATE), "/api/chat": speak('{"finding": "Tachypnea"}')}
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out) == {"finding": "Tachypnea"}
+        body = next(body for path, body in requests if path == "/api/chat")
+        assert body["format"] == schema and body["messages"][-1]["content"] == "<think>\n\n</think>\n\n"
+        replies["/api/chat"] = speak('{"finding": "Tach')
+        assert main(command) == 1
+    assert "not whole JSON" in capsys.readouterr().err
 
 
 def test_an_answer_may_begin_inside_the_thoughts(replies: dict, monkeypatch, capsys) -> None:

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import lm_eval.evaluator
 import pytest
 import torch
 import yaml
 from litgpt.eval.evaluate import convert_and_evaluate
+from litgpt.tokenizer import Tokenizer
 
 from tests.conftest import convert, make_llama
 from workflows import lora as lora_step
@@ -20,7 +22,9 @@ from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.evaluate import setup as evaluate
 from workflows.evaluation.tasks import load_tasks
+from workflows.files import sha256
 from workflows.merge import setup as merge
+from workflows.prompt_style import read_prompt_style
 from workflows.training.batch import Tree, pack_row
 from workflows.training.loop import TrainArgs
 from workflows.training.model import LoRAArgs, load_model
@@ -98,6 +102,49 @@ def test_output_is_a_complete_checkpoint_directory(trained, tiny_llama):
     assert set(provenance["files"]) == {"lit_model.pth", "lit_model.pth.lora"}
     assert provenance["sources"]["base"]["path"] == str(tiny_llama)
     assert yaml.safe_load((trained / "hyperparameters.yaml").read_text())["lora_r"] == 4
+
+
+THOUGHTS = Path("workflows/recipes/default/chatml-thoughts.jinja")
+
+
+def test_another_chat_template_is_learned_and_handed_on(tiny_llama, data, tmp_path, capsys):
+    settings = {"chat_template": THOUGHTS, "train": replace(TRAIN, max_steps=2, row_tokens=128), "max_val_rows": 2}
+    final = train(tiny_llama, data, tmp_path / "lora", **settings)
+    template = ChatTemplate.from_checkpoint(final)
+    assert template.source == THOUGHTS.read_text()
+    asked = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "<think>x</think>\n\nB"},
+        {"role": "user", "content": "C"},
+    ]
+    assert template.render(asked, add_generation_prompt=True) == (
+        "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n\n\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
+    )
+    assert template.opens_thoughts and template.drops_thoughts and template.default_system == ""
+    assert not ChatTemplate.from_checkpoint(tiny_llama).drops_thoughts
+    own = Tokenizer(final).encode(read_prompt_style(final).apply("A")).tolist()
+    assert own == template.prompt_ids(asked[:1])  # LitGPT's own commands
+    provenance = json.loads((final / "provenance.json").read_text())
+    assert provenance["sources"]["chat_template"]["sha256"] == sha256(THOUGHTS)
+    train(tiny_llama, data, tmp_path / "lora", **settings)
+    assert "is already there" in capsys.readouterr().out
+    other = tmp_path / "other.jinja"
+    other.write_text(THOUGHTS.read_text().replace("<think>", "<think>\n"))
+    train(tiny_llama, data, tmp_path / "lora", **{**settings, "chat_template": other})
+    assert ChatTemplate.from_checkpoint(final).source == other.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [(None, "there is no such file"), ("{% for", "not valid Jinja"), ("x", "none of the model's stop")]
+)
+def test_a_chat_template_that_is_none_is_told(text, why, tiny_llama, data, tmp_path):
+    file = tmp_path / "template.jinja"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=why):
+        train(tiny_llama, data, tmp_path / "lora", chat_template=file)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_training_lowers_the_validation_loss(trained):

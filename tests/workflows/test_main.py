@@ -104,7 +104,8 @@ def test_every_recipe_is_understood_by_its_step(recipe, capsys):
     needed = {"evaluate": ["--tasks", "[hpo_mcq]"], "export": ["--name", "x"]}.get(step, [])
     if step == "ppo":
         needed = ["--rewards", "[{reward: out/x/reward/final}]"]
-    command = [step, "--config", str(recipe), "--checkpoint_dir", "x", *needed, "--print_config"]
+    needed = needed if step == "deepseek" else ["--checkpoint_dir", "x", *needed]
+    command = [step, "--config", str(recipe), *needed, "--print_config"]
     with pytest.raises(SystemExit) as e:
         main(command)
     assert e.value.code == 0

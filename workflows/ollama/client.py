@@ -1,5 +1,6 @@
 """Talking to an Ollama server through its Python client, with failures told in one sentence each."""
 
+import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,10 @@ class UnknownModel(UserError):
     """Ollama has no model of that name."""
 
 
+class ServerGone(UserError):
+    """The server ended, or broke off in the middle of an answer."""
+
+
 class ContextFull(UserError):
     """A conversation is longer than the context: Ollama would silently answer a part of it."""
 
@@ -48,7 +53,8 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
 
     Raises:
         UnknownModel: If the server does not know the model.
-        UserError: If it is gone or reports an error.
+        ServerGone: If it is gone.
+        UserError: If it reports an error.
     """
     try:
         yield
@@ -56,18 +62,18 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
         reason = e.error.strip() or f"HTTP {e.status_code}"
         if e.status_code == 404 or "not found" in reason:
             raise UnknownModel(
-                f"Ollama at {server.url} does not know the model {model!r}. {_known_models(server)}"
+                f"Ollama at {server.url} does not know the model {model!r}. {_known_models(server, model)}"
                 "Make it with `make export`."
             ) from None
         if e.status_code in (-1, 500) and ("runner" in reason or "EOF" in reason):
-            raise UserError(_died(server, reason)) from None
+            raise ServerGone(_died(server, reason)) from None
         raise UserError(f"Ollama at {server.url} reports: {reason}{_log_hint(server)}") from None
     except json.JSONDecodeError as e:
-        raise UserError(_died(server, f"a cut line: {e.msg}")) from None
+        raise ServerGone(_died(server, f"a cut line: {e.msg}")) from None
     except httpx.TimeoutException:
         raise UserError(f"Ollama at {server.url} gave no answer within {_ANSWER_SECONDS:.0f} seconds.") from None
     except (ConnectionError, httpx.HTTPError) as e:
-        raise UserError(_died(server, first_line(e))) from None
+        raise ServerGone(_died(server, first_line(e))) from None
 
 
 def stream_chat(
@@ -76,6 +82,7 @@ def stream_chat(
     messages: list[dict[str, str]],
     options: dict[str, Any],
     context: int | None = None,
+    schema: dict[str, Any] | None = None,
 ) -> Iterator[ollama.ChatResponse]:
     """Parts of an answer as they come; the last has `done` set.
 
@@ -85,6 +92,7 @@ def stream_chat(
         messages: The conversation.
         options: Ollama's parameters for this answer.
         context: The model's context in tokens, if known.
+        schema: A JSON schema that the answer must follow; Ollama makes a grammar of it.
 
     Raises:
         ContextFull: If Ollama left out a part of the conversation: a server of ours says so in its log, before the
@@ -95,7 +103,7 @@ def stream_chat(
     begun = done = False
     with explained(server, model):
         try:
-            for part in connect(server).chat(model, messages, stream=True, options=options):
+            for part in connect(server).chat(model, messages, stream=True, options=options, format=schema):
                 done = bool(part.done)
                 is_cut = done and context is not None and (part.prompt_eval_count or 0) >= context
                 if server.log and (done or not begun):  # at the end again: the runner's lines may come a moment late
@@ -109,7 +117,7 @@ def stream_chat(
                 _free_slot(server, model)
             raise
     if not done:
-        raise UserError(_died(server, "the answer stops in the middle"))
+        raise ServerGone(_died(server, "the answer stops in the middle"))
 
 
 def _free_slot(server: OllamaServer, model: str) -> None:
@@ -128,6 +136,11 @@ def _logged_cut(log: Path, mark: int) -> bool:
         return any(words in line for line in f for words in _CUT)
 
 
+def rough_tokens(text: str) -> int:
+    """About how many tokens a message has, its role's marks included; rather too many than too few."""
+    return len(text.encode()) // 3 + 8
+
+
 def _died(server: OllamaServer, reason: str) -> str:
     return (
         f"Ollama at {server.url} ended or broke off in the middle ({reason}).{_log_hint(server)} "
@@ -143,16 +156,38 @@ def _log_hint(server: OllamaServer) -> str:
     return f" Its log: {server.log}."
 
 
-def _known_models(server: OllamaServer) -> str:
+def _known_models(server: OllamaServer, model: str) -> str:
     try:
         names = sorted(str(entry.model) for entry in connect(server).list().models)
     except (ollama.ResponseError, ConnectionError, httpx.HTTPError, ValueError):
         return ""  # only a hint is lost
-    return f"It knows: {', '.join(names)}. " if names else "It has no models yet. "
+    close = difflib.get_close_matches(model, names, n=3)
+    meant = f"Did you mean {', '.join(close)}? " if close else ""
+    return f"{meant}It knows: {', '.join(names)}. " if names else "It has no models yet. "
 
 
-def owner_sha256(server: OllamaServer, name: str) -> str | None:
+def installed(server: OllamaServer, model: str) -> ollama.ListResponse.Model:
+    """What the server's list of models says of one: name, digest, size in bytes, quantization.
+
+    Raises:
+        UnknownModel: If it is not in the list.
+        UserError: If the server fails.
+    """
+    with explained(server, model):
+        for entry in connect(server).list().models:
+            if entry.model in (model, f"{model}:latest"):
+                return entry
+        raise ollama.ResponseError("not found", 404)
+
+
+def owner_sha256(server: OllamaServer, name: str, made_from: str | None = None) -> str | None:
     """The fingerprint of the checkpoint that a model of ours was made from.
+
+    Args:
+        server: The server.
+        name: The model's name.
+        made_from: What a model without our mark must be made from to be taken for ours: the SHA-256 of its GGUF file,
+            or the name of the model that it is a copy of.
 
     Returns:
         None if there is no model of that name.
@@ -162,9 +197,12 @@ def owner_sha256(server: OllamaServer, name: str) -> str | None:
     """
     try:
         with explained(server, name):
-            info = connect(server).show(name).modelinfo or {}
+            shown = connect(server).show(name)
     except UnknownModel:
         return None
+    info, parent = shown.modelinfo or {}, shown.details.parent_model if shown.details else None
+    if made_from and (made_from == parent or made_from in (shown.modelfile or "")):
+        return made_from
     if not isinstance(info.get(OURS), str):
         raise UserError(
             f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
@@ -174,21 +212,27 @@ def owner_sha256(server: OllamaServer, name: str) -> str | None:
 
 
 def create_model(
-    server: OllamaServer, name: str, gguf: Path, modelfile: Modelfile, quantize: str | None = None
+    server: OllamaServer,
+    name: str,
+    gguf: Path,
+    modelfile: Modelfile,
+    quantize: str | None = None,
+    made_from: str | None = None,
 ) -> None:
     """Create (or replace, if it is ours) a model in Ollama.
 
     Args:
         server: The server.
         name: The model's name.
-        gguf: The weights, with our mark in the header.
+        gguf: The weights, with our mark in the header or `made_from`.
         modelfile: All else.
         quantize: A type that Ollama converts the weights to.
+        made_from: As in `owner_sha256`.
 
     Raises:
         UserError: If a model of that name is not ours, or the server fails.
     """
-    owner_sha256(server, name)
+    owner_sha256(server, name, made_from)
     client = connect(server)
     with explained(server, name):
         digest = client.create_blob(gguf)

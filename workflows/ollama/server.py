@@ -136,18 +136,24 @@ class OllamaServer:
         return self._process is not None
 
     @property
+    def is_running(self) -> bool:
+        """Whether we started it and its process has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int | None:
         """Process id of a server of ours."""
         return self._process.pid if self._process else None
 
     @classmethod
-    def start(cls, binary: Path, state: Path = STATE, port: int | None = None) -> "OllamaServer":
+    def start(cls, binary: Path, state: Path = STATE, port: int | None = None, parallel: int = 1) -> "OllamaServer":
         """Start `ollama serve` on 127.0.0.1.
 
         Args:
             binary: The executable.
             state: Folder of its models, key and log.
             port: The port to listen on; a free one if None.
+            parallel: Requests that it works on at a time, each with a context of its own.
 
         Raises:
             UserError: If the port is in use, or the server ends or does not answer.
@@ -159,14 +165,14 @@ class OllamaServer:
         for attempt in range(3):
             chosen = port if port is not None else _free_port()
             try:
-                return cls._start_on(binary, state, chosen)
+                return cls._start_on(binary, state, chosen, parallel)
             except _PortTaken:  # another program was quicker between the look and the start
                 if port is not None or attempt == 2:
                     raise UserError(f"Port {chosen} on 127.0.0.1 is in use; choose another with --port.") from None
         raise AssertionError("unreachable")
 
     @classmethod
-    def _start_on(cls, binary: Path, state: Path, port: int) -> "OllamaServer":
+    def _start_on(cls, binary: Path, state: Path, port: int, parallel: int) -> "OllamaServer":
         (state / "models").mkdir(parents=True, exist_ok=True)
         (state / "logs").mkdir(exist_ok=True)
         lock = StoreLock(state)
@@ -177,7 +183,7 @@ class OllamaServer:
             "OLLAMA_HOST": f"127.0.0.1:{port}",
             "OLLAMA_MODELS": str((state / "models").resolve()),
             "OLLAMA_DEBUG": "2",  # at this level the log holds every prompt, which the verification reads
-            "OLLAMA_NUM_PARALLEL": "1",
+            "OLLAMA_NUM_PARALLEL": str(parallel),
             "OLLAMA_MAX_LOADED_MODELS": "1",
             "OLLAMA_NOPRUNE": "0" if lock.is_alone else "1",
             "HOME": str(state.resolve()),  # its key pair; the user's own ~/.ollama is left alone
@@ -233,12 +239,13 @@ class _PortTaken(Exception):
 
 
 @contextmanager
-def open_server(port: int | None = None, state: Path = STATE) -> Iterator[OllamaServer]:
+def open_server(port: int | None = None, state: Path = STATE, parallel: int = 1) -> Iterator[OllamaServer]:
     """The Ollama to use: `$OLLAMA_HOST` if it answers, else the one on PATH, else the private copy.
 
     Args:
         port: Port for a server of ours; given, a server of ours is used in any case.
         state: Folder of the models and logs of a server of ours.
+        parallel: Requests that a server of ours works on at a time.
 
     Yields:
         The server; one that we start is stopped at the end.
@@ -246,13 +253,13 @@ def open_server(port: int | None = None, state: Path = STATE) -> Iterator[Ollama
     Raises:
         UserError: If what answers is not Ollama, the port is in use, or no Ollama can be had on this machine.
     """
-    with find_server(port, state) as server:
+    with find_server(port, state, parallel) as server:
         kind = "started" if server.is_ours else "found"
         print(f"Ollama {server.version} {kind} at {server.url}", file=sys.stderr, flush=True)
         yield server
 
 
-def find_server(port: int | None = None, state: Path = STATE) -> OllamaServer:
+def find_server(port: int | None = None, state: Path = STATE, parallel: int = 1) -> OllamaServer:
     """Like `open_server`, without the message; the caller stops it."""
     on_path = shutil.which("ollama")
     if port is None:
@@ -263,7 +270,7 @@ def find_server(port: int | None = None, state: Path = STATE) -> OllamaServer:
             print(f"no Ollama answers at OLLAMA_HOST={host}; looking further", file=sys.stderr)
         elif on_path and (endpoint := _user_server()) is not None:
             return OllamaServer(endpoint)
-    return OllamaServer.start(Path(on_path) if on_path else install(), state, port)
+    return OllamaServer.start(Path(on_path) if on_path else install(), state, port, parallel)
 
 
 def _user_server() -> Endpoint | None:

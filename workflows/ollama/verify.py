@@ -23,6 +23,7 @@ from workflows.errors import UserError
 from workflows.ollama.client import connect, explained
 from workflows.ollama.modelfile import conversations, derive
 from workflows.ollama.server import OllamaServer
+from workflows.ollama.thoughts import without_thoughts
 from workflows.progress import brief
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.rollouts import generate
@@ -137,7 +138,7 @@ def verify_model(
     return Verification(
         prompts=len(prompts),
         prompt_ids_equal=True if shown else None,
-        chat_prompts_equal=_check_conversations(server, model, template),
+        chat_prompts_equal=check_conversations(server, model, template),
         greedy_agreement=equal / len(prompts),
         differences=differences,
         examples=examples,
@@ -214,8 +215,19 @@ def _difference(
     }
 
 
-def _check_conversations(server: OllamaServer, model: str, template: ChatTemplate) -> bool | None:
+def check_conversations(
+    server: OllamaServer, model: str, template: ChatTemplate, as_text: ChatTemplate | None = None
+) -> bool | None:
     """Compare the prompts of conversations with one to three turns, with and without a system message.
+
+    Where the template drops the thoughts of earlier answers, it is also given such answers, and Ollama what a chat of
+    ours sends of them.
+
+    Args:
+        server: The server.
+        model: The model's name in it.
+        template: The model's own template.
+        as_text: The same without the BOS token's text, for a GGUF whose tokenizer adds that token by itself.
 
     Returns:
         True if the text that the server logged and the number of its tokens are ours; None if it shows no text.
@@ -224,12 +236,15 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
         UserError: If they differ.
     """
     client = connect(server)
-    for messages in conversations(with_system=derive(template).system_before is not None):
+    asked = conversations(with_system=derive(template).system_before is not None)
+    if template.drops_thoughts:
+        asked += [[_thoughtful(message) for message in messages] for messages in asked if len(messages) > 2]
+    for messages in asked:
         mark = server.log.stat().st_size if server.log else 0
         with explained(server, model):
-            response = client.chat(model, messages, options={**_GREEDY, "num_predict": 1})
-        expected = template.render(messages, add_generation_prompt=True)
-        number = len(template.encode(expected))
+            response = client.chat(model, without_thoughts(messages), options={**_GREEDY, "num_predict": 1})
+        number = len(template.prompt_ids(messages))
+        expected = (as_text or template).render(messages, add_generation_prompt=True)
         if response.prompt_eval_count is not None and response.prompt_eval_count != number:
             raise UserError(
                 f"Ollama evaluated {response.prompt_eval_count} tokens for a conversation of {len(messages)} messages; "
@@ -247,6 +262,11 @@ def _check_conversations(server: OllamaServer, model: str, template: ChatTemplat
                 f"  ours:   {expected[at : at + 80]!r}\n  Ollama: {logged[at : at + 80]!r}"
             )
     return True
+
+
+def _thoughtful(message: Message) -> Message:
+    thought = "<think>\nIt may be {{ .Thinking }}.\n</think>\n\n"
+    return {**message, "content": thought + message["content"]} if message["role"] == "assistant" else message
 
 
 def last_logged_prompt(log: Path, offset: int = 0) -> str | None:

@@ -33,6 +33,7 @@ from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.progress import watched
+from workflows.prompt_style import replace_chat_template
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.model import LoRAArgs, Precision, load_model
 from workflows.training.processes import (
@@ -246,6 +247,8 @@ def write_final(
     """
     with atomic_dir(final) as temporary:
         copy_companions(base, temporary)
+        if settings.get("chat_template"):
+            replace_chat_template(temporary, settings["chat_template"])
         trained = objective.write_heads(temporary, trained, result.metrics)
         if lora.r > 0:
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
@@ -296,7 +299,7 @@ def is_finished(final: Path, settings: dict[str, Any]) -> bool:
     return made["sources"] == sources(settings) and _deciding(made["settings"]) == _deciding(settings)
 
 
-_PLACES = ("checkpoint_dir", "teacher_dir", "data", "out_dir")
+_PLACES = ("checkpoint_dir", "teacher_dir", "data", "out_dir", "chat_template")
 _NEUTRAL = ("resume", "loggers", "accelerator", "devices", "num_nodes", "strategy", *_PLACES)
 _NEUTRAL_TRAIN = ("log_interval", "eval_interval", "save_interval")
 
@@ -307,12 +310,14 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
     judges = {name: source.get("files") for name, source in _reward_models(settings).items()}
     teacher = {name: source.get("files") for name, source in _teacher(settings).items()}
+    template = {name: source["sha256"] for name, source in _chat_template(settings).items()}
     return {
         **_deciding(settings),
         "data": data,
         "base_files": base_files,
         **({"reward_files": judges} if judges else {}),
         **teacher,
+        **template,
     }
 
 
@@ -330,6 +335,7 @@ def sources(settings: dict[str, Any]) -> dict[str, Any]:
         "data": describe_source(Path(settings["data"])),
         **_reward_models(settings),
         **_teacher(settings),
+        **_chat_template(settings),
     }
 
 
@@ -343,6 +349,12 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint that a student learns from, if the step has one."""
     teacher = settings.get("teacher_dir")
     return {} if teacher is None else {"teacher": describe_source(Path(teacher))}
+
+
+def _chat_template(settings: dict[str, Any]) -> dict[str, Any]:
+    """The chat template that takes the place of the checkpoint's own, if the step was given one."""
+    file = settings.get("chat_template")
+    return {} if file is None else {"chat_template": {"path": str(file), "sha256": sha256(file)}}
 
 
 def decided(own: dict[str, Any], run: RunArgs) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from workflows.chat import Chat, facts
+from workflows.chat import Chat
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.ollama.client import ContextFull, UnknownModel, _logged_cut, connect, create_model, stream_chat
@@ -17,6 +17,7 @@ from workflows.ollama.gguf_writer import write_gguf
 from workflows.ollama.install import install, is_supported
 from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.server import OllamaServer, probe
+from workflows.ollama.thoughts import facts
 
 pytestmark = pytest.mark.ollama
 GREEDY = {"temperature": 0.0, "num_predict": 8}
@@ -53,7 +54,7 @@ def as_anothers(server: OllamaServer) -> OllamaServer:
 
 
 def talk(server: OllamaServer, options: dict | None = None, out: io.StringIO | None = None) -> Chat:
-    context = facts(server, "talk", (options or {}).get("num_ctx"))[1]
+    context = facts(server, "talk", (options or {}).get("num_ctx")).context
     return Chat(server, "talk", GREEDY | (options or {}), out=out or io.StringIO(), context=context)
 
 

@@ -1,0 +1,345 @@
+"""Files of questions, against a stand-in server that dies, comes back, and answers several at a time."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
+from workflows.__main__ import main
+from workflows.ask import setup
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.ollama import batch
+from workflows.ollama.client import create_model
+from workflows.ollama.gguf_writer import write_gguf
+from workflows.ollama.install import install, is_supported
+from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.server import OllamaServer, probe
+
+R1_TEMPLATE = "{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"
+
+
+def echo(handler: Handler, body: dict) -> None:
+    """Answers with the question, after a thought."""
+    question = body["messages"][-1]["content"]
+    speak(f"<think>\nhm\n</think>\n\n{question}!", eval_duration=7 * 10**8, prompt_eval_count=5)(handler, body)
+
+
+@pytest.fixture
+def replies(monkeypatch) -> dict[str, Reply]:
+    monkeypatch.setattr(Handler, "do_GET", tags)
+    return {"/api/show": show(), "/api/chat": echo}
+
+
+def tags(handler: Handler) -> None:
+    listed = {"models": [{"model": "m:latest", "digest": "d"}, {"model": "n:latest", "digest": "e"}]}
+    handler.send_json({"version": "0.0.1-fake"} if handler.path == "/api/version" else listed)
+
+
+@pytest.fixture
+def requests(replies: dict, monkeypatch) -> Iterator[list]:
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        yield requests
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return lines(tmp_path / "q.jsonl", *({"question": f"q{i}", "id": f"id{i}"} for i in range(6)))
+
+
+def lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def answers(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.with_suffix(".answers.jsonl").read_text().splitlines()]
+
+
+def chats(requests: list) -> list[str]:
+    return [body["messages"][-1]["content"] for path, body in requests if path == "/api/chat"]
+
+
+def test_a_line_for_each_question_with_thought_answer_and_timing(requests: list, file: Path) -> None:
+    setup(file, model="m", temperature=0.0)
+    found = answers(file)
+    assert [(row["line"], row["id"], row["question"]) for row in found] == [
+        (i + 1, f"id{i}", f"q{i}") for i in range(6)
+    ]
+    assert [(row["thought"], row["answer"]) for row in found] == [("hm\n", f"q{i}!") for i in range(6)]
+    assert all(row["tokens_per_second"] == 10.0 and row["seconds"] >= row["thought_seconds"] >= 0 for row in found)
+    assert all(body["options"] == {"temperature": 0.0} for path, body in requests if path == "/api/chat")
+
+
+def test_every_shape_of_question(requests: list, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>\n\nB"}]
+    file = lines(
+        tmp_path / "q.jsonl",
+        {"prompt": "one"},
+        {"prompt": [{"role": "system", "content": "own"}, {"role": "user", "content": "two"}], "answers": ["x"]},
+        "",
+        {"messages": [*turns, {"role": "user", "content": "three"}, {"role": "assistant", "content": "wanted"}]},
+    )
+    setup(file, model="m", system="S", parallel=1)
+    sent = [[(m["role"], m["content"]) for m in body["messages"]] for path, body in requests if path == "/api/chat"]
+    assert sent == [
+        [("system", "S"), ("user", "one")],
+        [("system", "own"), ("user", "two")],
+        [("system", "S"), ("user", "a"), ("assistant", "\n\nB"), ("user", "three")],
+    ]
+    assert [row["line"] for row in answers(file)] == [1, 2, 4]
+
+
+def test_several_questions_are_in_the_air_at_a_time(replies: dict, file: Path, monkeypatch) -> None:
+    together = threading.Barrier(3, timeout=20)
+
+    def talk(handler: Handler, body: dict) -> None:
+        together.wait()  # breaks unless three ask at once
+        echo(handler, body)
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(file, model="m", parallel=3)
+    assert [row["answer"] for row in answers(file)] == [f"q{i}!" for i in range(6)]
+
+
+def test_run_again_only_what_is_missing_is_asked(requests: list, file: Path) -> None:
+    setup(file, model="m")
+    target, whole = file.with_suffix(".answers.jsonl"), answers(file)
+    kept = target.read_text().splitlines(keepends=True)
+    target.write_text("".join(kept[:3]) + kept[3][:20])  # as a kill leaves it
+    lines(file, *file.read_text().splitlines(), {"question": "q0"})  # a new line, the same question as the first
+    requests.clear()
+    setup(file, model="m")
+    assert sorted(chats(requests)) == ["q0", "q3", "q4", "q5"]
+    timed = ("seconds", "thought_seconds")
+    strip = [{k: v for k, v in row.items() if k not in timed} for row in answers(file)]
+    assert strip[:6] == [{k: v for k, v in row.items() if k not in timed} for row in whole]
+    assert strip[6]["line"] == 7 and answers(file)[:3] == whole[:3]
+    requests.clear()
+    setup(file, model="m")
+    assert chats(requests) == []
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"model": "n"}, {"system": "S"}])
+def test_answers_of_other_settings_are_not_taken_for_these(change: dict, requests: list, file: Path) -> None:
+    setup(file, model="m")
+    before = file.with_suffix(".answers.jsonl").read_text()
+    with pytest.raises(UserError, match=r"line 1: not an answer to one of these questions.*--resume false"):
+        setup(file, **{"model": "m", **change})
+    assert file.with_suffix(".answers.jsonl").read_text() == before
+    setup(file, **{"model": "m", **change}, resume=False)
+
+
+def test_a_server_that_restarts_in_the_middle_loses_nothing(replies: dict, file: Path, monkeypatch, capsys) -> None:
+    count = itertools.count()
+
+    def talk(handler: Handler, body: dict) -> None:
+        if next(count) == 2:
+            handler.die()  # the connection breaks; the next look finds it there again
+        else:
+            echo(handler, body)
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(file, model="m", parallel=1)
+    assert [row["answer"] for row in answers(file)] == [f"q{i}!" for i in range(6)]
+    assert chats(requests) == ["q0", "q1", "q2", *(f"q{i}" for i in range(2, 6))]
+    assert "Waiting up to" in capsys.readouterr().err
+
+
+def test_a_server_that_stays_away_ends_it_and_the_same_command_goes_on(
+    replies: dict, file: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(batch, "PATIENCE", 0.0)
+
+    def talk(handler: Handler, body: dict) -> None:
+        if body["messages"][-1]["content"] == "q3":
+            handler.die()
+        else:
+            echo(handler, body)
+
+    command = ["ask", "--file", str(file), "--model", "m", "--parallel", "1"]
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "3 of 6 answers are in" in error and "the same command goes on" in error and "Traceback" not in error
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+    assert chats(requests) == ["q3", "q4", "q5"] and len(answers(file)) == 6
+
+
+def test_a_question_that_ends_the_server_each_time_is_left_with_its_error(
+    replies: dict, file: Path, monkeypatch
+) -> None:
+    def talk(handler: Handler, body: dict) -> None:
+        if body["messages"][-1]["content"] == "q1":
+            handler.send_json({"error": "llama runner process has terminated: signal: killed"}, 500)
+        else:
+            echo(handler, body)
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match=r"1 of 6 questions have no answer.*line 2 of"):
+            setup(file, model="m", parallel=1)
+    found = answers(file)
+    assert [("error" in row) for row in found] == [False, True, False, False, False, False]
+    assert "runner process has terminated" in found[1]["error"]
+
+
+def test_ctrl_c_keeps_what_is_answered(replies: dict, file: Path, monkeypatch, capsys) -> None:
+    def talk(handler: Handler, body: dict) -> None:
+        if body["messages"][-1]["content"] == "q2":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        echo(handler, body)
+
+    command = ["ask", "--file", str(file), "--model", "m", "--parallel", "1"]
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert [row["answer"] for row in answers(file)][:2] == ["q0!", "q1!"] and len(answers(file)) < 6
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+    assert len(answers(file)) == 6 and "q0" not in chats(requests)
+
+
+@pytest.mark.ollama
+def test_a_real_server_killed_amid_a_batch_and_started_again(
+    speaking_llama: Path, tmp_path: Path, file, monkeypatch
+) -> None:
+    if not is_supported():
+        pytest.skip("the private Ollama is for Linux on x86-64")
+    state, binary = tmp_path / "state", install()
+    with ExitStack() as stack:
+        first = stack.enter_context(OllamaServer.start(binary, state, parallel=2))
+        write_gguf(speaking_llama, tmp_path / "m.gguf", "f32", "m", "0" * 64)
+        modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=256, num_thread=1)
+        create_model(first, "m", tmp_path / "m.gguf", modelfile)
+        monkeypatch.setenv("OLLAMA_HOST", first.url)
+        settings = {"model": "m", "parallel": 2, "temperature": 0.0, "num_predict": 16}
+        setup(file, **settings, out_file=tmp_path / "undisturbed.answers.jsonl")
+        port, count, record = int(first.url.rpartition(":")[2]), itertools.count(), batch.Batch._record
+
+        def crash(self: batch.Batch, i: int, **result: object) -> dict:
+            if next(count) == 2:
+                assert first.pid is not None
+                os.kill(first.pid, signal.SIGKILL)
+            return record(self, i, **result)
+
+        def start_again(url: str, timeout: float) -> object:
+            if first.pid is not None:
+                first.stop()
+                stack.enter_context(OllamaServer.start(binary, state, port, parallel=2))
+            return probe(url, timeout)
+
+        monkeypatch.setattr(batch.Batch, "_record", crash)
+        monkeypatch.setattr(batch, "probe", start_again)
+        setup(file, **settings)
+    wanted = [json.loads(line)["answer"] for line in (tmp_path / "undisturbed.answers.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in answers(file)] == wanted and len(wanted) == 6 and all(wanted)
+
+
+# ---- a schema ----
+
+SCHEMA = {"type": "object", "properties": {"finding": {"type": "string"}}, "required": ["finding"]}
+
+
+def test_answers_that_follow_a_schema_are_values(replies: dict, file: Path, tmp_path: Path, monkeypatch) -> None:
+    schema = lines(tmp_path / "schema.json", SCHEMA)
+    replies |= {"/api/show": show(R1_TEMPLATE), "/api/chat": speak('{"finding": ', '"Tachypnea"}')}
+    with fake_ollama(replies) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup(file, model="m", schema=schema)
+    assert [row["answer"] for row in answers(file)] == [{"finding": "Tachypnea"}] * 6
+    assert "thought" not in answers(file)[0]
+    body = next(body for path, body in requests if path == "/api/chat")
+    assert body["format"] == SCHEMA
+    assert body["messages"][-1] == {"role": "assistant", "content": "<think>\n\n</think>\n\n"}
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [('{"finding": "Tachy', "not whole JSON"), ('{"finding": 3}', "3 is not of type 'string'"), ("{}", "required")],
+)
+def test_an_answer_that_does_not_follow_it_is_none(
+    said: str, why: str, replies: dict, file, tmp_path, monkeypatch
+) -> None:
+    with fake_ollama({**replies, "/api/chat": speak(said)}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match="6 of 6 questions have no answer"):
+            setup(file, model="m", schema=lines(tmp_path / "schema.json", SCHEMA))
+    assert all(why in row["error"] and row["answer"] == said for row in answers(file))
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ('{"type": "objekt"}', "is not a JSON schema: at type"),
+        ('{"$ref": "https://example.org/x"}', "is not fetched"),
+        ("[1]", "does not hold a JSON object"),
+        ('{"type"', "line 2: not valid JSON"),
+    ],
+)
+def test_a_schema_that_is_none_is_told_before_anything_is_asked(
+    schema: str, why: str, file, tmp_path, requests
+) -> None:
+    with pytest.raises(UserError, match=why):
+        setup(file, model="m", schema=lines(tmp_path / "schema.json", schema))
+    assert chats(requests) == []
+
+
+# ---- files that are wrong ----
+
+
+def test_all_broken_lines_are_told_before_anything_is_asked(requests: list, tmp_path: Path, capsys) -> None:
+    file = lines(
+        tmp_path / "q.jsonl",
+        {"question": "fine"},
+        '{"question": "cut',
+        [1],
+        {"question": "  "},
+        {"prompt": [{"role": "user"}]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+    )
+    assert main(["ask", "--file", str(file), "--model", "m"]) == 1
+    error = capsys.readouterr().err
+    for number, why in ((2, "not valid JSON"), (3, "a list"), (4, "no question"), (5, "no question"), (6, "not end")):
+        assert any(f"line {number}:" in line and why in line for line in error.splitlines()), error
+    assert "Nothing has been asked yet" in error and chats(requests) == []
+    assert main(["ask", "--file", str(file), "--model", "m", "--skip_broken", "true"]) == 0
+    assert chats(requests) == ["fine"] and "5 lines of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "why"), [(None, "does not exist"), ("\n\n", "holds no question")])
+def test_a_file_without_questions(text: str | None, why: str, requests: list, tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=why):
+        setup(file, model="m")
+
+
+def test_a_misspelt_model_is_told_with_the_nearest(requests: list, replies: dict, file: Path) -> None:
+    replies["/api/show"] = lambda handler, _: handler.send_json({"error": "model 'm:latst' not found"}, 404)
+    with pytest.raises(UserError, match=r"does not know the model 'm:latst'. Did you mean m:latest"):
+        setup(file, model="m:latst")
+
+
+def test_wrong_arguments_are_all_reported(file: Path, capsys) -> None:
+    wrong = ["--parallel", "0", "--limit", "0", "--temperature", "-1", "--out_file", str(file)]
+    assert main(["ask", "--file", str(file), *wrong]) == 1
+    error = capsys.readouterr().err
+    for part in ("4 problems", "--parallel", "--limit", "--temperature", "--out_file"):
+        assert part in error

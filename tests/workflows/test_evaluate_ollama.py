@@ -1,0 +1,142 @@
+"""Scores of what is served: equal to LitGPT's where the weights are, on a real server; and what goes wrong."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.workflows.fake_ollama import Handler, fake_ollama, show
+from workflows.__main__ import main
+from workflows.chat_template import ChatTemplate
+from workflows.errors import UserError
+from workflows.evaluate_ollama import setup
+from workflows.ollama.client import connect, create_model
+from workflows.ollama.gguf_writer import fingerprint, write_gguf
+from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.server import OllamaServer
+
+NAMES = (
+    *("Tachypnea", "Tachypnea of the uterus", 'A "leiomyoma"', "Anémie 漢", "blood", "density of hemoglobin"),
+    *("rate", "increased rate", "Uterus", "clinical finding", "presence", "reduction"),
+)
+OPTIONS = [[NAMES[(i * 5 + j * (1 + i % 3)) % 12] for j in range(4)] for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tiny_mcq").mkdir()
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Which finding is {i}?"}], "choices": OPTIONS[i], "answer": i % 4}
+        for i in range(16)
+    ]
+    (folder / "tiny_mcq" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def served(speaking_llama: Path, ollama_server: OllamaServer, tmp_path: Path, monkeypatch) -> Iterator[str]:
+    """The tiny model in two types under one name."""
+    modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=256, num_thread=1)
+    for tag, kind in (("choose", "f32"), ("choose:q8_0", "q8_0")):
+        write_gguf(speaking_llama, tmp_path / "m.gguf", kind, "choose", fingerprint(speaking_llama))
+        create_model(ollama_server, tag, tmp_path / "m.gguf", modelfile)
+
+    @contextmanager
+    def shared(port: int | None = None, parallel: int = 1) -> Iterator[OllamaServer]:
+        yield ollama_server
+
+    monkeypatch.setattr("workflows.evaluate_ollama.open_server", shared)
+    yield "choose"
+    for tag in ("choose", "choose:q8_0"):
+        connect(ollama_server).delete(tag)
+
+
+@pytest.mark.ollama
+def test_a_served_model_chooses_what_litgpt_chooses(served: str, data: Path, speaking_llama, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    setup(served, ["tiny_mcq"], checkpoint_dir=speaking_llama, out_dir=out, data_dir=data)
+    metrics = json.loads((out / "metrics.json").read_text())
+    values = {(row["model"], row["name"]): row["value"] for row in metrics["metrics"]}
+    assert values["choose:latest", "agreement"] == 1.0 and values["choose:q8_0", "agreement"] >= 0.7
+    assert values["choose:latest", "acc"] == values["LitGPT", "acc"]
+    rows = [json.loads(line) for line in (out / "choices_tiny_mcq.jsonl").read_text().splitlines()]
+    assert len({row["LitGPT"] for row in rows}) > 1  # it does not always say the same
+    share = sum(row["LitGPT"] == row["answer"] for row in rows) / len(rows)
+    assert share == values["LitGPT", "acc"]
+    assert not list(out.glob("unfinished*")) and [m["unanswered"] for m in metrics["models"]] == [0, 0, 0]
+    table = capsys.readouterr().out
+    assert "choose:q8_0" in table and "agreement" in table
+
+
+@pytest.mark.ollama
+def test_a_model_of_another_checkpoint_is_told(served: str, data: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*choose:latest in Ollama was not made from"):
+        setup(served, ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
+
+
+def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
+    data: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(
+        Handler,
+        "do_GET",
+        lambda handler: handler.send_json(
+            {"version": "0"} if handler.path == "/api/version" else {"models": [{"model": "m:latest", "digest": "d"}]}
+        ),
+    )
+
+    def choose(handler: Handler, body: dict) -> None:
+        options = OPTIONS[int(body["messages"][-1]["content"].split()[-1].rstrip("?"))]
+        assert body["format"] == {"type": "string", "enum": [option.replace('"', "'") for option in options]}
+        assert body["options"]["temperature"] == 0.0
+        said = json.dumps(body["format"]["enum"][0])
+        handler.begin_stream()
+        handler.send_part({"message": {"role": "assistant", "content": said}, "done": True, "done_reason": "stop"})
+        handler.end_stream()
+
+    def dies(handler: Handler, body: dict) -> None:
+        if body["messages"][-1]["content"] == "Which finding is 9?":
+            handler.send_json({"error": "out of something"}, 400)
+        else:
+            choose(handler, body)
+
+    out = tmp_path / "out"
+    command = [
+        "evaluate-ollama",
+        "--model",
+        "m",
+        "--tasks",
+        "[tiny_mcq]",
+        "--data_dir",
+        str(data),
+        "--out_dir",
+        str(out),
+    ]
+    with fake_ollama({"/api/show": show(), "/api/chat": dies}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 1
+    assert "reports: out of something" in capsys.readouterr().err and not (out / "metrics.json").exists()
+    with fake_ollama({"/api/show": show(), "/api/chat": choose}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+    assert sum(path == "/api/chat" for path, _ in requests) == 7  # the first nine are kept
+    (row,) = json.loads((out / "metrics.json").read_text())["metrics"]
+    assert (row["name"], row["value"], row["n"], row["model"]) == ("acc", 0.25, 16, "m:latest")
+
+
+def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:
+    tasks = "[arc_easy, absent_mcq]"
+    assert (
+        main(["evaluate-ollama", "--tasks", tasks, "--limit", "0", "--parallel", "0", "--data_dir", str(tmp_path)]) == 1
+    )
+    error = capsys.readouterr().err
+    for part in (
+        "4 problems",
+        "'arc_easy' is not a local one",
+        "absent_mcq/test.jsonl, which does not exist",
+        "--limit",
+    ):
+        assert part in error
