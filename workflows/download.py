@@ -104,7 +104,7 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
     Raises:
         UserError: If it is none of the five kinds, or the other arguments do not go with it.
     """
-    known = _registry()
+    known = registry()
     entry = known.get(model.lower())
     path = Path(model).expanduser()
     problems = []
@@ -156,7 +156,8 @@ def embedded_gguf(cache: Path = CACHE) -> Path:
     return file
 
 
-def _registry() -> dict[str, dict[str, Any]]:
+def registry() -> dict[str, dict[str, Any]]:
+    """The models we know by name, `checkpoints/registry.yaml`."""
     # Beside the code, not in the working folder: the names work from anywhere.
     file = Path(__file__).resolve().parent.parent / REGISTRY
     try:
@@ -167,7 +168,7 @@ def _registry() -> dict[str, dict[str, Any]]:
 
 def _known_licence(hub_id: str) -> str | None:
     """The licence of a model on the Hub that the registry lists, under whatever name it was asked for."""
-    found = (entry["licence"] for entry in _registry().values() if entry["hub_id"].lower() == hub_id.lower())
+    found = (entry["licence"] for entry in registry().values() if entry["hub_id"].lower() == hub_id.lower())
     return next(found, None)
 
 

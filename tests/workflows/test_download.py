@@ -130,7 +130,7 @@ def test_an_interrupted_download_leaves_nothing_and_is_run_again(where, tiny_lla
 
 
 def test_registry_knows_the_models_people_look_for():
-    registry = download._registry()
+    registry = download.registry()
     fields = {"hub_id", "parameters", "disk_gb", "lora_gb", "licence", "gated", "note"}
     expected = {
         "smollm2-135m": "embedded",
@@ -307,7 +307,7 @@ def test_a_hub_model_is_fetched_and_converted(hub, tmp_path, tiny_llama):
 @pytest.mark.parametrize("model", ["tiny", "Org/Tiny-Model", "org/tiny-model"])
 def test_the_licence_of_a_known_hub_model_is_recorded(hub, tmp_path, monkeypatch, model):
     known = {"hub_id": "Org/Tiny-Model", "licence": "Tiny Community License", "note": "small", "disk_gb": 0.1}
-    monkeypatch.setattr(download, "_registry", lambda: {"tiny": known})
+    monkeypatch.setattr(download, "registry", lambda: {"tiny": known})
     setup(model=model, checkpoints_dir=tmp_path / "c")
     made = tmp_path / "c" / "org" / "tiny-model"
     assert licence_of(lineage(made)) == "Tiny Community License"
