@@ -93,13 +93,12 @@ def weights(model: Architecture, device: Device, *, written: bool = False) -> tu
     return parts, 0
 
 
-def trained_state(model: Architecture, device: Device, rows: int) -> dict[str, int]:
+def trained_state(model: Architecture, device: Device) -> dict[str, int]:
     """Adapters, gradients and AdamW's two moments (`training/loop.py`).
 
     Args:
         model: The model with its adapters.
         device: Where it is.
-        rows: Rows of a step; gradients meet a row's activations from the second row on.
     """
     adapted = model.lora.r > 0
     size = _FLOAT if adapted else device.dtype.itemsize  # adapters are float32 whatever the weights are

@@ -144,9 +144,9 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
         loading["the head's copy, until it is tied"] = model.embedding * device.dtype.itemsize
     others, other_mapped, judged = _other_models(step, settings, device, row)
     held |= others
-    state = trained_state(model, device, row.rows)
-    if row.rows == 1:
-        state.pop("gradients")  # they come while the activations go
+    stepping = trained_state(model, device)
+    # with one row the gradients come while the activations go
+    state = {name: size for name, size in stepping.items() if name != "gradients" or row.rows > 1}
     compiled = kernels(device, row.lengths)
     passing = activations(model, device, row)
     if step == "reward":
@@ -154,7 +154,7 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     if step == "distill-lm" and settings["divergence"] != "none":
         passing["logits of a chunk"] = _compared_chunk(model, device)
     update = Moment("a row's forward and backward pass", {**held, **state, **compiled, **passing})
-    moments = [Moment("loading", loading), update]
+    moments = [Moment("loading", loading), update, Moment("the optimizer's step", {**held, **stepping, **compiled})]
     work = Work({"training": training_flops(model, row) * train.max_steps})
     if step in ("grpo", "ppo"):
         group, new = settings.get("group_size", 1), settings["max_new_tokens"]

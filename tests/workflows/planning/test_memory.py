@@ -51,7 +51,7 @@ def test_adapters_counted_by_hand():
     width, inner, key = 4096, 14336, 1024
     qkv = 3 * 16 * width + 16 * (width + 2 * key)
     assert model.adapters == 32 * (qkv + 16 * 2 * width + 3 * 16 * (width + inner))
-    state = trained_state(model, CPU, rows=2)
+    state = trained_state(model, CPU)
     assert state == {
         "adapters": 4 * model.adapters,
         "optimizer (AdamW)": 8 * model.adapters,
@@ -120,7 +120,7 @@ def test_weights_that_are_not_cast_stay_in_the_file(tiny_llama: Path):
 
 def total(model_name: str, lora: LoRAArgs, device: Device, row: RowShape = ROW) -> int:
     model = find_architecture(model_name, lora)
-    parts = [weights(model, device, written=lora.r == 0)[0], trained_state(model, device, row.rows)]
+    parts = [weights(model, device, written=lora.r == 0)[0], trained_state(model, device)]
     return sum(sum(part.values()) for part in [*parts, activations(model, device, row), kernels(device, row.lengths)])
 
 
