@@ -129,7 +129,16 @@ changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
 announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
 remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
 
-BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill bench-gpt
+# What `make plan` plans: a step with its recipe, as it would be run; MODEL need not have been downloaded.
+PLANNED   ?= lora
+MEMORY    ?=
+TFLOPS    ?=
+planned_model = $(or $(wildcard $(shell cat $(BASE) 2>/dev/null)),$(KNOWN_AS))
+planned_options = $(if $(wildcard $(call recipe,$(1))),--config $(call recipe,$(1))) --checkpoint_dir $(call quoted,$(planned_model)) \
+  $(if $(filter $(TRAINING) distill-lm,$(1)),--data $(call rows_of,$(1)) --devices $(DEVICES) --num_nodes $(NODES)) \
+  $(if $(filter ppo,$(1)),$(options_of_ppo)) $(if $(MEMORY),--memory $(call quoted,$(MEMORY))) $(if $(TFLOPS),--tflops $(TFLOPS))
+
+BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill bench-gpt bench-plan
 # Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
 BENCH_DATA := $(if $(WORKFLOW_DATA),medquad,hpo)
 BENCH_RAW  := $(if $(WORKFLOW_DATA),--raw_dir $(call quoted,$(WORKFLOW_DATA)/medquad))
@@ -138,7 +147,7 @@ TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
   pretrain-t5 ner ner-predict ner-autotrain summarize qa answer translate translate-text
 TAKE_ARGS := download data $(TRAINING) merge evaluate evaluate-ollama export chat ask deepseek report status shrink teach distill-lm \
-  test test-fast test-slow soak \
+  plan test test-fast test-slow soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
@@ -173,7 +182,7 @@ endif
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
-  ask deepseek evaluate-ollama report status shrink teach distill-lm $(PROJECTS) clean FORCE
+  ask deepseek evaluate-ollama report status shrink teach distill-lm plan $(PROJECTS) clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -184,7 +193,7 @@ help:  ## list the targets
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
 	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report), FILE=questions.jsonl (ask), HARDWARE=8x80gb'
-	@echo '            (recipes for large GPUs: docs/large-models.md)'
+	@echo '            (recipes for large GPUs: docs/large-models.md), PLANNED=dpo, MEMORY=24GB and TFLOPS=200 (plan)'
 
 ##@ Set-up
 setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that by themselves)
@@ -197,6 +206,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 clean:  ## delete what the runs made (out/, data/); downloads, checkpoints and .venv stay
 	rm -rf out data
+
+plan: $(INSTALLED)  ## say what a step would take and what fits: PLANNED=dpo MEMORY=24GB TFLOPS=200 (before MODEL is downloaded, too)
+	@$(STEP) plan $(PLANNED) $(call planned_options,$(PLANNED)) $(ARGS)
 
 ##@ The road: from an open checkpoint to your own model in Ollama
 demo: $(OUT)/summary.json  ## all of it with a small real model, and a table of what changed
@@ -395,6 +407,10 @@ bench-distill: $(INSTALLED)  ## the distilled student against its teacher
 
 bench-gpt: $(INSTALLED)  ## a small GPT on Shakespeare: time to the loss of nanoGPT's own setting (needs WORKFLOW_DATA)
 	$(PY) -m bench.gpt $(ARGS)
+
+bench-plan: $(BASE)  ## peak memory as planned beside that of the steps, at three model sizes
+	@test -f data/hpo/manifest.json || $(STEP) data --data hpo
+	$(PY) -m bench.plan --checkpoint_dir "$$(cat $(BASE))" $(ARGS)
 
 # ---- the files behind the targets ----
 

@@ -51,7 +51,7 @@ def setup(
             measured = export_once(contender)
         print(json.dumps(measured))
         return
-    large = random_checkpoint(checkpoint_dir, REPORTS / "llama-1b-shape")
+    large = random_checkpoint(checkpoint_dir, REPORTS / "llama-1b-shape", SHAPE_1B)
     sizes = {"135m": checkpoint_dir, "1b": large}
     runs = alternate("bench.export", [str(path) for path in sizes.values()], [], rounds)
     named = {"ours": runs[str(checkpoint_dir)]}
@@ -86,15 +86,15 @@ def export_once(checkpoint_dir: Path) -> dict[str, Any]:
     return {"rate": facts["bytes"] / 1e6 / seconds, "seconds": seconds, "parameters": facts["parameters"]}
 
 
-def random_checkpoint(like: Path, target: Path) -> Path:
-    """A checkpoint of a 1B Llama's shape with random weights in bfloat16, made once; tokenizer and files as `like`."""
+def random_checkpoint(like: Path, target: Path, shape: dict[str, int]) -> Path:
+    """A checkpoint of a shape with random weights in bfloat16, made once; tokenizer and files as `like`."""
     from workflows.checkpoint import PROVENANCE, metric, write_metrics, write_provenance
     from workflows.conversion import LazyTensor, Source, write_checkpoint
     from workflows.files import atomic_dir, read_json
 
     if (target / PROVENANCE).is_file():
         return target
-    config = {**read_json(like / "config.json"), **SHAPE_1B}
+    config = {**read_json(like / "config.json"), **shape}
     width, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     groups = config["num_key_value_heads"] * size
     shapes: dict[str, tuple[int, ...]] = {
@@ -119,7 +119,7 @@ def random_checkpoint(like: Path, target: Path) -> Path:
         chat_template=(like / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     with atomic_dir(target) as folder:
-        write_checkpoint(source, folder, "llama-1b-shape")
+        write_checkpoint(source, folder, target.name)
         rows = [
             metric("parameters", sum(torch.Size(shape).numel() for shape in shapes.values())),
             metric("bytes", (folder / "lit_model.pth").stat().st_size),

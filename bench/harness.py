@@ -42,6 +42,18 @@ def by_precision(reports: dict[str, Any]) -> dict[str, Any]:
     return {**top, **({"float32": reports["32-true"]} if "32-true" in reports else {})}
 
 
+def run_watched(command: list[str], variables: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run a command, and give what it printed and the peak memory of its process tree in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+    peak, watched = 0, psutil.Process(process.pid)
+    while True:
+        try:
+            out, err = process.communicate(timeout=PeakMemory.INTERVAL)
+            return subprocess.CompletedProcess(command, process.returncode, out, err), peak
+        except subprocess.TimeoutExpired:
+            peak = max(peak, tree_bytes(watched))
+
+
 def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any]:
     """Run one contender in a fresh process and watch its memory.
 
@@ -60,14 +72,8 @@ def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any
     variables = dict(os.environ)
     if name == "ours":  # as `python -m workflows` does
         environment.prepare(variables)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
-    peak, watched = 0, psutil.Process(process.pid)
-    while True:
-        try:
-            out, err = process.communicate(timeout=PeakMemory.INTERVAL)
-            break
-        except subprocess.TimeoutExpired:
-            peak = max(peak, tree_bytes(watched))
+    process, peak = run_watched(command, variables)
+    out, err = process.stdout, process.stderr
     lines = [line for line in out.splitlines() if line.startswith('{"rate"')]
     if process.returncode != 0 or not lines:
         raise UserError(f"The contender {name} of {module} failed:\n{err[-2000:]}")

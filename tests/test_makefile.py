@@ -603,3 +603,22 @@ def test_a_served_model_is_scored_beside_the_checkpoint_of_its_run(project):
     (other,) = project.calls("evaluate-ollama", "NAME=deepseek")  # another model than the run's
     assert "--checkpoint_dir" not in other
     assert "has no questions with options" in project.refusal("evaluate-ollama", "DATA=medquad")
+
+
+def test_a_plan_needs_no_download_and_takes_the_recipe_of_its_step(project: Project):
+    ((step, about, *options),) = project.calls(
+        "plan", "MODEL=llama-3.1-8b-instruct", "PLANNED=grpo", "MEMORY=24 GB", "TFLOPS=200", "ARGS=--accelerator cuda"
+    )
+    assert (step, about) == ("plan", "grpo")
+    assert option(options, "--config") == "workflows/recipes/llama-3.1-8b-instruct/grpo.yaml"
+    assert option(options, "--checkpoint_dir") == "llama-3.1-8b-instruct"
+    assert (option(options, "--memory"), option(options, "--tflops")) == ("24 GB", "200")
+    assert options[-2:] == ["--accelerator", "cuda"]
+
+
+def test_a_downloaded_model_is_planned_by_its_folder(project: Project):
+    project.calls("download")
+    (project.root / "checkpoints" / "made" / "up").mkdir(parents=True)
+    ((_, about, *options),) = project.calls("plan", "PLANNED=merge")
+    assert (about, option(options, "--checkpoint_dir")) == ("merge", "checkpoints/made/up")
+    assert "--config" not in options

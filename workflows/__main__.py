@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workflows import environment
 from workflows.errors import UserError
+from workflows.planning import PLANNED
 
 STEPS = {
     "download": ("workflows.download", "setup", "get a checkpoint and bring it into LitGPT's form"),
@@ -33,6 +34,7 @@ STEPS = {
     "merge": ("workflows.merge", "setup", "fold LoRA weights into a plain checkpoint"),
     "evaluate": ("workflows.evaluate", "setup", "score a checkpoint with lm-eval, and compare with another"),
     "export": ("workflows.export", "setup", "write Hugging Face, GGUF and Ollama forms, and verify them"),
+    "plan": ("workflows.plan", "run", "say what a step would take, and what fits: memory, time, disk"),
     "chat": ("workflows.chat", "setup", "talk to a model in Ollama"),
     "report": ("workflows.report", "setup", "a page about a run, or about several: curves, scores, answers, checks"),
     "status": ("workflows.status", "setup", "what runs, what was stopped, what is finished, and how to go on"),
@@ -79,6 +81,9 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str, program:
     parser = ArgumentParser(prog=f"python -m {program} {prog}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these same keys; later arguments override it.")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    if program == "workflows" and prog in PLANNED:
+        about = "Run although the plan says that memory or disk are too little."
+        parser.add_argument("--ignore_plan", type=bool, default=False, help=about)
     problems: list[str] = []
     remaining = list(args)
     while True:
@@ -223,7 +228,15 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
             logging.getLogger(name).setLevel(logging.WARNING)
         module, name, _ = steps[step]
         function = getattr(importlib.import_module(module), name)
-        function(**parse_all(function, rest, step, program))
+        if step == "plan" and steps is STEPS:  # its arguments are another step's
+            function(rest)
+            return 0
+        arguments = parse_all(function, rest, step, program)
+        if arguments.pop("ignore_plan", True) is False:
+            from workflows.plan import require_room
+
+            require_room(step, vars(arguments))
+        function(**arguments)
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         if (message := explain(e)) is None:
             raise

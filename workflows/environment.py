@@ -5,7 +5,7 @@ from collections.abc import MutableMapping
 
 _BUSY_PERCENT = 20.0
 """The share of all cores in use from which a machine has something else to do."""
-_KERNELS = "128"
+KERNELS = "128"
 """oneDNN keeps its last so many kernels, each with its memory. A row's passes need about 30 for the row's length; its
 own limit of 1,024 lets a run over rows of many lengths grow by 0.3 GB (SmolLM2-135M) and makes it no faster."""
 
@@ -17,7 +17,7 @@ def prepare(variables: MutableMapping[str, str] = os.environ) -> None:
         variables: The environment to change.
     """
     share_cores(variables)
-    variables.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)
+    variables.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -24,7 +24,7 @@ from workflows.files import atomic_dir, read_json, read_text, write_json
 from workflows.litgpt_api import incremental_save
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.progress import brief
-from workflows.training.model import LoRAArgs, empty_model
+from workflows.training.model import LoRAArgs, LoRAQKVLinear, empty_model
 from workflows.untrusted import parse_yaml
 
 
@@ -108,17 +108,27 @@ def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAAr
     tied = is_tied(base_dir)
     base = load_weights(base_dir)
     merged: dict[str, Any] = {}
+    # Two buffers for all: tensors made and freed one by one would leave holes in the heap, layer by layer.
+    buffer = bytearray(max((weight.nbytes for weight in base.values()), default=0))
+    updated = torch.empty(max((base[name].numel() for name in layers), default=0))
     with incremental_save(out_dir / WEIGHTS) as saver, torch.no_grad():
         for name, weight in brief(base.items(), "merging", "tensor"):
             if name == "lm_head.weight" and tied and name not in layers:
                 continue
-            if name in layers:
-                weight = (weight.float() + layers[name].get_lora_AB()).to(weight.dtype)
             # A copy: tensors mapped from a file share one storage, which would be written whole for each of them.
-            merged[name] = saver.store_early(weight.clone())
+            copy = torch.frombuffer(buffer, dtype=weight.dtype, count=weight.numel()).view(weight.shape)
+            if name in layers:
+                weight = _updated(layers[name], weight, updated[: weight.numel()].view(weight.shape))
+            merged[name] = saver.store_early(copy.copy_(weight))
         if "lm_head.weight" not in merged:
             merged["lm_head.weight"] = merged["transformer.wte.weight"]
         saver.save(merged)
     if tied and "lm_head.weight" in layers:
         config = read_json(out_dir / "config.json")
         write_json(out_dir / "config.json", {**config, "tie_word_embeddings": False})
+
+
+def _updated(layer: LoRALinear, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """W + (alpha / r) B A in float32, in a tensor of W's shape that is there already."""
+    lora_B = layer.block_diagonal_B() if isinstance(layer, LoRAQKVLinear) else layer.lora_B
+    return torch.mm(lora_B, layer.lora_A, out=out).mul_(layer.scaling).add_(weight)

@@ -94,10 +94,6 @@ class LoRAQKVLinear(litgpt.lora.LoRAQKVLinear):
             return self.linear(x)
         return _adapted(self, x, self.block_diagonal_B())
 
-    def get_lora_AB(self) -> torch.Tensor:
-        """The weights' update, (out_features, in_features); LitGPT's own cannot have its weights on the meta device."""
-        return (self.block_diagonal_B() @ self.lora_A) * self.scaling
-
     def block_diagonal_B(self) -> torch.Tensor:
         """Shape (out_features, r * enabled): B of query, key, value on the diagonal, zeros for what is not adapted."""
         sizes = [self.head_size * n for n in (self.n_head, self.n_query_groups, self.n_query_groups)]

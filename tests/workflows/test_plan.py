@@ -1,0 +1,170 @@
+"""`make plan`: every recipe has a plan, what it suggests fits, and a step is refused by it before anything loads."""
+
+import json
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workflows.alignment import question, write
+from workflows import plan
+from workflows.__main__ import main
+from workflows.errors import UserError
+from workflows.planning import PLANNED
+
+RECIPES = sorted(Path("workflows/recipes").glob("*/*.yaml"))
+
+
+def planned(capsys, *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def options_of(recipe: Path) -> list[str]:
+    step = recipe.stem.removesuffix("-hpo_thoughts")
+    model = "smollm2-135m" if recipe.parent.name == "default" else recipe.parent.name
+    rewards = ["--rewards", "[{reward: out/rlhf/reward/final}]"] if step == "ppo" else []
+    return [step, "--config", str(recipe), "--checkpoint_dir", model, *rewards]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.parent.name}-{recipe.stem}")
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_every_recipe_has_a_plan(recipe: Path, accelerator: str, tmp_path: Path, capsys):
+    arguments = [*options_of(recipe), "--read_data", "false", "--json_file", str(tmp_path / "plan.json")]
+    if arguments[0] in ("evaluate", "export"):
+        arguments += ["--device", accelerator]
+    elif arguments[0] not in ("shrink", "merge"):
+        arguments += ["--accelerator", accelerator]
+    told = planned(capsys, *arguments, "--memory", "100TB", "--tflops", "100")
+    assert "fits in 100,000.00 GB" in told and "together" in told
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["peak_bytes"] == max(sum(parts.values()) for parts in written["moments"].values())
+    assert all(size >= 0 for parts in written["moments"].values() for size in parts.values())
+    assert written["disk_bytes"] and all(size >= 0 for size in written["disk_bytes"].values())
+
+
+@pytest.mark.parametrize("step", PLANNED)
+def test_every_step_that_loads_a_model_has_a_plan_of_its_defaults(step: str, capsys):
+    rewards = ["--rewards", "[{reward: letter}]"] if step == "ppo" else []
+    more = ["--divergence", "none"] if step == "distill-lm" else []
+    told = planned(capsys, step, "--checkpoint_dir", "smollm2-135m", *rewards, *more, "--read_data=false")
+    assert told.startswith(f"{step} of smollm2-135m: 134,515,008 parameters")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lora", "--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--train.row_tokens", "8192"],
+        ["lora", "--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--lora_r", "0"],
+        ["evaluate", "--checkpoint_dir", "llama-3.2-3b-instruct", "--device", "cuda", "--row_tokens", "65536"],
+        ["grpo", "--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--sampling_batch", "512",
+         "--group_size", "64"],
+    ],
+    ids=["lora", "full", "evaluate", "grpo"],
+)  # fmt: skip
+def test_what_it_suggests_fits(arguments: list[str], capsys):
+    limit = ["--memory", "9GB" if arguments[0] == "evaluate" else "24GB", "--read_data", "false"]
+    told = planned(capsys, *arguments, *limit)
+    assert "does not fit in" in told
+    (line,) = (line for line in told.splitlines() if line.startswith("with --"))
+    changes = line.removeprefix("with ").partition(" it fits")[0].split()
+    assert "\nfits in" in planned(capsys, *arguments, *changes, *limit)
+
+
+def test_what_nothing_makes_fit_is_said(capsys):
+    told = planned(capsys, "merge", "--checkpoint_dir", "llama-3.1-8b-instruct", "--memory", "1MB")
+    assert "no change of its settings alone makes it fit" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("24gb", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("16G", 16 * 10**9), ("512", 512)],
+)
+def test_sizes(text: str, size: int):
+    assert plan.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["lots", "-3GB", "0GB", "24XB", "24 GBs", ""])
+def test_what_is_no_size_is_told(text: str):
+    with pytest.raises(UserError, match="must be a size such as 24GB"):
+        plan.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "Name the step to plan"),
+        (["chat"], "There is no plan for 'chat'"),
+        (["lora", "--checkpoint_dir", "smollm2-135", "--read_data", "false"], "near are: smollm2-135m"),
+        (["lora", "--checkpoint_dir", "smollm2-135m", "--memory", "much"], "must be a size"),
+        (["lora", "--checkpoint_dir", "smollm2-135m", "--tflops", "-1"], "--tflops must be positive"),
+        (["lora", "--checkpoint_dir", "smollm2-135m", "--devices", "many"], "--devices must be a number or auto"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: list[str], told: str, capsys):
+    assert main(["plan", *arguments]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_own_options_may_stand_anywhere():
+    found = plan.split_arguments(["--memory", "2GB", "lora", "--tflops=3", "--train.max_steps", "5"])
+    assert found == (["--memory", "2GB", "--tflops=3"], "lora", ["--train.max_steps", "5"])
+
+
+TINY = ["--train.max_steps", "1", "--train.lr_warmup_steps", "0", "--train.global_batch_size", "2", "--lora_r", "4"]
+
+
+@pytest.fixture
+def lora(tiny_llama: Path, tmp_path: Path) -> list[str]:
+    """A LoRA run of one step on made-up data."""
+    rows: list[dict[str, Any]] = [
+        {"messages": [*question(n)["prompt"], {"role": "assistant", "content": "It is."}]} for n in range(4)
+    ]
+    data = write(tmp_path / "data", train=rows, validation=rows)
+    out = ["--out_dir", str(tmp_path / "out"), "--train.max_seq_length", "256"]
+    return ["lora", "--checkpoint_dir", str(tiny_llama), "--data", str(data), *out, *TINY]
+
+
+@pytest.mark.long
+def test_too_little_memory_is_refused_before_anything_is_read_and_may_be_overridden(
+    lora, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(plan, "memory_here", lambda _: 1_000_000)
+    assert main(lora) == 1
+    told = capsys.readouterr().err
+    assert "The memory is too little" in told and "--ignore_plan true" in told
+    assert not (tmp_path / "out").exists()
+    assert main([*lora, "--ignore_plan", "true"]) == 0
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+    capsys.readouterr()
+    assert main(lora) == 0  # there is nothing to do any more
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", ["lora", "evaluate", "export", "shrink"])
+def test_a_full_disk_is_refused(step: str, lora: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage(1, 1, 0))
+    others = [step, "--checkpoint_dir", str(tiny_llama), "--out_dir", str(tmp_path / "out")]
+    others += ["--create", "false"] if step == "export" else []
+    assert main(lora if step == "lora" else others) == 1
+    assert "The disk is too full" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_told_by_the_step_itself(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "memory_here", lambda _: 1)
+    assert main(["lora", "--checkpoint_dir", str(tmp_path / "nothing")]) == 1
+    assert "There is no checkpoint at" in capsys.readouterr().err
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch):
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(plan, "_CGROUP", tmp_path)
+    settings = {"checkpoint_dir": "smollm2-135m", "out_dir": None, "base_dir": None}
+    found = plan.plan_step("merge", settings)
+    assert plan.memory_here(found) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan.memory_here(found) > 2000
