@@ -11,7 +11,7 @@ import yaml
 from litgpt.config import Config
 
 from tests.conftest import write_tokenizer
-from workflows.__main__ import STEPS, parse_all
+from workflows.__main__ import STEPS, main, parse_all
 from workflows.checkpoint import REQUIRED, WEIGHTS, write_config
 from workflows.training.model import LoRAArgs, empty_model
 from workflows.training.whole import keep_skeleton
@@ -52,6 +52,8 @@ def test_a_training_recipe_is_valid_and_its_model_can_be_built(recipe, tmp_path,
         arguments += [f"--{option}", str(tmp_path / option)]
     if step == "ppo":
         arguments += ["--rewards", "[{reward: out/x/reward/final}]"]
+    if "chat_template" in yaml.safe_load(recipe.read_text()):
+        write_tokenizer(checkpoint)  # which the template is tried with
     if step == "distill-lm":
         write_tokenizer(checkpoint)  # the teacher's and the student's are compared
         arguments += ["--teacher_dir", str(checkpoint)]
@@ -63,7 +65,9 @@ def test_a_training_recipe_is_valid_and_its_model_can_be_built(recipe, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr("workflows.training.step.find_spec", lambda _: True)  # bitsandbytes is an extra
 
-    module.setup(**parse_all(module.setup, arguments, step))
+    settings = parse_all(module.setup, arguments, step)
+    assert settings.pop("ignore_plan") is False  # of all steps, and not of its own
+    module.setup(**settings)
 
     ((_, settings, run, _),) = begun
     assert settings["precision"] == "bf16-true"
@@ -85,6 +89,16 @@ def test_a_rows_answers_fit_into_it():
         if train is not None and path.parent.name in (*LARGE, "llama-3.2-3b-instruct", "llama-3.2-1b-instruct"):
             longest = train["max_seq_length"] * (2 if step_of(path) == "dpo" else 1)
             assert longest <= train["row_tokens"], path
+
+
+@pytest.mark.parametrize("hardware", ["", "-80gb", "-8x80gb"])
+@pytest.mark.parametrize("step", ["lora", "dpo", "grpo"])
+def test_large_models_are_planned_to_fit_their_hardware(step, hardware, capsys):
+    recipe = RECIPES / "llama-3.1-8b-instruct" / f"{step}{hardware}.yaml"
+    asked = ["plan", step, "--config", str(recipe), "--checkpoint_dir", "llama-3.1-8b-instruct", "--read_data", "false"]
+    memory = "80GB" if hardware else "24GB"
+    assert main([*asked, "--data", "data/none", "--accelerator", "cuda", "--memory", memory]) == 0
+    assert f"fits in {memory[:-2]}.00 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", LARGE)
