@@ -58,12 +58,14 @@ class _Watch:
             "born": psutil.Process().create_time(),
         }
         self._written = 0.0
+        self._noted = False
 
     def note(self, bar: tqdm) -> None:
         """Keep a bar's numbers."""
         now = time.time()
         done = bar.total is not None and bar.n >= bar.total
-        if done or now - self._written >= _INTERVAL:
+        if done or not self._noted or now - self._written >= _INTERVAL:
+            self._noted = True
             facts = {"what": bar.desc.removesuffix(": "), "unit": bar.unit, "done": bar.n, "total": bar.total}
             self.write({**facts, "first": bar.initial, "began": bar.start_t, "updated": now, "told": bar.postfix or ""})
 

@@ -56,7 +56,7 @@ def setup(
     head: Head | None = None,
     out_dir: Path = Path("out/ner/scratch"),
     shape: T5Shape = T5Shape(width=128, dropout=0.2),
-    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=4),
+    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=0),
     unlabelled: list[Path] | None = None,
     max_unlabelled: int = 4000,
     fit: FitArgs = FitArgs(batch_size=32, learning_rate=2e-3, max_epochs=20, patience=20, precision=None),

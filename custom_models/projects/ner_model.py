@@ -142,11 +142,13 @@ class Written(NamedTuple):
         entities: Of each sentence.
         malformed: Entries of written lists that name no entity of the sentence.
         unfinished: Lists that reached the limit of tokens.
+        lists: Token ids of the lists that the beams kept for each sentence, the best first; none without a decoder.
     """
 
     entities: list[list[Entity]]
     malformed: int
     unfinished: int
+    lists: Sequence[list[list[int]]] = ()
 
 
 class EntityModel(nn.Module):
@@ -234,71 +236,7 @@ def by_text(
         max_new_tokens: The longest list, in tokens.
         batch_size: Sentences at a time.
     """
-    lists = write_lists(model, codec, sentences, constrained, n_beam, length_penalty, max_new_tokens, batch_size)
-    return _written(codec, sentences, [best for best, *_ in lists])
-
-
-def _written(codec: Codec, sentences: Sequence[Sentence], lists: Sequence[Sequence[int]]) -> Written:
-    """What lists say."""
-    named = [codec.entities(ids, sentence.words) for sentence, ids in zip(sentences, lists, strict=True)]
-    unfinished = sum(ids[-1] != codec.end_id for ids in lists)
-    return Written([entities for entities, _ in named], sum(malformed for _, malformed in named), unfinished)
-
-
-@torch.no_grad()
-def by_both(
-    model: EntityModel,
-    codec: Codec,
-    sentences: Sequence[Sentence],
-    constrained: bool = True,
-    n_beam: int = 4,
-    tag_share: float = 0.75,
-) -> Written:
-    """The entities by the lists that decoder and encoder together find likeliest.
-
-    Candidates are what the beams keep, and the list of the encoder's own tags. A list's score is
-    (1 - tag_share) * log p(its tokens by the decoder) + tag_share * log p(its words' tags by the encoder).
-
-    Args:
-        model: Both of its heads are trained.
-        codec: See `by_text`, as for what follows.
-        sentences: See there.
-        constrained: See there.
-        n_beam: See there.
-        tag_share: How much the encoder counts.
-    """
-    t5 = model.t5.eval()
-    lists = write_lists(t5, codec, sentences, constrained, n_beam)
-    best = _written(codec, sentences, [first for first, *_ in lists])
-    tagged = model.by_tags(sentences).entities
-    found: list[list[Entity]] = []
-    for number, sentence in enumerate(sentences):
-        ((_, tag_logprobs, context),) = model.read([sentence], [number])  # (n_word, n_label), (1, T, width)
-        candidates = [codec.entities(ids, sentence.words)[0] for ids in lists[number]]
-        candidates += [] if tagged[number] in candidates else [tagged[number]]
-        targets = padded([codec.target(sentence.words, each) for each in candidates], t5.config.pad_id)  # (N, T)
-        logits = t5.decode(t5.shift(targets), context.expand(len(targets), -1, -1))  # (N, T, vocab_size)
-        of_tokens = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=t5.config.pad_id,
-                                     reduction="none").sum(dim=1)  # (N,)  # fmt: skip
-        tags = [[codec.labels.index(tag) for tag in tags_of(each, len(sentence.words))] for each in candidates]
-        of_tags = tag_logprobs.gather(1, torch.tensor(tags, dtype=torch.long).T).sum(dim=0)  # (N,)
-        found.append(candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())])
-    return best._replace(entities=found)
-
-
-@torch.no_grad()
-def write_lists(
-    model: EncoderDecoder,
-    codec: Codec,
-    sentences: Sequence[Sentence],
-    constrained: bool = True,
-    n_beam: int = 4,
-    length_penalty: float = 1.0,
-    max_new_tokens: int = 160,
-    batch_size: int = 64,
-) -> list[list[list[int]]]:
-    """For each sentence the lists that beam search keeps, the best first; arguments as for `by_text`."""
-    found: dict[int, list[list[int]]] = {}
+    lists: dict[int, list[list[int]]] = {}
     for numbers in _by_length(sentences, batch_size):
         chosen = [sentences[i] for i in numbers]
         lengths = torch.tensor([len(sentence.source) for sentence in chosen])  # (B,)
@@ -313,8 +251,44 @@ def write_lists(
             stop_ids=[codec.end_id],
             allowed=partial(_allowed, grammars) if constrained else None,
         )
-        found.update(zip(numbers, written.answers, strict=True))
-    return [found[i] for i in range(len(sentences))]
+        lists.update(zip(numbers, written.answers, strict=True))
+    kept = [lists[i] for i in range(len(sentences))]
+    named = [codec.entities(best, sentence.words) for sentence, (best, *_) in zip(sentences, kept, strict=True)]
+    unfinished = sum(best[-1] != codec.end_id for best, *_ in kept)
+    return Written([entities for entities, _ in named], sum(malformed for _, malformed in named), unfinished, kept)
+
+
+@torch.no_grad()
+def by_both(
+    model: EntityModel, codec: Codec, sentences: Sequence[Sentence], written: Written, tag_share: float = 0.75
+) -> Written:
+    """The entities by the lists that decoder and encoder together find likeliest.
+
+    Candidates are what the beams keep, and the list of the encoder's own tags. A list's score is
+    (1 - tag_share) * log p(its tokens by the decoder) + tag_share * log p(its words' tags by the encoder).
+
+    Args:
+        model: Both of its heads are trained.
+        codec: Its ids.
+        sentences: What is read.
+        written: What `by_text` has made of them.
+        tag_share: How much the encoder counts.
+    """
+    t5 = model.t5.eval()
+    tagged = model.by_tags(sentences).entities
+    found: list[list[Entity]] = []
+    for number, sentence in enumerate(sentences):
+        ((_, tag_logprobs, context),) = model.read([sentence], [number])  # (n_word, n_label), (1, T, width)
+        candidates = [codec.entities(ids, sentence.words)[0] for ids in written.lists[number]]
+        candidates += [] if tagged[number] in candidates else [tagged[number]]
+        targets = padded([codec.target(sentence.words, each) for each in candidates], t5.config.pad_id)  # (N, T)
+        logits = t5.decode(t5.shift(targets), context.expand(len(targets), -1, -1))  # (N, T, vocab_size)
+        of_tokens = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=t5.config.pad_id,
+                                     reduction="none").sum(dim=1)  # (N,)  # fmt: skip
+        tags = [[codec.labels.index(tag) for tag in tags_of(each, len(sentence.words))] for each in candidates]
+        of_tags = tag_logprobs.gather(1, torch.tensor(tags, dtype=torch.long).T).sum(dim=0)  # (N,)
+        found.append(candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())])
+    return written._replace(entities=found)
 
 
 def _allowed(grammars: Sequence[Grammar], text: int, ids: list[int]) -> list[int]:

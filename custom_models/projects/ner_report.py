@@ -93,9 +93,8 @@ def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], asking
     """The entities of sentences by the head that is asked for."""
     if asking.head == "tokens":
         return model.by_tags(sentences)
-    if asking.head == "both":
-        return by_both(model, codec, sentences, asking.constrained, asking.n_beam, asking.tag_share)
-    return by_text(model.t5.eval(), codec, sentences, asking.constrained, asking.n_beam)
+    written = by_text(model.t5.eval(), codec, sentences, asking.constrained, asking.n_beam)
+    return by_both(model, codec, sentences, written, asking.tag_share) if asking.head == "both" else written
 
 
 def report(
@@ -139,7 +138,7 @@ def report(
             written = find(done.model, done.codec, test, asking)
             results.append((score(splits["test"], written.entities), written))
             rounds.append(done)
-            beside.append(_beside(done, splits, test, asking, tag_weight))
+            beside.append(_beside(done, splits, test, written.lists, asking, tag_weight))
             print(_told(f"seed {seed}, test", *results[-1]) + f"; trained in {done.seconds:.0f} s")
             print("".join(f"  {name}: {value:.3f}\n" for name, value in beside[-1].items()), end="")
     if cut:
@@ -177,15 +176,20 @@ def report(
 
 
 def _beside(
-    done: Round, splits: dict[str, list[Tagged]], test: Sequence[Sentence], asking: Asking, tag_weight: float
+    done: Round,
+    splits: dict[str, list[Tagged]],
+    test: Sequence[Sentence],
+    lists: Sequence[list[list[int]]],
+    asking: Asking,
+    tag_weight: float,
 ) -> dict[str, float]:
     """Further F1s of a model that writes lists: by either of its halves alone, and with and without the grammar."""
     if asking.head == "tokens":
         return {}
     found = {}
     if asking.head == "both":
-        alone = find(done.model, done.codec, test, asking._replace(head="text"))
-        found["f1 by the decoder's lists, test"] = score(splits["test"], alone.entities).f1
+        alone = [done.codec.entities(best, each.words)[0] for each, (best, *_) in zip(test, lists, strict=True)]
+        found["f1 by the decoder's lists, test"] = score(splits["test"], alone).f1
     if tag_weight:
         found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
     rows = looked_at(splits["validation"], asking.validation_rows)

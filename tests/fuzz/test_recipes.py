@@ -16,6 +16,7 @@ from workflows import export, lora
 from workflows.__main__ import parse_all
 from workflows.checkpoint import load_config
 from workflows.merge import read_hyperparameters
+from workflows.plan import require_room
 from workflows.training.model import LoRAArgs, empty_model
 
 pytestmark = pytest.mark.rough
@@ -140,7 +141,10 @@ def train(checkpoint: Path, data: Path, text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.yaml").write_text(text)
         args = ["--checkpoint_dir", str(checkpoint), "--data", str(data), "--out_dir", folder]
-        lora.setup(**parse_all(lora.setup, [*args, "--config", str(Path(folder) / "recipe.yaml")], "lora"))
+        arguments = parse_all(lora.setup, [*args, "--config", str(Path(folder) / "recipe.yaml")], "lora")
+        arguments.pop("ignore_plan")
+        require_room("lora", vars(arguments))
+        lora.setup(**arguments)
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE)

@@ -25,6 +25,7 @@ from workflows.ollama.client import OURS, connect, owner_sha256
 from workflows.ollama.install import environment
 from workflows.ollama.server import OllamaServer, probe
 from workflows.ollama.verify import Reference, Verification, reference_answers
+from workflows.progress import PROGRESS
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_an_export_that_stops_leaves_the_earlier_one(checkpoint: Path, tmp_path:
         patch.setattr(export, "write_instructions", stops)  # when the weights are written
         with pytest.raises(KeyboardInterrupt):
             export.setup(checkpoint, name="tiny", out_dir=tmp_path, create=False, hf=False, quantize=kinds)
+    (tmp_path / PROGRESS).unlink()  # says that it was stopped
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     with monkeypatch.context() as patch:
         patch.setattr(export, "write_gguf", stops)  # what was finished is not written again

@@ -119,8 +119,9 @@ def test_by_both_the_likeliest_list_wins(codec, data):
         by_tokens, _, n = text_loss(model.t5, batch)
         return float(-tag_share * by_tags * n_tagged - (1 - tag_share) * by_tokens * n)
 
-    others = [by_text(model.t5, codec, sentences, n_beam=3).entities, model.by_tags(sentences).entities]
-    chosen = {share: by_both(model, codec, sentences, True, 3, share).entities for share in (0.0, 0.5, 1.0)}
+    written = by_text(model.t5, codec, sentences, n_beam=3)
+    others = [written.entities, model.by_tags(sentences).entities]
+    chosen = {share: by_both(model, codec, sentences, written, share).entities for share in (0.0, 0.5, 1.0)}
     for share, found in chosen.items():
         for number, sentence in enumerate(sentences):
             best = max(logprob(sentence, other[number], share) for other in others)
