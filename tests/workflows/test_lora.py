@@ -406,7 +406,7 @@ def test_quantization_without_bitsandbytes_is_explained(tiny_llama, data, tmp_pa
     ("changes", "message"),
     [
         ({"devices": "abc"}, "--devices must be a number or auto, not 'abc'"),
-        ({"devices": 0}, "--devices must be from 1"),
+        ({"devices": 0}, "--devices must be at least 1, not 0"),
         ({"devices": 5}, "4 is fewer samples than the 5 processes"),
         ({"num_nodes": 0}, "--num_nodes must be at least 1"),
         ({"accelerator": "cuda"}, "torch sees no CUDA GPU"),

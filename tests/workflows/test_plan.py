@@ -13,7 +13,9 @@ from workflows.__main__ import main
 from workflows.errors import UserError
 from workflows.planning import PLANNED
 
-RECIPES = sorted(Path("workflows/recipes").glob("*/*.yaml"))
+RECIPES = [
+    path for path in sorted(Path("workflows/recipes").glob("*/*.yaml")) if path.stem != "deepseek"
+]  # which loads nothing
 
 
 def planned(capsys, *arguments: str) -> str:
@@ -22,7 +24,7 @@ def planned(capsys, *arguments: str) -> str:
 
 
 def options_of(recipe: Path) -> list[str]:
-    step = recipe.stem.removesuffix("-hpo_thoughts")
+    step = max((name for name in PLANNED if f"{recipe.stem}-".startswith(f"{name}-")), key=len)
     model = "smollm2-135m" if recipe.parent.name == "default" else recipe.parent.name
     rewards = ["--rewards", "[{reward: out/rlhf/reward/final}]"] if step == "ppo" else []
     return [step, "--config", str(recipe), "--checkpoint_dir", model, *rewards]
