@@ -122,7 +122,11 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny
     assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+SHARDED = pytest.mark.slow
+"""Sharded runs have quick tests of their own, on a Llama (test_sharded.py)."""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, tiny_llama, data, tmp_path):
     run = start(tiny_llama, data, tmp_path, strategy)
     _, said = run.communicate(timeout=200)
@@ -133,7 +137,14 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
 
 
 @pytest.mark.parametrize(
-    ("step", "strategy"), [("dpo", "ddp"), ("dpo", "fsdp"), ("reward", "fsdp"), ("grpo", "ddp"), ("ppo", "ddp")]
+    ("step", "strategy"),
+    [
+        ("dpo", "ddp"),
+        pytest.param("dpo", "fsdp", marks=SHARDED),
+        ("reward", "fsdp"),
+        ("grpo", "ddp"),
+        ("ppo", "ddp"),
+    ],
 )
 def test_alignment_in_two_processes_follows_one(step, strategy, tiny_llama, pairs, questions, tmp_path):
     # small steps: a number that rounds the other way must not sample another token
