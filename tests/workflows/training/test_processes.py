@@ -141,7 +141,7 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
     [
         ("dpo", "ddp"),
         pytest.param("dpo", "fsdp", marks=SHARDED),
-        ("reward", "fsdp"),
+        pytest.param("reward", "fsdp", marks=SHARDED),
         ("grpo", "ddp"),
         ("ppo", "ddp"),
     ],
