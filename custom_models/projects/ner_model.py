@@ -181,36 +181,39 @@ class EntityModel(nn.Module):
 
     @torch.no_grad()
     def by_tags(self, sentences: Sequence[Sentence], batch_size: int = 64) -> Written:
-        """The entities by the encoder's tags: for each word the likeliest one that may follow the one before it."""
+        """The entities by the encoder's tags."""
+        found = {i: self.tagged(logprobs) for i, logprobs, _ in self.read(sentences, batch_size)}
+        return Written([found[i] for i in range(len(sentences))], 0, 0)
+
+    @torch.no_grad()
+    def read(self, sentences: Sequence[Sentence], batch_size: int = 64) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What the encoder makes of sentences.
+
+        Yields:
+            In the order of their lengths each one's number, the log-probabilities of its words' classes,
+            (n_word, n_label), and the encoder's output, (1, T, width).
+        """
+        self.eval()
+        for numbers in _by_length(sentences, batch_size):
+            chosen = [sentences[i] for i in numbers]
+            batch = batch_of(chosen, self.t5.config.pad_id)
+            context = self.t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
+            logprobs = self.tag_logits(context).log_softmax(dim=-1)  # (B, Ts, n_label)
+            for i, sentence, row, vectors in zip(numbers, chosen, logprobs, context, strict=True):
+                yield i, row[sentence.firsts], vectors[None, : len(sentence.source)]
+
+    def tagged(self, logprobs: Tensor) -> list[Entity]:
+        """The entities of (n_word, n_label): for each word the likeliest tag that may follow the one before it."""
         labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
         # An I-TYPE follows B-TYPE or I-TYPE, which stand before it and at its own place in the list.
         may = [[after % 2 == 1 or after == 0 or before in (after - 1, after) for after in range(len(labels))]
                for before in range(len(labels))]  # fmt: skip
         follows = torch.tensor(may)  # (n_label, n_label)
-        found: dict[int, list[Entity]] = {}
-        for numbers in _by_length(sentences, batch_size):
-            for i, logprobs, _ in self.read([sentences[i] for i in numbers], numbers):
-                before, tags = 0, []
-                for scores in logprobs:  # (n_label,)
-                    before = int(scores.masked_fill(~follows[before], -torch.inf).argmax())
-                    tags.append(labels[before])
-                found[i] = entities_of(tags)
-        return Written([found[i] for i in range(len(sentences))], 0, 0)
-
-    @torch.no_grad()
-    def read(self, sentences: Sequence[Sentence], numbers: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """What the encoder makes of sentences, read together.
-
-        Yields:
-            Each one's number, the log-probabilities of its words' classes, (n_word, n_label), and the encoder's output,
-            (1, T, width).
-        """
-        self.eval()
-        batch = batch_of(sentences, self.t5.config.pad_id)
-        context = self.t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
-        logprobs = self.tag_logits(context).log_softmax(dim=-1)  # (B, Ts, n_label)
-        for i, sentence, row, vectors in zip(numbers, sentences, logprobs, context, strict=True):
-            yield i, row[sentence.firsts], vectors[None, : len(sentence.source)]
+        before, tags = 0, []
+        for scores in logprobs:  # (n_label,)
+            before = int(scores.masked_fill(~follows[before], -torch.inf).argmax())
+            tags.append(labels[before])
+        return entities_of(tags)
 
 
 @torch.no_grad()
@@ -275,20 +278,19 @@ def by_both(
         tag_share: How much the encoder counts.
     """
     t5 = model.t5.eval()
-    tagged = model.by_tags(sentences).entities
-    found: list[list[Entity]] = []
-    for number, sentence in enumerate(sentences):
-        ((_, tag_logprobs, context),) = model.read([sentence], [number])  # (n_word, n_label), (1, T, width)
-        candidates = [codec.entities(ids, sentence.words)[0] for ids in written.lists[number]]
-        candidates += [] if tagged[number] in candidates else [tagged[number]]
-        targets = padded([codec.target(sentence.words, each) for each in candidates], t5.config.pad_id)  # (N, T)
+    found: dict[int, list[Entity]] = {}
+    for i, tag_logprobs, context in model.read(sentences):  # (n_word, n_label), (1, T, width)
+        words = sentences[i].words
+        candidates = [codec.entities(ids, words)[0] for ids in written.lists[i]]
+        candidates += [] if (tagged := model.tagged(tag_logprobs)) in candidates else [tagged]
+        targets = padded([codec.target(words, each) for each in candidates], t5.config.pad_id)  # (N, T)
         logits = t5.decode(t5.shift(targets), context.expand(len(targets), -1, -1))  # (N, T, vocab_size)
         of_tokens = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=t5.config.pad_id,
                                      reduction="none").sum(dim=1)  # (N,)  # fmt: skip
-        tags = [[codec.labels.index(tag) for tag in tags_of(each, len(sentence.words))] for each in candidates]
+        tags = [[codec.labels.index(tag) for tag in tags_of(each, len(words))] for each in candidates]
         of_tags = tag_logprobs.gather(1, torch.tensor(tags, dtype=torch.long).T).sum(dim=0)  # (N,)
-        found.append(candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())])
-    return written._replace(entities=found)
+        found[i] = candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())]
+    return written._replace(entities=[found[i] for i in range(len(sentences))])
 
 
 def _allowed(grammars: Sequence[Grammar], text: int, ids: list[int]) -> list[int]:

@@ -17,6 +17,8 @@ import numpy as np
 from workflows.errors import UserError
 
 BOOTSTRAP_SAMPLES = 10_000
+INTERVAL = 1.96
+"""Standard errors on either side of a 95% interval."""
 ANSWERS = "answers.jsonl"
 """Where an evaluation keeps the first questions answered in words: {"task", "question", "wanted", "answer"}."""
 
@@ -76,7 +78,7 @@ def compare(task: str, metric: str, base: list[float], tuned: list[float], seed:
     difference = b - a
     mean, stderr = float(difference.mean()), _stderr(difference)
     if set(np.unique([a, b])) <= {0.0, 1.0}:
-        low, high = mean - 1.96 * stderr, mean + 1.96 * stderr
+        low, high = mean - INTERVAL * stderr, mean + INTERVAL * stderr
         p_value, test = mcnemar(int((difference < 0).sum()), int((difference > 0).sum())), "mcnemar"
     else:
         low, high, p_value = _bootstrap(difference, seed)

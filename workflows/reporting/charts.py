@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from workflows.evaluation.compare import INTERVAL
 from workflows.reporting.gather import Run, in_turn
 
-INTERVAL = 1.96
-"""Standard errors on either side of a 95% interval."""
 MOST_POINTS = 2000
 """Points of a curve; of a longer log every so manieth row is drawn."""
 

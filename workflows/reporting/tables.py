@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-from workflows.reporting.charts import INTERVAL
+from workflows.evaluation.compare import INTERVAL
 from workflows.reporting.gather import Run, Step, in_turn
 from workflows.status import duration
 
