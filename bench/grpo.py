@@ -107,7 +107,8 @@ def run_ours(
     """Our loop. Returns seconds of the counted steps, and the mean reward."""
     from dataclasses import replace
 
-    from workflows.training.groups import GRPO, GroupSettings
+    from workflows.training.group_settings import GroupSettings
+    from workflows.training.groups import GRPO
     from workflows.training.loop import TrainArgs, fit
     from workflows.training.model import LoRAArgs, load_model
     from workflows.training.processes import make_fabric

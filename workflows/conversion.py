@@ -22,6 +22,7 @@ from workflows.checkpoint import SIZES, WEIGHTS, checked, write_config
 from workflows.errors import UserError, report_all
 from workflows.files import write_json, write_text
 from workflows.prompt_style import write_prompt_style
+from workflows.weight_writer import weight_writer
 
 _COPY = {
     "LlamaForCausalLM": litgpt_api.copy_weights_hf_llama,
@@ -281,20 +282,16 @@ def _groups(names: list[str]) -> list[list[str]]:
 
 
 def _write_weights(file: Path, outputs: list[_Output], dtype: torch.dtype, tied: bool) -> None:
-    # One buffer for all: tensors allocated and freed one by one would leave holes in the heap, layer by layer.
-    buffer = bytearray(max(math.prod(output.shape) for output in outputs) * dtype.itemsize)
-    saved: dict[str, Any] = {}
-    with litgpt_api.incremental_save(file) as saver:
+    with weight_writer(file, max(math.prod(output.shape) for output in outputs) * dtype.itemsize) as writer:
         for output in tqdm(outputs, desc="converting", unit="tensor", disable=None):
-            tensor = torch.frombuffer(buffer, dtype=dtype, count=math.prod(output.shape)).view(output.shape)
+            tensor = writer.blank(output.shape, dtype)
             row = 0
             for part in output.parts:
                 part.read_into(tensor[row : row + part.shape[0]])
                 row += part.shape[0]
-            saved[output.name] = saver.store_early(tensor)
+            writer.store(output.name, tensor)
         if tied:
-            saved[_HEAD] = saved[_EMBEDDING]
-        saver.save(saved)
+            writer.tie(_HEAD, _EMBEDDING)
 
 
 def _write_prompt_files(source: Source, output: Path) -> None:

@@ -11,7 +11,8 @@ import lightning as L
 
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
-from workflows.training.groups import GRPO, GroupSettings
+from workflows.training.group_settings import GroupSettings
+from workflows.training.groups import GRPO
 from workflows.training.loop import TrainArgs
 from workflows.training.losses import Normalisation, Scale
 from workflows.training.questions import questions_of

@@ -1,4 +1,4 @@
-"""Peak memory and hardware, measured the same way by every step and bench."""
+"""Peak memory, time and hardware: measured, and written, the same way by every step and bench."""
 
 import os
 import platform
@@ -126,3 +126,17 @@ def step_began() -> float:
 def seconds_of_step(began: float) -> float:
     """Wall seconds since `step_began` gave its answer."""
     return time.time() - began
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    whole = round(seconds)
+    for size, name, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // below} {smaller}"
+    return f"{whole} s"
+
+
+def gigabytes(size: float) -> str:
+    """A size in units of 10^9 or 10^6 bytes."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"

@@ -21,11 +21,11 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError
 from workflows.files import atomic_dir, read_json, read_text, write_json
-from workflows.litgpt_api import incremental_save
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.progress import brief
 from workflows.training.model import LoRAArgs, LoRAQKVLinear, empty_model
 from workflows.untrusted import parse_yaml
+from workflows.weight_writer import weight_writer
 
 
 def setup(checkpoint_dir: Path, out_dir: Path | None = None, base_dir: Path | None = None) -> None:
@@ -107,22 +107,18 @@ def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAAr
     }
     tied = is_tied(base_dir)
     base = load_weights(base_dir)
-    merged: dict[str, Any] = {}
-    # Two buffers for all: tensors made and freed one by one would leave holes in the heap, layer by layer.
-    buffer = bytearray(max((weight.nbytes for weight in base.values()), default=0))
+    # One tensor for all, as in the writer: made and freed layer by layer they would leave holes in the heap.
     updated = torch.empty(max((base[name].numel() for name in layers), default=0))
-    with incremental_save(out_dir / WEIGHTS) as saver, torch.no_grad():
+    with weight_writer(out_dir / WEIGHTS, max((weight.nbytes for weight in base.values()), default=0)) as writer:
         for name, weight in brief(base.items(), "merging", "tensor"):
             if name == "lm_head.weight" and tied and name not in layers:
                 continue
-            # A copy: tensors mapped from a file share one storage, which would be written whole for each of them.
-            copy = torch.frombuffer(buffer, dtype=weight.dtype, count=weight.numel()).view(weight.shape)
+            merged = writer.blank(weight.shape, weight.dtype)
             if name in layers:
                 weight = _updated(layers[name], weight, updated[: weight.numel()].view(weight.shape))
-            merged[name] = saver.store_early(copy.copy_(weight))
-        if "lm_head.weight" not in merged:
-            merged["lm_head.weight"] = merged["transformer.wte.weight"]
-        saver.save(merged)
+            writer.store(name, merged.copy_(weight))
+        if "lm_head.weight" not in writer.written:
+            writer.tie("lm_head.weight", "transformer.wte.weight")
     if tied and "lm_head.weight" in layers:
         config = read_json(out_dir / "config.json")
         write_json(out_dir / "config.json", {**config, "tie_word_embeddings": False})

@@ -25,7 +25,7 @@ import torch
 from workflows.__main__ import STEPS, parse_all
 from workflows.errors import UserError
 from workflows.files import write_json
-from workflows.measure import tree_bytes
+from workflows.measure import duration, gigabytes, tree_bytes
 from workflows.planning import PLANNED
 from workflows.planning.steps import Plan, plan_step
 from workflows.training.step import is_finished
@@ -177,19 +177,6 @@ def report(plan: Plan, tflops: float | None = None) -> str:
     lines.append(f"disk: {gigabytes(plan.disk.bytes)}")
     lines[-1] += f" ({', '.join(f'{name} {gigabytes(size)}' for name, size in plan.disk.parts.items())})"
     return "\n".join(lines)
-
-
-def gigabytes(size: float) -> str:
-    """A size in units of 10^9 or 10^6 bytes."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit that leaves a number above one."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"
 
 
 def verdict(plan: Plan, limit: int, settings: dict[str, Any], libraries: int, read_data: bool) -> str:

@@ -12,7 +12,7 @@ import lightning as L
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
 from workflows.training.actor_critic import PPO, CriticSettings
-from workflows.training.groups import GroupSettings
+from workflows.training.group_settings import GroupSettings
 from workflows.training.loop import TrainArgs
 from workflows.training.questions import questions_of
 from workflows.training.reference import frozen_reference_of

@@ -11,8 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from workflows.checkpoint import (
     WEIGHTS,
     check_checkpoint_dir,
@@ -29,10 +27,10 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir, read_json, write_json
-from workflows.litgpt_api import incremental_save
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.progress import brief
 from workflows.training.model import LoRAArgs, empty_model
+from workflows.weight_writer import weight_writer
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 
@@ -104,10 +102,9 @@ def _write_weights(source: Path, kept: Sequence[int], target: Path) -> int:
     """Write the kept layers under their new numbers, and all that belongs to no layer; gives the parameters written."""
     number = {old: new for new, old in enumerate(kept)}
     tied = is_tied(source)
-    written: dict[str, Any] = {}
-    parameters = 0
-    with incremental_save(target / WEIGHTS) as saver, torch.no_grad():
-        for name, weight in brief(load_weights(source).items(), "copying", "tensor"):
+    parameters, weights = 0, load_weights(source)
+    with weight_writer(target / WEIGHTS, max(weight.nbytes for weight in weights.values())) as writer:
+        for name, weight in brief(weights.items(), "copying", "tensor"):
             if name == "lm_head.weight" and tied:
                 continue
             if found := _LAYER.fullmatch(name):
@@ -115,9 +112,7 @@ def _write_weights(source: Path, kept: Sequence[int], target: Path) -> int:
                     continue
                 name = f"transformer.h.{number[int(found[1])]}.{found[2]}"
             parameters += weight.numel()
-            # A copy: tensors mapped from a file share one storage, which would be written whole for each of them.
-            written[name] = saver.store_early(weight.clone())
+            writer.copy(name, weight)
         if tied:
-            written["lm_head.weight"] = written["transformer.wte.weight"]
-        saver.save(written)
+            writer.tie("lm_head.weight", "transformer.wte.weight")
     return parameters

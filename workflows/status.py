@@ -11,6 +11,7 @@ import psutil
 
 from workflows.errors import UserError
 from workflows.files import read_json
+from workflows.measure import duration
 from workflows.progress import HOST, PROGRESS
 from workflows.training.logs import read_log
 
@@ -194,12 +195,3 @@ def _cells(step: StepStatus) -> list[str]:
         "" if step.checkpoint is None else f"step {step.checkpoint}",
         f"{duration(step.age)} ago",
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    whole = round(seconds)
-    for size, name, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {name} {whole % size // below} {smaller}"
-    return f"{whole} s"

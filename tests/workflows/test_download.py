@@ -119,7 +119,7 @@ def test_an_interrupted_download_leaves_nothing_and_is_run_again(where, tiny_lla
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    target, name = (conversion.litgpt_api, "incremental_save") if "weights" in where else (download, "_write_metrics")
+    target, name = (conversion, "weight_writer") if "weights" in where else (download, "_write_metrics")
     with monkeypatch.context() as patched:
         patched.setattr(target, name, interrupt)
         with pytest.raises(KeyboardInterrupt):

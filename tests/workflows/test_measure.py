@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from workflows.measure import YOUNGEST_CHILD, PeakMemory, hardware, tree_bytes
+from workflows.measure import YOUNGEST_CHILD, PeakMemory, duration, gigabytes, hardware, tree_bytes
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or torch.cuda.is_available(), reason="reads /proc; on a GPU torch's own count is used"
@@ -95,3 +95,11 @@ def test_mapped_weights_do_not_count(tmp_path):
 
 def test_hardware_names_the_processor():
     assert hardware()["cpu"] and hardware()["cores"] >= 1
+
+
+def test_durations_have_two_units():
+    assert [duration(s) for s in (0.4, 45, 200, 7500, 273600)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min", "3 d 4 h"]
+
+
+def test_sizes_are_written_in_units_of_a_thousand():
+    assert [gigabytes(size) for size in (4e5, 145_000_000, 1e9, 19_876e6)] == ["0 MB", "145 MB", "1.00 GB", "19.88 GB"]

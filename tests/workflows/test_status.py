@@ -14,7 +14,7 @@ from workflows import lora
 from workflows.__main__ import main
 from workflows.files import write_json
 from workflows.progress import HOST, PROGRESS
-from workflows.status import StepStatus, duration, status_of, step_folders
+from workflows.status import StepStatus, status_of, step_folders
 
 LOG = "step,loss,tokens_per_second\n1,3.5,100\n2,3.0,\n3,2.5,200\n4,2.0,300\n"
 
@@ -158,7 +158,3 @@ def test_a_progress_file_that_is_none_is_named(step, capsys, text):
     (step / PROGRESS).write_text(text)
     assert main(["status", "--out_dir", str(step.parents[1])]) == 1
     assert f"{step / PROGRESS} does not say what a step says of itself" in capsys.readouterr().err
-
-
-def test_durations_have_two_units():
-    assert [duration(s) for s in (0.4, 45, 200, 7500, 273600)] == ["0 s", "45 s", "3 min 20 s", "2 h 5 min", "3 d 4 h"]

@@ -4,8 +4,8 @@ from pathlib import PurePath
 from typing import Any
 
 from workflows.evaluation.compare import INTERVAL
+from workflows.measure import duration, gigabytes
 from workflows.reporting.gather import Run, Step, in_turn
-from workflows.status import duration
 
 Rows = list[list[str]]
 
@@ -21,7 +21,7 @@ def steps_table(run: Run) -> Rows:
             f"{step.metrics.get('steps', step.status.done) or 0:,}",
             duration(step.metrics["seconds"]) if step.metrics else "",
             _number(step.metrics.get("tokens_per_second") or step.status.tokens_per_second),
-            _gigabytes(step.metrics.get("peak_bytes")),
+            "" if (peak := step.metrics.get("peak_bytes")) is None else gigabytes(peak),
         ]
         for step in run.steps
     ]
@@ -194,10 +194,6 @@ def _score(row: dict[str, Any] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-def _gigabytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e9:.1f} GB"
 
 
 def _short_path(path: str) -> str:
