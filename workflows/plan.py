@@ -143,7 +143,8 @@ def parse_size(text: str) -> int:
 def memory_here(plan: Plan) -> int | None:
     """Bytes that are free on this machine for such a step; None for a GPU that is not here."""
     if plan.device.on_gpu:
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        # CUDA's context is this process's, and taken already
+        return torch.cuda.mem_get_info()[0] + plan.beside if torch.cuda.is_available() else None
     free = psutil.virtual_memory().available
     try:  # a container may have less than the machine
         most = int((_CGROUP / "memory.max").read_text())
@@ -168,6 +169,8 @@ def report(plan: Plan, tflops: float | None = None) -> str:
     lines += [f"  in {moment.name + ':':<33}{gigabytes(moment.bytes):>12}" for moment in others]
     if plan.mapped:
         lines.append(f"  {'weights mapped from the file, beside':<36}{gigabytes(plan.mapped):>12}")
+    if plan.beside:
+        lines.append(f"  {'context of CUDA, beside':<36}{gigabytes(plan.beside):>12}")
     if plan.work.parts:
         lines.append(f"\noperations: {plan.work.flops:.3g}")
         lines[-1] += f" ({', '.join(f'{name} {flops:.3g}' for name, flops in plan.work.parts.items())})"
@@ -264,6 +267,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.model.trained if plan.row is not None else 0,
         "peak_bytes": plan.peak.bytes,
         "mapped_bytes": plan.mapped,
+        "beside_bytes": plan.beside,
         "moments": {moment.name: moment.parts for moment in plan.moments},
         "row_tokens": plan.row.tokens if plan.row is not None else None,
         "flops": plan.work.flops,

@@ -3,7 +3,8 @@
 The project's sentences become AutoTrain's rows, {"text", "target"}; `autotrain.py` writes its configuration and runs it
 in an environment of its own. What it leaves is loaded by transformers here, and scored as every other model of
 `make ner`, beside the dictionary of the training data's mentions. AutoTrain begins at a T5 from the Hub, at a folder
-with one, or at `--model scratch`: our small T5 after span corruption on the training sentences, in Hugging Face's form.
+with one, or at `--model scratch`: our small T5, untrained or (`--pretrain.max_epochs`) after span corruption on the
+training sentences, in Hugging Face's form.
 """
 
 import shutil
@@ -36,7 +37,7 @@ def setup(
     model: str = SCRATCH,
     out_dir: Path = Path("out/ner-autotrain/scratch"),
     shape: T5Shape = T5Shape(),
-    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=4),
+    pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=0),
     unlabelled: list[Path] | None = None,
     max_unlabelled: int = 4000,
     fit: FitArgs = FitArgs(batch_size=16, learning_rate=2e-3, max_epochs=25),

@@ -1,6 +1,7 @@
 """Every recipe of a training step: its step takes all of it, and the model it is for can be built with its adapters (on
 the meta device, so that 8 billion parameters take no memory)."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,14 @@ def test_recipes_of_large_models_say_what_they_need(recipe):
     if hardware.startswith("8x"):
         assert settings["devices"] == 8 and settings["strategy"] == "fsdp" and "docs/large-models.md" in head
         assert settings["train"]["global_batch_size"] % 16 == 0  # two machines, each process as much as another
+
+
+@pytest.mark.parametrize("recipe", [p for p in recipes("lora", "dpo", "grpo") if "llama" in p.id])
+def test_recipes_state_the_memory_that_is_planned(recipe, tmp_path):
+    head = " ".join(line[2:] for line in recipe.read_text().splitlines() if line.startswith("#"))
+    stated = max(float(size) for size in re.findall(r": (\d+\.\d) GB", head.partition("Doesn't fit?")[0]))
+    asked = ["plan", step_of(recipe), "--config", str(recipe), "--checkpoint_dir", recipe.parent.name]
+    asked += ["--read_data", "false", "--data", "data/none", "--accelerator", "cuda"]
+    assert main([*asked, "--json_file", str(tmp_path / "plan.json")]) == 0
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert stated == pytest.approx((planned["peak_bytes"] + planned["beside_bytes"]) / 1e9, rel=0.06)

@@ -114,6 +114,18 @@ def trained_state(model: Architecture, device: Device) -> dict[str, int]:
     return parts
 
 
+def whole_copy(model: Architecture, device: Device) -> dict[str, int]:
+    """The second model that a process of a sharded run samples from (`training/whole.py`).
+
+    Args:
+        model: The model with its adapters.
+        device: Where it is.
+    """
+    if not device.sharded:
+        return {}
+    return {"all weights, gathered to sample": model.weights * device.dtype.itemsize + model.adapters * _FLOAT}
+
+
 def kept_per_token(model: Architecture, device: Device) -> int:
     """Bytes that one block keeps of a token for its backward pass (`training/model.py`, `fused.py`, `attention.py`)."""
     config, lora, size = model.config, model.lora, device.dtype.itemsize

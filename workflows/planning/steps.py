@@ -20,6 +20,7 @@ from workflows.planning.memory import (
     sampling,
     trained_state,
     weights,
+    whole_copy,
 )
 from workflows.planning.rows import RowShape, find_rows, scored_rows
 from workflows.planning.work import Disk, Work, decoding_flops, forward_flops, training_flops
@@ -30,6 +31,8 @@ from workflows.training.processes import choose_accelerator, default_precision
 from workflows.training.resume import Checkpoints
 from workflows.training.step import RunArgs
 
+CUDA_CONTEXT = 800_000_000
+"""What a process takes of a GPU before its first tensor: context, kernels, cuBLAS's workspace. Usual, not measured."""
 _TOKENIZER_BYTES = 800
 """Of a token of the vocabulary: 39 MB for 49,152 tokens with their merges, as measured."""
 _DATA_FACTOR = 8
@@ -76,9 +79,14 @@ class Plan:
         return max(self.moments, key=lambda moment: moment.bytes)
 
     @property
+    def beside(self) -> int:
+        """Bytes of the device that are in no measured peak, since no tensor has them: CUDA's context."""
+        return CUDA_CONTEXT if self.device.on_gpu else 0
+
+    @property
     def needed(self) -> int:
         """Bytes of memory for all processes that share it, mapped weights included once."""
-        return self.peak.bytes * self.local + self.mapped
+        return self.peak.bytes * self.local + self.mapped + self.beside
 
 
 def plan_step(step: str, settings: dict[str, Any], libraries: int = 0, read_data: bool = True) -> Plan:
@@ -162,7 +170,10 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
         batch = min(settings["sampling_batch"], answers)
         answering = sampling(model, device, batch, row.prompt, new, math.ceil(batch / group))
         compiled = kernels(device, math.ceil(batch / group) + new)  # each step sees one token more
-        moments.append(Moment("sampling answers", {**held, **state, **compiled, **answering}))
+        resting = {name: size for name, size in state.items() if name != "gathered shards"}
+        moments.append(
+            Moment("sampling answers", {**held, **resting, **whole_copy(model, device), **compiled, **answering})
+        )
         updates = settings["updates"]
         total = train.global_batch_size * group * (train.max_steps // updates)
         work.parts["sampling"] = decoding_flops(model, total, row.prompt / group, new)
