@@ -64,7 +64,12 @@ QUESTIONS ?= hpo_spans
 CONTEXT   ?=
 # The questions that `make ask` has answered, a line of JSON each; or a text for `make translate-text`.
 FILE      ?=
-SUMMARIZER = out/summarize/$(call filename,$(pretrained))$(if $(filter extractive,$(METHOD)),,-$(METHOD))
+# What a project makes: each model has its folder in that of the data that it learned from.
+CLASSIFIER = out/sentiment/$(REVIEWS)/$(call filename,$(ENCODER))
+TAGGER     = out/ner/$(ENTITIES)/$(call filename,$(T5))
+READER     = out/qa/$(QUESTIONS)/$(call filename,$(ENCODER))
+SUMMARIZER = out/summarize/$(DOCUMENTS)/$(call filename,$(pretrained))$(if $(filter extractive,$(METHOD)),,-$(METHOD))
+TRANSLATOR = out/translate/$(PARALLEL)
 # The encoder of projects that begin at pretrained weights.
 pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
@@ -78,9 +83,13 @@ ANSWERS   := $(strip $(ANSWERS))
 ifeq ($(filter data teacher,$(ANSWERS)),)
 $(error ANSWERS is data or teacher, not "$(ANSWERS)")
 endif
-# What make can prepare by itself, and what is scored: data sets with questions that have options.
+# What make can prepare by itself, for the road and for projects, and what is scored: data sets with questions that have
+# options.
 COLLECTIONS := instruction_preference orca ultrafeedback_binarized ultramedical_preference
 PREPARED  := hpo hpo_thoughts pubmedqa medquad medqa medmcqa $(COLLECTIONS)
+PROJECT_DATA := movie_snippets sentence_polarity sst2 pubmedqa_decisions hpo_entities bc5cdr ncbi_disease wnut_17 conll2003 \
+  docstrings scitldr meqsum pubmedqa_conclusions cnn_dailymail xsum hpo_spans squad catalogues_fr catalogues_de opus_books_fr \
+  opus_books_de python_javascript
 TASKS     ?= $(or $(addsuffix _mcq,$(filter hpo,$(DATA))),$(addsuffix _local,$(filter pubmedqa medqa medmcqa,$(DATA))),\
   $(if $(wildcard data/$(DATA)_mcq/test.jsonl),$(DATA)_mcq))
 # The kind of row that a data set's questions ask for (hpo: definition -> name); KINDS= trains on all kinds.
@@ -156,9 +165,17 @@ endif
 ifneq ($(and $(ARGS),$(filter-out help,$(MAKECMDGOALS)),$(filter-out 1,$(words $(filter $(TAKE_ARGS),$(MAKECMDGOALS))))),)
 $(error ARGS are options of one step, so with them `make` takes exactly one of: $(TAKE_ARGS))
 endif
-ifneq ($(and $(filter ask,$(MAKECMDGOALS)),$(if $(FILE),,none)),)
-$(error `make ask` needs a file with a line for each question, such as {"question": "…"}: make ask FILE=questions.jsonl NAME=$(NAME))
-endif
+# What a model is asked must be there before it is trained for that.
+refuse_without = $(if $(and $(filter $(1),$(MAKECMDGOALS)),$(if $(strip $(2)),,none)),$(error `make $(1)` needs $(3)))
+readable   = $(if $(1),$(shell test -r $(call quoted,$(1)) && test ! -d $(call quoted,$(1)) && echo yes))
+$(call refuse_without,ask,$(FILE),a file with a line such as {"question": "…"} for each question: make ask FILE=questions.jsonl NAME=$(NAME))
+$(call refuse_without,predict,$(TEXT),a text: make predict TEXT="two hours of my life")
+$(call refuse_without,ner-predict,$(TEXT),a text: make ner-predict TEXT="Seizures after lithium")
+$(call refuse_without,answer,$(and $(TEXT),$(call readable,$(CONTEXT))),a question and a file that can be read: \
+  make answer TEXT="question" CONTEXT=file)
+$(call refuse_without,translate-text,$(if $(FILE),$(call readable,$(FILE)),$(TEXT)),a text or a file that can be read: \
+  make translate-text TEXT="…" or make translate-text FILE=file)
+$(call refuse_without,summarize,$(if $(TEXT),$(call readable,$(TEXT)),training),a file that can be read: make summarize TEXT=file)
 ifneq ($(and $(filter evaluate evaluate-ollama,$(MAKECMDGOALS)),$(if $(TASKS),,none)),)
 $(error $(DATA) has no questions with options to score a model on; `make lora` reports its loss on held-out rows. \
   To score on something else name it, e.g. make evaluate DATA=$(DATA) TASKS=medical)
@@ -267,16 +284,17 @@ deepseek: $(if $(or $(findstring :,$(R1)),$(filter %.gguf,$(R1))),$(INSTALLED),d
 ##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
 sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub
 	@$(PROJECT) sentiment --config $(call project_recipe,sentiment-$(ENCODER),sentiment-pretrained) --data data/$(REVIEWS) \
-	  --encoder $(call quoted,$(ENCODER)) --out_dir out/sentiment/$(call filename,$(ENCODER)) $(ARGS)
+	  --encoder $(call quoted,$(ENCODER)) --out_dir $(CLASSIFIER) $(ARGS)
 
-predict: out/sentiment/$(call filename,$(ENCODER))/final/config.json  ## name the class of TEXT by that classifier
-	@$(PROJECT) predict --checkpoint_dir out/sentiment/$(call filename,$(ENCODER))/final --text $(call quoted,$(TEXT)) $(ARGS)
+predict: $(CLASSIFIER)/final/config.json  ## name the class of TEXT by that classifier
+	@$(PROJECT) predict --checkpoint_dir $(CLASSIFIER)/final --text $(call quoted,$(TEXT)) $(ARGS)
 
-distill: out/sentiment/minilm/final/config.json data/$(REVIEWS)/manifest.json  ## distil the fine-tuned MiniLM into a student of half its layers
-	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) $(ARGS)
+distill: out/sentiment/$(REVIEWS)/minilm/final/config.json data/$(REVIEWS)/manifest.json  ## distil the fine-tuned MiniLM into a student of half its layers
+	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) \
+	  --teacher_dir out/sentiment/$(REVIEWS)/minilm/final --out_dir out/distill/$(REVIEWS) $(ARGS)
 
 # A model that is asked for, and not there yet, is trained first.
-out/sentiment/%/final/config.json:
+out/sentiment/$(REVIEWS)/%/final/config.json:
 	@$(MAKE) --no-print-directory sentiment ENCODER=$(if $(filter minilm,$*),minilm,$(call quoted,$(ENCODER))) ARGS=
 
 pretrain: $(INSTALLED)  ## pretrain an encoder by hiding tokens, RoBERTa's way (ARGS="--style bert" for BERT's)
@@ -309,13 +327,13 @@ $(SUMMARIZER)/final/config.json:
 
 qa: data/$(QUESTIONS)/manifest.json  ## train a model that finds answers in texts: ENCODER=scratch, minilm, or a BERT from the Hub
 	@$(PROJECT) qa --config $(call project_recipe,qa-$(ENCODER),qa-pretrained) --data data/$(QUESTIONS) \
-	  --encoder $(call quoted,$(ENCODER)) --out_dir out/qa/$(call filename,$(ENCODER)) $(ARGS)
+	  --encoder $(call quoted,$(ENCODER)) --out_dir $(READER) $(ARGS)
 
-answer: out/qa/$(call filename,$(ENCODER))/final/config.json  ## let it answer TEXT, a question, from CONTEXT, a file
-	@$(PROJECT) answer --checkpoint_dir out/qa/$(call filename,$(ENCODER))/final --question $(call quoted,$(TEXT)) \
+answer: $(READER)/final/config.json  ## let it answer TEXT, a question, from CONTEXT, a file
+	@$(PROJECT) answer --checkpoint_dir $(READER)/final --question $(call quoted,$(TEXT)) \
 	  --context $(call quoted,$(CONTEXT)) $(ARGS)
 
-out/qa/$(call filename,$(ENCODER))/final/config.json:
+$(READER)/final/config.json:
 	@$(MAKE) --no-print-directory qa ARGS=
 
 attention-map: $(INSTALLED)  ## draw what each head of MiniLM looks at in TEXT
@@ -333,28 +351,28 @@ pretrain-t5: $(INSTALLED)  ## pretrain a small T5 by span corruption on definiti
 
 ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 of our own (ARGS="--head tokens": by its encoder), or by T5=google-t5/t5-small
 	@$(PROJECT) ner --config $(call project_recipe,ner-$(T5),ner-pretrained) --data data/$(ENTITIES) --model $(call quoted,$(T5)) \
-	  --out_dir out/ner/$(call filename,$(T5)) $(ARGS)
+	  --out_dir $(TAGGER) $(ARGS)
 
-ner-predict: out/ner/$(call filename,$(T5))/final/config.json  ## name the entities of TEXT by that model
-	@$(PROJECT) ner-predict --checkpoint_dir out/ner/$(call filename,$(T5))/final --text $(call quoted,$(TEXT)) $(ARGS)
+ner-predict: $(TAGGER)/final/config.json  ## name the entities of TEXT by that model
+	@$(PROJECT) ner-predict --checkpoint_dir $(TAGGER)/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 ner-autotrain: data/$(ENTITIES)/manifest.json  ## the same T5 (or T5=google-t5/t5-small) taught by Hugging Face's AutoTrain, in an environment of its own
 	@$(PROJECT) ner-autotrain --config $(call project_recipe,ner-autotrain-$(T5),ner-autotrain-pretrained) --data data/$(ENTITIES) \
-	  --model $(call quoted,$(T5)) --out_dir out/ner-autotrain/$(call filename,$(T5)) \
+	  --model $(call quoted,$(T5)) --out_dir out/ner-autotrain/$(ENTITIES)/$(call filename,$(T5)) \
 	  $(if $(PIP_ARGS),--pip_args=$(call quoted,$(PIP_ARGS))) $(ARGS)
 
-out/ner/$(call filename,$(T5))/final/config.json:
+$(TAGGER)/final/config.json:
 	@$(MAKE) --no-print-directory ner ARGS=
 
 translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
 	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \
-	  --data data/$(PARALLEL) --out_dir out/translate/$(PARALLEL) $(ARGS)
+	  --data data/$(PARALLEL) --out_dir $(TRANSLATOR) $(ARGS)
 
-out/translate/$(PARALLEL)/final/config.json:
+$(TRANSLATOR)/final/config.json:
 	@$(MAKE) --no-print-directory translate ARGS=
 
-translate-text: out/translate/$(PARALLEL)/final/config.json  ## translate TEXT, or a FILE, by it
-	@$(PROJECT) translate-text --checkpoint_dir out/translate/$(PARALLEL)/final \
+translate-text: $(TRANSLATOR)/final/config.json  ## translate TEXT, or a FILE, by it
+	@$(PROJECT) translate-text --checkpoint_dir $(TRANSLATOR)/final \
 	  $(if $(FILE),--file $(call quoted,$(FILE)),--text $(call quoted,$(TEXT))) $(ARGS)
 
 ##@ Quality
@@ -403,7 +421,8 @@ bench-flash: $(INSTALLED)  ## attention: our FlashAttention against the textbook
 	$(PY) -m bench.flash $(ARGS)
 
 bench-distill: $(INSTALLED)  ## the distilled student against its teacher
-	$(PY) -m bench.distill --data data/$(REVIEWS) $(ARGS)
+	$(PY) -m bench.distill --student_dir out/distill/$(REVIEWS)/final --teacher_dir out/sentiment/$(REVIEWS)/minilm/final \
+	  --data data/$(REVIEWS) $(ARGS)
 
 bench-gpt: $(INSTALLED)  ## a small GPT on Shakespeare: time to the loss of nanoGPT's own setting (needs WORKFLOW_DATA)
 	$(PY) -m bench.gpt $(ARGS)
@@ -414,6 +433,8 @@ bench-plan: $(BASE)  ## peak memory as planned beside that of the steps, at thre
 
 # ---- the files behind the targets ----
 
+no_data    = echo 'error: there is no data/$(1). Prepare it from a file of yours: make data DATA=$(2) ARGS="--file FILE --name $(1)"' >&2; exit 1
+
 $(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INSTALLED)
 	@mkdir -p $(@D)
 	@$(STEP) download --model "$(MODEL)" --path_file $@
@@ -422,14 +443,15 @@ data/$(DATA)/manifest.json: | $(INSTALLED)
 ifneq ($(filter $(PREPARED),$(DATA)),)
 	@$(STEP) data --data $(patsubst hpo_%,hpo,$(DATA))
 else
-	@echo 'error: there is no data/$(DATA). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(DATA)"' >&2; exit 1
+	@$(call no_data,$(DATA),jsonl)
 endif
 
 # The raw files of a project's data lie in a folder of its name, or of the name of what they are part of.
 raw_of = $(firstword $(subst _conclusions,,$(subst _decisions,,$(1))))
+prepare_raw = $(STEP) data --data $(1) $(if $(wildcard $(WORKFLOW_DATA)/$(call raw_of,$(1))),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(call raw_of,$(1))))
 define project_data
 data/$(1)/manifest.json: | $(INSTALLED)
-	@$$(STEP) data --data $(1) $(if $(wildcard $(WORKFLOW_DATA)/$(call raw_of,$(1))),--raw_dir $(call quoted,$(WORKFLOW_DATA)/$(call raw_of,$(1))))
+	@$$(if $$(filter $$(PROJECT_DATA),$(1)),$$(call prepare_raw,$(1)),$$(call no_data,$(1),$(if $(filter $(1),$(ENTITIES)),iob,jsonl)))
 endef
 $(foreach name,$(filter-out $(DATA),$(sort $(REVIEWS) $(ENTITIES) $(DOCUMENTS) $(QUESTIONS) $(PARALLEL))),$(eval $(call project_data,$(name))))
 
@@ -441,7 +463,7 @@ ifneq ($(filter $(COLLECTIONS),$(PAIRS)),)
 else ifeq ($(PAIRS),hpo_pairs)
 	@test -f $@ || $(STEP) data --data hpo
 else
-	@echo 'error: there is no data/$(PAIRS). Prepare it from a file of yours: make data DATA=jsonl ARGS="--file FILE --name $(PAIRS)"' >&2; exit 1
+	@$(call no_data,$(PAIRS),jsonl)
 endif
 endif
 

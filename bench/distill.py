@@ -20,8 +20,8 @@ LEAST_FASTER = 1.6
 
 
 def setup(
-    student_dir: Path = Path("out/distill/final"),
-    teacher_dir: Path = Path("out/sentiment/minilm/final"),
+    student_dir: Path = Path("out/distill/movie_snippets/final"),
+    teacher_dir: Path = Path("out/sentiment/movie_snippets/minilm/final"),
     data: Path = Path("data/movie_snippets"),
     texts: int = 1000,
     rounds: int = 5,

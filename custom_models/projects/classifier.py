@@ -204,7 +204,7 @@ def predict(checkpoint_dir: Path, text: str) -> None:
     """Name the class of a text.
 
     Args:
-        checkpoint_dir: A classifier's folder, such as out/sentiment/scratch/final.
+        checkpoint_dir: A classifier's folder, such as out/sentiment/movie_snippets/scratch/final.
         text: What to classify.
 
     Raises:

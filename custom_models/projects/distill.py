@@ -89,9 +89,9 @@ class DistillationTask(ClassifierTask):
 
 
 def setup(
-    teacher_dir: Path = Path("out/sentiment/minilm/final"),
+    teacher_dir: Path = Path("out/sentiment/movie_snippets/minilm/final"),
     data: Path = Path("data/movie_snippets"),
-    out_dir: Path = Path("out/distill"),
+    out_dir: Path = Path("out/distill/movie_snippets"),
     weights: Weights = Weights(),
     fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-4, max_epochs=4, patience=2, precision=None),
     seeds: list[int] | None = None,

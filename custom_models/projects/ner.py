@@ -54,7 +54,7 @@ def setup(
     data: Path = Path("data/hpo_entities"),
     model: str = SCRATCH,
     head: Head | None = None,
-    out_dir: Path = Path("out/ner/scratch"),
+    out_dir: Path = Path("out/ner/hpo_entities/scratch"),
     shape: T5Shape = T5Shape(width=128, dropout=0.2),
     pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=0),
     unlabelled: list[Path] | None = None,
@@ -285,7 +285,7 @@ def predict(
     """Name the entities of a sentence.
 
     Args:
-        checkpoint_dir: What `make ner` left, such as out/ner/scratch/final.
+        checkpoint_dir: What `make ner` left, such as out/ner/hpo_entities/scratch/final.
         text: The sentence.
         constrained: Whether the decoder can write nothing but a list of the sentence's own words.
         n_beam: Beams.

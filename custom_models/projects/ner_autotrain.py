@@ -35,7 +35,7 @@ from workflows.measure import step_began
 def setup(
     data: Path = Path("data/hpo_entities"),
     model: str = SCRATCH,
-    out_dir: Path = Path("out/ner-autotrain/scratch"),
+    out_dir: Path = Path("out/ner-autotrain/hpo_entities/scratch"),
     shape: T5Shape = T5Shape(),
     pretrain: FitArgs = FitArgs(batch_size=64, learning_rate=2e-3, max_epochs=0),
     unlabelled: list[Path] | None = None,

@@ -223,7 +223,7 @@ class SpanTask(L.LightningModule):
 def setup(
     data: Path = Path("data/hpo_spans"),
     encoder: str = SCRATCH,
-    out_dir: Path = Path("out/qa/scratch"),
+    out_dir: Path = Path("out/qa/hpo_spans/scratch"),
     shape: Shape = Shape(vocab_size=8000, inner_width=512, n_position=384, dropout=0.1),
     max_answer_tokens: int = 30,
     fit: FitArgs = FitArgs(batch_size=32, learning_rate=1e-3, max_epochs=6, patience=3),
@@ -376,7 +376,7 @@ def answer(checkpoint_dir: Path, question: str, context: Path) -> None:
     """Answer a question from a text file.
 
     Args:
-        checkpoint_dir: A model's folder, such as out/qa/minilm/final.
+        checkpoint_dir: A model's folder, such as out/qa/hpo_spans/minilm/final.
         question: What is asked.
         context: A UTF-8 text file of any length.
 

@@ -42,7 +42,7 @@ SCRATCH = "scratch"
 def setup(
     data: Path = Path("data/movie_snippets"),
     encoder: str = SCRATCH,
-    out_dir: Path = Path("out/sentiment/scratch"),
+    out_dir: Path = Path("out/sentiment/movie_snippets/scratch"),
     shape: Shape = Shape(),
     hidden_tokens: float = 0.5,
     mixup: float = 1.0,

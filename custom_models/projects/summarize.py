@@ -112,7 +112,7 @@ def setup(
     data: Path = Path("data/docstrings"),
     method: Literal["extractive", "abstractive"] = "extractive",
     encoder: str = "minilm",
-    out_dir: Path = Path("out/summarize/minilm"),
+    out_dir: Path = Path("out/summarize/docstrings/minilm"),
     n_sentences: int = 1,
     n_layer: int = 2,
     pooling: Pooling = "cls",
@@ -258,7 +258,7 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
     """Print a summary of a text, and the text with the chosen sentences marked.
 
     Args:
-        checkpoint_dir: A summariser's folder, such as out/summarize/minilm/final.
+        checkpoint_dir: A summariser's folder, such as out/summarize/docstrings/minilm/final.
         file: A UTF-8 text file; a blank line ends a paragraph.
         n_sentences: Sentences of the summary (extractive); as it was trained if null.
 
