@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.dataset import DataSet, Source
-from data_prep.splits import key
 from data_prep.summaries import Document, with_random_splits
 from workflows.errors import UserError
 
@@ -45,7 +44,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         document
         for folder in folders.values()
         for file in sorted(folder.rglob("*.py"))
-        if "tests" not in file.parts
+        if "tests" not in file.relative_to(folder).parts and file.is_file()
         for document in documents_of(file, str(file.relative_to(folder.parent)))
     ]
     if not documents:
@@ -84,14 +83,14 @@ def documents_of(file: Path, name: str) -> Iterator[Document]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes in others' sources
             tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):  # the last of expressions of thousands of terms
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found = parts_of(ast.get_docstring(node) or "")
             if found is not None:
                 summary, body = found
-                yield Document(body, [summary], frozenset({f"file:{name}", key("summary", summary)}))
+                yield Document(body, [summary], frozenset({f"file:{name}"}))
 
 
 def parts_of(docstring: str) -> tuple[str, str] | None:

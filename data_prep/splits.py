@@ -108,9 +108,11 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
     """
     for split, items in splits.items():
         if not items:
-            total = sum(map(len, splits.values()))
+            everything = [item for found in splits.values() for item in found]
+            total, groups = len(everything), len(groups_of(everything))
+            apart = "" if groups == total else f", {groups} groups that have something in common and stay together"
             raise UserError(
-                f"{name}: the {split} split is empty ({total} usable items in all). "
+                f"{name}: the {split} split is empty ({total} usable items in all{apart}). "
                 "Give more data, or choose the sizes with --validation_size and --test_size so that every split "
                 "gets at least one."
             )

@@ -7,7 +7,7 @@ summaries, each of which counts as right. `scitldr`, `meqsum`, `pubmedqa_conclus
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Document:
     Attributes:
         text: Whole, or its sentences where they are known.
         summaries: Texts, each a summary.
-        keys: What no other split may hold besides the document and its summaries.
+        keys: What no other split may hold besides the document.
     """
 
     text: str | list[str]
@@ -286,6 +286,7 @@ def with_random_splits(
 ) -> DataSet:
     """A data set of documents that have no official splits; a tenth each is held out by default."""
     dropped: Counter[str] = Counter()
+    documents = [replace(d, keys=d.keys | {key("summary", text) for text in d.summaries}) for d in documents]
     items = _items(documents, _learn_from({"": documents}), dropped)
     sizes = [max(1, len(items) // 10) if size is None else size for size in (validation_size, test_size)]
     rule = "at random by seed; documents that share their text, a summary or their origin stay together"

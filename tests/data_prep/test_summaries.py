@@ -10,7 +10,7 @@ import pytest
 from custom_models.tokenization.words import splitter
 from data_prep.docstrings import parts_of
 from data_prep.prepare import setup
-from data_prep.rows import row_problem
+from data_prep.rows import normalise, row_problem
 from data_prep.summaries import split_sentences
 from tests.data_prep.conftest import pubmedqa_row, write_table
 from workflows.errors import UserError
@@ -132,6 +132,14 @@ def test_ones_own_file(tmp_path):
         and {"sentences": ["Dogs bark.", "Loudly."], "summaries": ["Dogs.", "Barking."]} in everything
     )
     assert manifest(tmp_path / "mine")["dropped"] == {"empty document": 1}
+    doubled = [*rows, *({"text": f"Cow {i} sat. It slept.", "summary": f"cat {i} slept"} for i in range(20))]
+    setup("jsonl", tmp_path, file=write_table(file, doubled), name="mine", validation_size=5, test_size=6)
+    sides = [{normalise(text) for row in rows_of(tmp_path / "mine", split) for text in row["summaries"]}
+             for split in ("train", "validation", "test")]  # fmt: skip
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 22
+    two = [{"text": f"Cow {i} sat.", "summary": f"Cow {i % 2}."} for i in range(30)]
+    with pytest.raises(UserError, match=r"30 usable items in all, 2 groups that have something in common"):
+        setup("jsonl", tmp_path, file=write_table(file, two), name="mine")
     write_table(file, [*rows[:2], {"text": "x"}])
     with pytest.raises(UserError, match=r"mine\.jsonl, line 3: no document with a summary\. A row is"):
         setup("jsonl", tmp_path, file=file, name="mine")
@@ -182,6 +190,14 @@ def test_docstrings_of_a_file_stay_in_one_split(tmp_path):
         for split in ("train", "validation", "test")
     ]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 30
+    # neither what the folder lies in nor what is called like a file, and is none, matters
+    below = tmp_path / "tests"
+    raw.rename(below)
+    (below / "folder.py").mkdir()
+    (below / "lost.py").symlink_to(below / "nowhere")
+    (below / "long.py").write_text("x = " + "+".join("1" * 100_000))
+    setup("docstrings", tmp_path / "again", raw_dir=below)
+    assert rows_of(tmp_path / "again/docstrings", "test") == rows_of(tmp_path / "docstrings", "test")
     with pytest.raises(UserError, match="no docstring with a first line"):
         setup("docstrings", tmp_path, raw_dir=tmp_path / "docstrings")
 
