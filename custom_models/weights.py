@@ -20,6 +20,10 @@ from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, wri
 from workflows.hf_reader import lazy_tensors
 
 T = TypeVar("T")
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, safetensors.SafetensorError,
+)  # fmt: skip
+"""What transformers ends with over a folder that is damaged."""
 
 
 def read_hf(directory: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ as a document of their own, until one window holds all.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from custom_models.bertsum import windows
+from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import frame_of, tokenizer_of
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.documents import Document, encode_documents, read_documents
@@ -28,8 +29,9 @@ from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.rouge import baselines, joined, rouge, rouge_metrics, table
 from custom_models.projects.seq2seq import padded
 from custom_models.projects.texts import LengthBatches
+from custom_models.weights import UNREADABLE, quiet_transformers
 from workflows.checkpoint import versions, write_metrics
-from workflows.errors import UserError
+from workflows.errors import UserError, first_line
 from workflows.files import atomic_dir, read_json, recover_dir
 from workflows.measure import PeakMemory, hardware, seconds_of_step
 
@@ -55,6 +57,10 @@ class Decoding:
         if self.max_length > longest // 4:  # so that summaries of windows are always less than the windows
             found.append(f"--decoding.max_length must be at most a quarter of the {longest} positions.")
         return found
+
+
+NAMES = {"beams": "num_beams", "no_repeat_ngram": "no_repeat_ngram_size"}
+"""What transformers calls a setting, where it has another name for it."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,8 @@ def from_encoder(directory: Path, tokenizer: Tokenizer, decoding: Decoding) -> A
     for config in (model.config, model.generation_config):
         for name, value in settings.items():
             setattr(config, name, value)
-    model.generation_config.update(
-        bos_token_id=start,
-        num_beams=decoding.beams,
-        length_penalty=decoding.length_penalty,
-        no_repeat_ngram_size=decoding.no_repeat_ngram,
-        max_length=decoding.max_length,
-        early_stopping=decoding.beams > 1,
-    )
+    settings = {NAMES.get(name, name): value for name, value in asdict(decoding).items()}
+    model.generation_config.update(bos_token_id=start, early_stopping=decoding.beams > 1, **settings)
     return model
 
 
@@ -172,12 +172,20 @@ def summarize(sentences: Sequence[str], model: Any, tokenizer: Tokenizer) -> tup
 
     Returns:
         The summary, and how many sentences were cut.
+
+    Raises:
+        UserError: If the summaries of its windows fill as many windows again, as those of an untrained model may.
     """
-    longest, cut = positions_of(model), 0
+    longest, cut, before = positions_of(model), 0, None
     while True:
         (document,), over = encode_documents([(list(sentences), [])], tokenizer, longest)  # as training reads them
         cut += over
         parts = window_ids(document.ids, longest)
+        if before is not None and len(parts) >= before:
+            raise UserError(
+                f"The summaries of the text's {before} parts are as long as the parts. Train the model longer."
+            )
+        before = len(parts)
         sentences = write(model, tokenizer, parts)
         if len(parts) == 1:
             return sentences[0], cut
@@ -192,10 +200,22 @@ def load(folder: Path) -> tuple[Any, Tokenizer]:
     from transformers import EncoderDecoderModel
 
     recover_dir(folder)
+    place = folder / "generation_config.json"
+    found = read_json(place)  # one that is damaged transformers passes over
+    values = {
+        field.name: found[name] for field in fields(Decoding) if (name := NAMES.get(field.name, field.name)) in found
+    }
+    decoding = configured(Decoding, values, str(place), NAMES)
+    quiet_transformers()
     try:
         model = EncoderDecoderModel.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder} is no encoder-decoder that transformers can read ({e}). Train it again.") from None
+        problems = decoding.problems(positions_of(model))
+    except UNREADABLE as e:
+        raise UserError(
+            f"{folder} is no encoder-decoder that transformers can read ({first_line(e)}). Train it again."
+        ) from None
+    if problems:
+        raise UserError(f"{place}: {' '.join(problems)} Train it again.")
     return model.eval(), tokenizer_of(folder)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -189,6 +190,58 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
     assert "1 sentences were read without their ends: over 40 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="chooses no sentences: leave out --n_sentences"):
         summarize.summary(folder, file, n_sentences=2)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A checkpoint of an abstractive summariser that has learned nothing."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = transformers.BertConfig(30522, 32, 1, 2, 48, max_position_embeddings=64)
+    transformers.BertModel(shape).save_pretrained(tmp_path / "bert")
+    tokenizer = tokenizer_of(encoder_directory("minilm"))
+    tokenizer.save(str(tmp_path / "bert" / "tokenizer.json"))
+    model = abstractive.from_encoder(tmp_path / "bert", tokenizer, abstractive.Decoding(beams=1, max_length=16))
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save(str(tmp_path / "final" / "tokenizer.json"))
+    abstractive.load(tmp_path / "final")
+    return tmp_path / "final"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"short", "that transformers can read.*Train it again"),
+        ("config.json", b'{"model_type": "encoder-decoder"}', "that transformers can read.*Train it again"),
+        ("config.json", {"decoder": 3}, "that transformers can read.*Train it again"),
+        ("config.json", {"encoder": {"model_type": "bert", "hidden_size": 48}}, "that transformers can read"),
+        ("generation_config.json", b"{", r"generation_config\.json, line 1: not valid JSON"),
+        ("generation_config.json", None, r"generation_config\.json does not exist"),
+        ("generation_config.json", {"max_length": 0}, r"max_length must be at least 4, not 0"),
+        ("generation_config.json", {"max_length": 60}, r"at most a quarter of the 64 positions"),
+        ("generation_config.json", {"max_length": "9"}, r"generation_config\.json has '9' for max_length"),
+        ("generation_config.json", {"num_beams": 2.5}, r"generation_config\.json has 2\.5 for num_beams"),
+        ("tokenizer.json", b"{}", "is no tokenizer"),
+    ],
+)
+def test_a_damaged_abstractive_checkpoint_is_told(written, tmp_path, capsys, file, content, message):
+    place = written / file
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(place.read_text()), **content}).encode()
+    place.unlink() if content is None else place.write_bytes(content)
+    text = tmp_path / "text.txt"
+    text.write_text("We found pain. The scene was.")
+    args = ["summary", "--checkpoint_dir", str(written), "--file", str(text)]
+    assert main(args, PROJECTS, "custom_models") == 1
+    told = capsys.readouterr().err
+    assert re.search(message, told) and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_summaries_that_are_no_shorter_than_their_text_end_in_a_message(monkeypatch):
+    monkeypatch.setattr(abstractive, "positions_of", lambda model: 64)
+    monkeypatch.setattr(abstractive, "write", lambda model, tokenizer, rows: ["word " * 50] * len(rows))
+    with pytest.raises(UserError, match="parts are as long as the parts"):
+        abstractive.summarize(["word " * 40 + "."] * 10, None, tokenizer_of(encoder_directory("minilm")))
 
 
 def test_a_document_is_read_as_it_was_in_training(monkeypatch):
