@@ -25,8 +25,11 @@ from workflows.wheels import DJANGO, WAGTAIL, open_wheel
 
 Language = Literal["fr", "de"]
 NAMES: dict[Language, str] = {"fr": "French", "de": "German"}
-PLACEHOLDER = re.compile(r"%\(\w+\)[a-zA-Z]|%[a-zA-Z](?!\w)|\{\{ *[\w.]+ *\}\}|\{[\w.]*\}")
-"""What a program puts values into: %(name)s, %s, {{ name }}, {name}, {}."""
+PLACEHOLDER = re.compile(
+    r"%(?:\(\w+\)[-+#]*\d*(?:\.\d+)?[a-zA-Z]|(?:\d+\$)?[-+#]*\d*(?:\.\d+)?[a-zA-Z](?!\w))"
+    r"|\$?\{\{ *[\w.]+ *\}\}|\$?\{[\w.]*(?:\[\w+\])?(?:![rsa])?(?::[^{}\s]*)?\}"
+)
+"""What a program puts values into: %(name)s, %s, %.1f, %1$s, {{ name }}, {name}, {}, {value:.2f}, {0!r}, ${name}."""
 _CATALOGUE_LINE = re.compile(
     r"""\s*(\#.*|((msgctxt|msgid|msgid_plural|msgstr(\[\d+\])?)\s*)?"(\\.|[^"\\])*"\s*)?""", re.VERBOSE
 )

@@ -69,10 +69,11 @@ class Codec:
         tokenizer: From `learn`.
         placeholders: Whether placeholders are carried over by marks; programs have none.
         longest: The most tokens of a text, its end included.
+        multiline: Whether a text may have several lines, as a program has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, placeholders: bool, longest: int) -> None:
-        self.tokenizer, self.placeholders, self.longest = tokenizer, placeholders, longest
+    def __init__(self, tokenizer: Tokenizer, placeholders: bool, longest: int, multiline: bool) -> None:
+        self.tokenizer, self.placeholders, self.longest, self.multiline = tokenizer, placeholders, longest, multiline
         self.pad_id, self.end_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(END)
         self.memory_id = tokenizer.token_to_id(MEMORY)
         self.mark_ids = [tokenizer.token_to_id(name) for name in MARKS] if placeholders else []
@@ -90,7 +91,8 @@ class Codec:
         """
         texts = [f" {mark(text).text if placeholders else text}" for pair in pairs for text in pair]
         special = [PAD, END, MEMORY, *(MARKS if placeholders else [])]
-        return cls(learn_vocabulary(texts, vocab_size, special, as_written=True), placeholders, longest)
+        multiline = any("\n" in text for text in texts)
+        return cls(learn_vocabulary(texts, vocab_size, special, as_written=True), placeholders, longest, multiline)
 
     def ids_of(self, text: str, left_out: float = 0.0, chance: random.Random | None = None) -> list[int]:
         """A text's tokens, and the end.

@@ -1,13 +1,14 @@
 """A trained translator: texts in, beam search, texts out; how it is saved, and asked by `make translate-text`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from custom_models.beam_search import beam_search
+from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import tokenizer_of
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import read_own, save_encoder_decoder
@@ -34,6 +35,23 @@ class BeamArgs:
         return [] if self.n_beam >= 1 else [f"--beam.n_beam must be at least 1, not {self.n_beam}."]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a checkpoint says of a translator's texts; as for `Codec`.
+
+    Raises:
+        UserError: If no text is short enough to be read.
+    """
+
+    placeholders: bool
+    longest: int
+    multiline: bool
+
+    def __post_init__(self) -> None:
+        if self.longest < 4:
+            raise UserError(f"longest must be at least 4, not {self.longest}. Train it again.")
+
+
 class Written(NamedTuple):
     """Translations.
 
@@ -41,11 +59,13 @@ class Written(NamedTuple):
         texts: In the order of their sources.
         cut: Sources that were too long and were not read to their end.
         unfinished: Translations that reached the limit of tokens.
+        limit: The most tokens that one of those could have; 0 if there is none.
     """
 
     texts: list[str]
     cut: int
     unfinished: int
+    limit: int
 
 
 class Translator:
@@ -63,7 +83,8 @@ class Translator:
 
     def save(self, folder: Path, data: str) -> None:
         """Write a checkpoint, whole or not at all; `data` is the name of what it learned from."""
-        how = {"placeholders": self.codec.placeholders, "longest": self.codec.longest, "beam": asdict(self.beam),
+        reading = Reading(self.codec.placeholders, self.codec.longest, self.codec.multiline)
+        how = {**asdict(reading), "beam": asdict(self.beam),
                "memory": self.memory.pairs if self.memory else None}  # fmt: skip
         save_encoder_decoder(self.model, self.model.config, self.codec.tokenizer, folder, translator=how, data=data)
 
@@ -81,12 +102,16 @@ class Translator:
         if not isinstance(how, dict):
             raise UserError(f"{folder} is no translator. Train one with `make translate`.")
         try:
-            codec = Codec(tokenizer_of(folder), bool(how["placeholders"]), int(how["longest"]))
-            beam = BeamArgs(**how["beam"])
+            place = f"{folder}/config.json"
+            reading = configured(Reading, {field.name: how[field.name] for field in fields(Reading)}, place)
+            codec = Codec(tokenizer_of(folder), **asdict(reading))
+            beam = configured(BeamArgs, how["beam"], place)
             pairs = how["memory"] and [(str(source), str(target)) for source, target in how["memory"]]
             memory = Memory(pairs, codec.placeholders) if pairs else None
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}). Train it again.") from None
+        if problems := beam.problems():
+            raise UserError(f"{place}: {' '.join(problems)} Train it again.")
         model = EncoderDecoder(shape)
         fill(model, weights, str(folder))
         return cls(model, codec, beam, memory)
@@ -101,7 +126,7 @@ class Translator:
         found_for = self.memory.likest(texts) if self.memory else [None] * len(texts)
         read = [self.codec.source(text, found) for text, found in zip(texts, found_for, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: len(read[i][0]))
-        translated, unfinished = [""] * len(texts), 0
+        translated, unfinished, limit = [""] * len(texts), 0, 0
         for begin in range(0, len(order), batch_size):
             places = order[begin : begin + batch_size]
             sources = [read[i][0] for i in places]
@@ -119,26 +144,34 @@ class Translator:
             )
             for i, ids in zip(places, written.ids, strict=True):
                 translated[i] = self.codec.text(ids, read[i][1])
-                unfinished += ids[-1] != self.codec.end_id
-        return Written(translated, sum(cut for _, _, cut in read), unfinished)
+                if ids[-1] != self.codec.end_id:
+                    unfinished, limit = unfinished + 1, max(limit, most)
+        return Written(translated, sum(cut for _, _, cut in read), unfinished, limit)
 
 
 def translate(checkpoint_dir: Path, text: str = "", file: Path | None = None) -> None:
-    """Translate a text.
+    """Translate a text, line by line, or whole if the translator learned from texts of several lines, as programs are.
 
     Args:
         checkpoint_dir: A translator's folder, such as out/translate/catalogues_fr/final.
         text: What to translate.
-        file: A file with it, such as a program.
+        file: A file with it.
 
     Raises:
         UserError: If the folder holds no translator, the text is empty, or the file cannot be read.
     """
     text = text if file is None else read_text(file).rstrip("\n")
     translator = Translator.load(checkpoint_dir)
-    written = translator.translate([text])
-    print(written.texts[0])
+    lines = [text] if translator.codec.multiline or not text.strip() else text.split("\n")
+    written = translator.translate([line for line in lines if line.strip()] or lines)
+    translated = iter(written.texts)
+    print("\n".join(next(translated) if line.strip() else "" for line in lines))
     if written.cut:
-        print(f"only the first {translator.codec.longest} tokens were read")
+        print(f"{_of(written.cut, lines)}only the first {translator.codec.longest} tokens were read")
     if written.unfinished:
-        print(f"the translation was broken off after {translator.codec.longest} tokens")
+        print(f"{_of(written.unfinished, lines)}the translation was broken off after {written.limit} tokens")
+
+
+def _of(n: int, lines: Sequence[str]) -> str:
+    """Of how many lines something is said; of a text that is one it need not be."""
+    return "" if len(lines) == 1 else f"{n} of {len(lines)} lines: "

@@ -104,6 +104,9 @@ def test_what_shares_a_source_or_a_target_stays_on_one_side(tmp_path):
         ("%(name)s has %d of %s.", ["%(name)s", "%d", "%s"]),
         ("{name} and {} and {{ user.name }}", ["{name}", "{}", "{{ user.name }}"]),
         ("100% sure, 5 % less, 20%discount", []),
+        ("{value:.2f} {0!r} {x!s:>10} {a.b[0]} ${name}", ["{value:.2f}", "{0!r}", "{x!s:>10}", "{a.b[0]}", "${name}"]),
+        ("%.1f, %2d, %1$s, %-5s %(size).1f%%", ["%.1f", "%2d", "%1$s", "%-5s", "%(size).1f"]),
+        ("{an aside: this} 50%-100%, 3%.a", []),
     ],
 )
 def test_placeholders(text: str, found: list[str]):

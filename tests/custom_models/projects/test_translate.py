@@ -118,6 +118,21 @@ def test_a_beam_ends_only_when_each_mark_is_written_once(messages):
     assert codec.pad_id not in allowed(1, [])
 
 
+def test_a_program_is_translated_whole_and_a_limit_is_what_it_was(tmp_path, capsys):
+    torch.manual_seed(0)
+    codec = Codec.learn([("def f():\n    return 1", "function f() {\n  return 1;\n}")] * 9, 270, False, 128)
+    Translator(EncoderDecoder(SHAPE.configuration(codec)), codec, BeamArgs(n_beam=1)).save(tmp_path / "final", "x")
+    translator = Translator.load(tmp_path / "final")
+    assert translator.codec.multiline and not Codec.learn([("a b", "b a")] * 9, 270, True, 24).multiline
+    program = "def f():\n    return 1"
+    written = translator.translate([program])
+    assert written.unfinished == 1 and written.limit == 2 * len(codec.source(program)[0]) + 20 < 128
+    args = ["translate-text", "--checkpoint_dir", str(tmp_path / "final"), "--text", program]
+    assert main(args, PROJECTS, "custom_models") == 0
+    told = capsys.readouterr().out
+    assert told == f"{written.texts[0]}\nthe translation was broken off after {written.limit} tokens\n"
+
+
 def test_even_an_untrained_model_keeps_placeholders():
     torch.manual_seed(0)
     codec = Codec.learn([("a b", "b a")] * 9, 270, True, 24)
@@ -225,6 +240,11 @@ def test_a_saved_translator_reloads_and_is_asked(trained, tmp_path, capsys):
     assert "%(who)s" in capsys.readouterr().out
     assert main([*args, "open " * 40], PROJECTS, "custom_models") == 0
     assert "only the first 32 tokens were read" in capsys.readouterr().out
+    (tmp_path / "text").write_text("open file\n\nclose %(page)s\n" + "open " * 40)
+    assert main([*args[:-1], "--file", str(tmp_path / "text")], PROJECTS, "custom_models") == 0
+    first, blank, third, *_, told = capsys.readouterr().out.splitlines()
+    assert [first, third] == translator.translate(["open file", "close %(page)s"]).texts and blank == ""
+    assert told.startswith("1 of 4 lines: ")
     assert main([*args, " "], PROJECTS, "custom_models") == 1
     assert "nothing to translate in an empty text" in capsys.readouterr().err
 
@@ -282,8 +302,22 @@ def test_bad_settings_and_data_are_told(messages, trained, tmp_path, capsys):
     assert "holds no translator. Train one with `make translate`" in capsys.readouterr().err
     shutil.copytree(trained / "final", tmp_path / "damaged")
     config = json.loads((tmp_path / "damaged" / "config.json").read_text())
-    del config["translator"]["longest"]
-    (tmp_path / "damaged" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="damaged"):
-        Translator.load(tmp_path / "damaged")
+    how = config["translator"]
+    beam = how["beam"]
+    for changed, message in (
+        ({**how, "longest": "7"}, r"config\.json has '7' for longest"),
+        ({**how, "longest": 10**9}, r"config\.json has 1000000000 for longest"),
+        ({**how, "longest": 0}, r"config\.json: longest must be at least 4"),
+        ({**how, "placeholders": 1}, r"has 1 for placeholders"),
+        ({**how, "beam": {**beam, "n_beam": "4"}}, r"config\.json has '4' for n_beam"),
+        ({**how, "beam": {**beam, "n_beam": 2.5}}, r"has 2\.5 for n_beam"),
+        ({**how, "beam": {**beam, "n_beam": 0}}, r"n_beam must be at least 1"),
+        ({**how, "beam": {**beam, "length_penalty": "x"}}, r"has 'x' for length_penalty"),
+        ({**how, "beam": [1]}, "damaged"),
+        ({**how, "beam": {"wings": 2}}, "damaged"),
+        ({name: value for name, value in how.items() if name != "longest"}, "damaged"),
+    ):
+        (tmp_path / "damaged" / "config.json").write_text(json.dumps({**config, "translator": changed}))
+        with pytest.raises(UserError, match=message):
+            Translator.load(tmp_path / "damaged")
     assert len(MARKS) == len(set(MARKS))
