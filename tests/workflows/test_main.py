@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from custom_models.__main__ import PROJECTS
 from workflows.__main__ import STEPS, explain, main, parse_all
 
 
@@ -120,6 +121,12 @@ def test_unknown_step_lists_the_known_ones(capsys):
     assert "no step 'trian'" in (said := capsys.readouterr().err) and "lora" in said
     assert main([]) == 2
     assert main(["--help"]) == 0
+
+
+def test_a_command_line_that_is_no_text_is_one_message(capsys):
+    for steps, program in ((STEPS, "workflows"), (PROJECTS, "custom_models")):
+        assert main([*steps][:1] + ["--text", "a \udcff"], steps, program) == 2
+        assert capsys.readouterr().err.startswith("error: not UTF-8 text: 'a \\udcff'.")
 
 
 @pytest.mark.long
