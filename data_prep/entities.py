@@ -4,12 +4,13 @@ Rows are {"tokens": [...], "tags": [...]} in IOB2. Official splits stay as they 
 training and validation that a later split has, too, are left out ("Methods :" stands in every abstract).
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from data_prep.dataset import DataSet, Source
 from data_prep.hpo import ontology_source, read_files
@@ -21,7 +22,7 @@ from data_prep.tables import hub_splits
 from workflows.errors import UserError, report_all
 from workflows.files import sha256
 
-WORD = re.compile(r"\w+|[^\w\s]")
+WORD = regex.compile(r"[\w\p{N}]+|[^\w\p{N}\s]")  # to `re`, a vowel sign of Hindi is no part of its word
 """Words as BC5CDR's files have them: letters and digits, or one sign."""
 _SUFFIXES = (".tsv", ".txt", ".iob", ".iob2", ".bio", ".conll")
 _SPLITS = {"train": "train", "training": "train", "devel": "validation", "dev": "validation", "valid": "validation",

@@ -96,6 +96,11 @@ def too_small(**options: tuple[float | None, int]) -> list[str]:
     ]
 
 
+def no_shares(**options: float) -> list[str]:
+    """Messages about options that are not from 0 to 1."""
+    return [f"--{name} must be from 0 to 1, not {value}." for name, value in options.items() if not 0 <= value <= 1]
+
+
 class _History(Callback):
     """The numbers of each epoch."""
 

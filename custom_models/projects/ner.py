@@ -12,18 +12,28 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
 from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.entity_scores import Tagged
-from custom_models.projects.fitting import FitArgs, fit_best, seed_problems, too_small
-from custom_models.projects.ner_model import Codec, EntityModel, EntityTask, Head, Sentence, batch_of, load_entity_model
-from custom_models.projects.ner_report import Asking, Round, encode, find, looked_at, read_splits, report
+from custom_models.projects.fitting import FitArgs, fit_best, no_shares, seed_problems, too_small
+from custom_models.projects.ner_model import (
+    Asking,
+    Codec,
+    EntityModel,
+    EntityTask,
+    Head,
+    Sentence,
+    batch_of,
+    load_entity_model,
+)
+from custom_models.projects.ner_report import Round, encode, find, looked_at, read_splits, report
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     PairBatch,
@@ -107,7 +117,7 @@ def setup(
                           tag_weight=(tag_weight, 0))  # fmt: skip
     if model == SCRATCH and pretrain.max_epochs:
         problems += pretrain.problems("pretrain")
-    problems += _no_shares(merge_dropout=merge_dropout, tag_share=tag_share)
+    problems += no_shares(merge_dropout=merge_dropout, tag_share=tag_share)
     if head != "text" and model != SCRATCH:
         problems.append(
             f"--head {head} is for --model scratch; a T5 from elsewhere answers by its decoder: --head text."
@@ -118,25 +128,20 @@ def setup(
         problems.append("--fit.ema_decay is for --model scratch; transformers' trainer has no such average.")
     report_all(problems)
     splits, types = read_splits(data, max_rows)
+    asking = Asking(head, constrained, n_beam, tag_share, longest)
     trained = (
-        _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, merge_dropout, head,
-                      tag_weight, longest, validation_rows, seeds, out_dir)
+        _from_scratch(data, splits, types, shape, pretrain, unlabelled, max_unlabelled, fit, merge_dropout, asking,
+                      tag_weight, validation_rows, seeds, out_dir)
         if model == SCRATCH
-        else _from_hf(model, data, splits, types, fit, longest, validation_rows, seeds, out_dir)
+        else _from_hf(model, data, splits, types, fit, asking, validation_rows, seeds, out_dir)
     )  # fmt: skip
-    asking = Asking(head, constrained, n_beam, tag_share, longest, validation_rows)
     settings = {"shape": asdict(shape) if model == SCRATCH else None,
                 "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
                 "merge_dropout": merge_dropout, "tag_weight": tag_weight, "max_rows": max_rows}  # fmt: skip
     tagging = tag_weight if model == SCRATCH else 0.0
-    rounds = report(trained, splits, data, model, asking, tagging, seeds, out_dir, began, settings)
+    rounds = report(trained, splits, data, model, asking, validation_rows, tagging, seeds, out_dir, began, settings)
     draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}")
     print(f"{out_dir}/final, curves.png, metrics.json")
-
-
-def _no_shares(**options: float) -> list[str]:
-    """Messages about options that are not from 0 to 1."""
-    return [f"--{name} must be from 0 to 1, not {value}." for name, value in options.items() if not 0 <= value <= 1]
 
 
 def _from_scratch(
@@ -149,14 +154,14 @@ def _from_scratch(
     max_unlabelled: int,
     fit: FitArgs,
     merge_dropout: float,
-    head: Head,
+    asking: Asking,
     tag_weight: float,
-    longest: int,
     validation_rows: int | None,
     seeds: list[int],
     out_dir: Path,
 ) -> Iterator[Round]:
     """A T5 of our own, pretrained once and fine-tuned for each seed; the first one is kept."""
+    longest = asking.longest
     pretrained, codec = pretrained_t5(splits, types, shape, pretrain, unlabelled, max_unlabelled, longest, seeds[0],
                                       out_dir)  # fmt: skip
     config = pretrained.config
@@ -175,10 +180,10 @@ def _from_scratch(
         train = row_loader(splits["train"], [len(row.source) for row in rows["train"]], fit.batch_size, drawn, seed)
         looked = row_loader(validation, [len(row.source) for row in validation], 4 * fit.batch_size,
                             partial(batch_of, pad_id=config.pad_id), None)  # fmt: skip
-        task = EntityTask(model, fit, len(train) * fit.max_epochs, head, tag_weight)
+        task = EntityTask(model, fit, len(train) * fit.max_epochs, asking.head, tag_weight)
         epochs = fit_best(task, train, looked, out_dir, fit)
         if number == 0:
-            model.save(codec.tokenizer, out_dir / "final", head, data.name)
+            model.save(codec.tokenizer, out_dir / "final", asking, data.name)
         yield Round(model, codec, epochs, time.perf_counter() - started)
 
 
@@ -255,7 +260,7 @@ def _from_hf(
     splits: dict[str, list[Tagged]],
     types: list[str],
     fit: FitArgs,
-    longest: int,
+    asking: Asking,
     validation_rows: int | None,
     seeds: list[int],
     out_dir: Path,
@@ -267,7 +272,7 @@ def _from_hf(
         started = time.perf_counter()
         folder = out_dir / ("final" if number == 0 else ".other")
         some = {**splits, "validation": looked_at(splits["validation"], validation_rows)}
-        epochs = fine_tune(model, some, types, fit, longest, seed, folder, data.name)
+        epochs = fine_tune(model, some, types, fit, asking, seed, folder, data.name)
         tagger, codec, _ = load_entity_model(folder)
         if number:
             shutil.rmtree(folder)
@@ -277,12 +282,12 @@ def _from_hf(
 def predict(
     checkpoint_dir: Path,
     text: str,
-    constrained: bool = True,
-    n_beam: int = 4,
-    tag_share: float = 0.75,
-    longest: int = 256,
+    constrained: bool | None = None,
+    n_beam: int | None = None,
+    tag_share: float | None = None,
+    longest: int | None = None,
 ) -> None:
-    """Name the entities of a sentence.
+    """Name the entities of a sentence; the model is asked as it was scored, unless an option says otherwise.
 
     Args:
         checkpoint_dir: What `make ner` left, such as out/ner/hpo_entities/scratch/final.
@@ -295,13 +300,16 @@ def predict(
     Raises:
         UserError: If the folder holds no such model, an option makes no sense, or the sentence is empty.
     """
-    report_all(too_small(n_beam=(n_beam, 1), longest=(longest, 3)) + _no_shares(tag_share=tag_share))
+    options = {"constrained": constrained, "n_beam": n_beam, "tag_share": tag_share, "longest": longest}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    Asking(**given)  # what makes no sense is said before anything is read
     words = WORD.findall(text)
     if not words:
         raise UserError('There is nothing to read. Give a sentence: make ner-predict TEXT="…"')
-    model, codec, head = load_entity_model(checkpoint_dir)
-    sentence = codec.encode(words, [OUTSIDE] * len(words), longest)
-    written = find(model, codec, [sentence], Asking(head, constrained, n_beam, tag_share, longest, None))
+    model, codec, asking = load_entity_model(checkpoint_dir)
+    asking = replace(asking, **given)
+    sentence = codec.encode(words, [OUTSIDE] * len(words), asking.longest)
+    written = find(model, codec, [sentence], asking)
     for entity in written.entities[0]:
         print(f"{entity.type:<12}{' '.join(words[entity.start : entity.end])}")
     if not written.entities[0]:

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from custom_models.encoder_decoder_checkpoint import load_encoder_decoder, save_hf
 from custom_models.projects import autotrain
 from custom_models.projects.entity_scores import Tagged
@@ -22,10 +20,10 @@ from custom_models.projects.entity_text import list_of
 from custom_models.projects.fitting import FitArgs, seed_problems, too_small
 from custom_models.projects.ner import SCRATCH, pretrained_t5
 from custom_models.projects.ner_hf import save_entity_t5
-from custom_models.projects.ner_model import Codec, EntityModel, load_entity_model
-from custom_models.projects.ner_report import Asking, Round, encode, looked_at, read_splits, report
+from custom_models.projects.ner_model import Asking, Codec, EntityModel, load_entity_model
+from custom_models.projects.ner_report import Round, encode, looked_at, read_splits, report
 from custom_models.projects.seq2seq import T5Shape
-from custom_models.weights import quiet_transformers
+from custom_models.weights import UNREADABLE, quiet_transformers
 from data_prep.iob import entities_of
 from workflows.errors import UserError, first_line, report_all
 from workflows.files import read_json, write_json
@@ -96,12 +94,14 @@ def setup(
         t5, codec = loaded[0], Codec(loaded[1], types, loaded[0].config.end_id)
     base = out_dir / "base"
     save_hf(t5, codec.tokenizer, base)  # whatever form it had, its tokenizer ends lists now
-    trained = _train(base, codec, data.name, some, fit, longest, seeds, out_dir, home)
-    asking = Asking("text", constrained, n_beam, 0.0, longest, validation_rows)
+    asking = Asking("text", constrained, n_beam, 0.0, longest)
+    trained = _train(base, codec, data.name, some, fit, asking, seeds, out_dir, home)
     settings = {"trainer": autotrain.PINS[0], "shape": asdict(shape) if model == SCRATCH else None,
                 "pretrain": asdict(pretrain) if model == SCRATCH else None, "fit": asdict(fit),
                 "max_rows": max_rows}  # fmt: skip
-    report(trained, splits, data, f"{model} by AutoTrain", asking, 0.0, seeds, out_dir, began, settings)
+    report(
+        trained, splits, data, f"{model} by AutoTrain", asking, validation_rows, 0.0, seeds, out_dir, began, settings
+    )
     print(f"{out_dir}/final, autotrain, metrics.json")
 
 
@@ -138,13 +138,13 @@ def _train(
     data: str,
     splits: dict[str, list[Tagged]],
     fit: FitArgs,
-    longest: int,
+    asking: Asking,
     seeds: Sequence[int],
     out_dir: Path,
     home: Path,
 ) -> Iterator[Round]:
     """One run of AutoTrain for each seed; the first one's model is kept."""
-    rows = {split: rows_of(splits[split], codec, longest) for split in ("train", "validation")}
+    rows = {split: rows_of(splits[split], codec, asking.longest) for split in ("train", "validation")}
     both = [*rows["train"], *rows["validation"]]
     sizes = [most_tokens([row[column] for row in both], codec) for column in ("text", "target")]
     # Texts may be one token longer than the limit that transformers 4 has by default, 20, and are padded to that limit:
@@ -158,7 +158,7 @@ def _train(
         autotrain.write_project(project, autotrain.config_of(base, fit, seed, *sizes), rows)
         result = autotrain.run(project, home, on_cpu=fit.accelerator == "cpu")
         folder = out_dir / ("final" if number == 0 else ".other")
-        tagger = kept(result, codec, data, folder)
+        tagger = kept(result, codec, asking, data, folder)
         epochs = autotrain.epochs_of(result)
         shutil.rmtree(result)  # the optimizer's state is far larger than the model
         if number:
@@ -166,12 +166,13 @@ def _train(
         yield Round(tagger, codec, epochs, time.perf_counter() - started)
 
 
-def kept(result: Path, codec: Codec, data: str, folder: Path) -> EntityModel:
+def kept(result: Path, codec: Codec, asking: Asking, data: str, folder: Path) -> EntityModel:
     """AutoTrain's result, loaded by transformers and written so that `make ner-predict` can ask it.
 
     Args:
         result: AutoTrain's folder.
         codec: The ids of the model that it began at.
+        asking: How it is asked.
         data: The name of what it learned from.
         folder: Where.
 
@@ -183,7 +184,7 @@ def kept(result: Path, codec: Codec, data: str, folder: Path) -> EntityModel:
     quiet_transformers()
     try:
         model = T5ForConditionalGeneration.from_pretrained(result)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+    except UNREADABLE as e:
         raise UserError(f"transformers cannot load what AutoTrain left in {result}: {first_line(e)}") from None
-    save_entity_t5(model, codec.tokenizer, codec.types, data, folder)
+    save_entity_t5(model, codec.tokenizer, codec.types, asking, data, folder)
     return load_entity_model(folder)[0]

@@ -5,6 +5,7 @@ What it leaves is a folder of transformers' form, which `ner_model.load_entity_m
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from custom_models.encoder_decoder_checkpoint import t5_directory
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.fitting import FitArgs
-from custom_models.projects.ner_model import Codec, Sentence
+from custom_models.projects.ner_model import Asking, Codec, Sentence
 from custom_models.projects.seq2seq import padded
 from workflows.files import atomic_dir
 
@@ -25,7 +26,7 @@ def fine_tune(
     splits: dict[str, list[Tagged]],
     types: Sequence[str],
     fit: FitArgs,
-    longest: int,
+    asking: Asking,
     seed: int,
     folder: Path,
     data: str,
@@ -37,7 +38,7 @@ def fine_tune(
         splits: Tagged sentences; train and validation are used.
         types: The types of entities.
         fit: Batch, rate, warm-up, decay and epochs.
-        longest: The longest sentence in tokens.
+        asking: How it will be asked.
         seed: Of order and dropout.
         folder: Where the model goes.
         data: The name of what it learned from.
@@ -64,9 +65,9 @@ def fine_tune(
     codec = Codec(tokenizer, types, int(model.config.eos_token_id))
     rows: dict[str, list[Sentence]] = {}
     for split in ("train", "validation"):
-        rows[split] = [codec.encode(words, tags, longest) for words, tags in splits[split]]
+        rows[split] = [codec.encode(words, tags, asking.longest) for words, tags in splits[split]]
         cut = sum(len(row.words) < len(words) for row, (words, _) in zip(rows[split], splits[split], strict=True))
-        print(f"{split}: {len(rows[split]):,} sentences; {cut:,} cut: over {longest} tokens")
+        print(f"{split}: {len(rows[split]):,} sentences; {cut:,} cut: over {asking.longest} tokens")
 
     def collate(chosen: list[Sentence]) -> dict[str, Any]:
         source = padded([row.source for row in chosen], model.config.pad_token_id)  # (B, Ts)
@@ -118,21 +119,24 @@ def fine_tune(
     )
     trainer.train()
     shutil.rmtree(runs, ignore_errors=True)
-    save_entity_t5(model.cpu(), tokenizer, types, data, folder)
+    save_entity_t5(model.cpu(), tokenizer, types, asking, data, folder)
     return _epochs(trainer.state.log_history)
 
 
-def save_entity_t5(model: Any, tokenizer: Tokenizer, types: Sequence[str], data: str, folder: Path) -> None:
+def save_entity_t5(
+    model: Any, tokenizer: Tokenizer, types: Sequence[str], asking: Asking, data: str, folder: Path
+) -> None:
     """Write a T5 of transformers' with what `ner_model.load_entity_model` has to know of it, whole or not at all.
 
     Args:
         model: A `T5ForConditionalGeneration`.
         tokenizer: Its tokenizer.
         types: The types of entities that it names.
+        asking: How it is asked.
         data: The name of what it learned from.
         folder: Where.
     """
-    model.config.update({"entity_types": list(types), "head": "text", "data": data})
+    model.config.update({"entity_types": list(types), **asdict(asking), "data": data})
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)

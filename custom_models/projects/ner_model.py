@@ -6,9 +6,10 @@ half: by its tokens as the decoder writes them, and by its words' tags. `by_both
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -17,20 +18,47 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from custom_models.beam_search import beam_search
+from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import tokenizer_of
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import load_encoder_decoder, read_own, save_encoder_decoder
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_text import Grammar, entities_in, list_of
-from custom_models.projects.fitting import FitArgs
+from custom_models.projects.fitting import FitArgs, no_shares, too_small
 from custom_models.projects.seq2seq import PairBatch, padded, text_loss
 from custom_models.weights import fill
 from data_prep.iob import OUTSIDE, Entity, entities_of, tags_of
-from workflows.errors import UserError
+from workflows.errors import UserError, report_all
 from workflows.files import read_json
 
 Head = Literal["text", "tokens", "both"]
 """What a model answers by: the decoder's lists, the encoder's tags, or the two together."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked for entities; its checkpoint says so, for it is to be asked as it was scored.
+
+    Attributes:
+        head: "text": the decoder writes a list; "tokens": the encoder tags each word; "both": the two together.
+        constrained: Whether the decoder can write nothing but a list of the sentence's own words.
+        n_beam: Beams; 1 is greedy search.
+        tag_share: How much the encoder counts with the head "both".
+        longest: The longest sentence in tokens; words beyond it are not read.
+
+    Raises:
+        UserError: If a number is out of its range.
+    """
+
+    head: Head = "text"
+    constrained: bool = True
+    n_beam: int = 4
+    tag_share: float = 0.75
+    longest: int = 256
+
+    def __post_init__(self) -> None:
+        found = too_small(n_beam=(self.n_beam, 1), longest=(self.longest, 3))
+        report_all(found + no_shares(tag_share=self.tag_share))
 
 
 class Sentence(NamedTuple):
@@ -58,9 +86,21 @@ class Codec:
         tokenizer: Whose ids; words are encoded one by one, so that a word is the same in the sentence and in the list.
         types: The types of entities.
         end_id: What ends a sentence and a list.
+
+    Raises:
+        UserError: If types differ in case only: a list, which is read without it, could not tell them apart.
     """
 
     def __init__(self, tokenizer: Tokenizer, types: Sequence[str], end_id: int) -> None:
+        named: dict[str, str] = {}
+        for kind in types:
+            if (other := named.setdefault(kind.casefold(), kind)) != kind:
+                raise UserError(f"The types {other} and {kind} differ in case only. Give one of them another name.")
+        tokenizer.encode_special_tokens = True  # a word such as <pad> is a word
+        unknown = tokenizer.token_to_id("<unk>")
+        # T5's own tokenizer finds </s> among its pieces even so; to it such a word is one that it does not know
+        special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        self._instead = dict.fromkeys(special, unknown) if unknown is not None else {}
         self.tokenizer, self.types, self.end_id = tokenizer, list(types), end_id
         self.labels = [OUTSIDE, *(f"{prefix}-{kind}" for kind in self.types for prefix in "BI")]
         self.ids_of = lru_cache(maxsize=None)(self._ids_of)
@@ -72,7 +112,8 @@ class Codec:
         return word if normalizer is None else "".join(normalizer.normalize_str(word).split())
 
     def _ids_of(self, word: str) -> list[int]:
-        return self.tokenizer.encode(self.plain(word), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(self.plain(word), add_special_tokens=False).ids
+        return [self._instead.get(i, i) for i in ids]
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids stand for, the end left out."""
@@ -168,16 +209,17 @@ class EntityModel(nn.Module):
         """The encoder's output, (B, Ts, width) -> logits of each token's class, (B, Ts, n_label)."""
         return self.tag_head(context)  # (B, Ts, n_label)
 
-    def save(self, tokenizer: Tokenizer, folder: Path, head: Head, data: str) -> None:
+    def save(self, tokenizer: Tokenizer, folder: Path, asking: Asking, data: str) -> None:
         """Write a checkpoint, whole or not at all.
 
         Args:
             tokenizer: Whose ids it reads.
             folder: Where.
-            head: What it answers by.
+            asking: How it is asked.
             data: The name of what it learned from.
         """
-        save_encoder_decoder(self, self.t5.config, tokenizer, folder, entity_types=self.types, head=head, data=data)
+        more = {"entity_types": self.types, **asdict(asking), "data": data}
+        save_encoder_decoder(self, self.t5.config, tokenizer, folder, **more)
 
     @torch.no_grad()
     def by_tags(self, sentences: Sequence[Sentence], batch_size: int = 64) -> Written:
@@ -303,11 +345,11 @@ def _by_length(sentences: Sequence[Sentence], batch_size: int) -> list[list[int]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, Head]:
+def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, Asking]:
     """Read a checkpoint that `make ner` left: ours, or a T5 of transformers'.
 
     Returns:
-        The model in evaluation mode, its codec, and its head.
+        The model in evaluation mode, its codec, and how it is asked.
 
     Raises:
         UserError: If it is none, or damaged.
@@ -315,12 +357,11 @@ def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, Head]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model that names entities. Train one with `make ner`, or name its folder.")
     config = read_json(folder / "config.json")
-    types, head = config.get("entity_types"), config.get("head", "text")
+    types = config.get("entity_types")
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise UserError(f"{folder} is a model that names no entities. Train one with `make ner`.")
-    if head not in get_args(Head):
-        known = ", ".join(get_args(Head))
-        raise UserError(f"{folder} is damaged: it answers by {head!r:.40}, none of {known}. Train it again.")
+    values = {field.name: config[field.name] for field in fields(Asking) if field.name in config}
+    asking = configured(Asking, values, f"{folder}/config.json")
     if config.get("model_type") == "t5":
         t5, tokenizer = load_encoder_decoder(folder)
         model = EntityModel(t5, types)
@@ -329,7 +370,7 @@ def load_entity_model(folder: Path) -> tuple[EntityModel, Codec, Head]:
         model = EntityModel(EncoderDecoder(shape), types)
         fill(model, weights, str(folder))
         tokenizer = tokenizer_of(folder)
-    return model.eval(), Codec(tokenizer, types, model.t5.config.end_id), head
+    return model.eval(), Codec(tokenizer, types, model.t5.config.end_id), asking
 
 
 class EntityTask(L.LightningModule):

@@ -3,12 +3,13 @@
 import random
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
-from custom_models.projects.ner_model import Codec, EntityModel, Head, Sentence, Written, by_both, by_text
+from custom_models.projects.ner_model import Asking, Codec, EntityModel, Sentence, Written, by_both, by_text
 from data_prep.iob import OUTSIDE, Entity
 from data_prep.rows import read_rows
 from workflows.checkpoint import metric, versions, write_metrics
@@ -16,26 +17,6 @@ from workflows.errors import UserError
 from workflows.measure import PeakMemory, hardware, seconds_of_step
 
 Row = TypeVar("Row")
-
-
-class Asking(NamedTuple):
-    """How a model is asked for entities.
-
-    Attributes:
-        head: "text": the decoder writes a list; "tokens": the encoder tags each word; "both": the two together.
-        constrained: Whether the decoder can write nothing but a list of the sentence's own words.
-        n_beam: Beams; 1 is greedy search.
-        tag_share: How much the encoder counts with the head "both".
-        longest: The longest sentence in tokens; words beyond it are not read.
-        validation_rows: How many sentences of validation are looked at; all if None.
-    """
-
-    head: Head
-    constrained: bool
-    n_beam: int
-    tag_share: float
-    longest: int
-    validation_rows: int | None
 
 
 class Round(NamedTuple):
@@ -103,6 +84,7 @@ def report(
     data: Path,
     model: str,
     asking: Asking,
+    validation_rows: int | None,
     tag_weight: float,
     seeds: list[int],
     out_dir: Path,
@@ -117,6 +99,7 @@ def report(
         data: Where they are from.
         model: What was trained, for the messages.
         asking: How it is asked.
+        validation_rows: How many sentences of validation are looked at; all if None.
         tag_weight: 0 if its encoder has not learned to tag words.
         seeds: Those of the trainings.
         out_dir: Where the numbers go.
@@ -138,7 +121,7 @@ def report(
             written = find(done.model, done.codec, test, asking)
             results.append((score(splits["test"], written.entities), written))
             rounds.append(done)
-            beside.append(_beside(done, splits, test, written.lists, asking, tag_weight))
+            beside.append(_beside(done, splits, test, written.lists, asking, validation_rows, tag_weight))
             print(_told(f"seed {seed}, test", *results[-1]) + f"; trained in {done.seconds:.0f} s")
             print("".join(f"  {name}: {value:.3f}\n" for name, value in beside[-1].items()), end="")
     if cut:
@@ -163,7 +146,7 @@ def report(
         sentences_cut=cut,
         parameters=sum(p.numel() for p in rounds[0].model.parameters()),
         data=data.name,
-        settings={"model": model, **asking._asdict(), **settings},
+        settings={"model": model, **asdict(asking), "validation_rows": validation_rows, **settings},
         hardware=hardware(),
         versions=versions(),
     )
@@ -181,6 +164,7 @@ def _beside(
     test: Sequence[Sentence],
     lists: Sequence[list[list[int]]],
     asking: Asking,
+    validation_rows: int | None,
     tag_weight: float,
 ) -> dict[str, float]:
     """Further F1s of a model that writes lists: by either of its halves alone, and with and without the grammar."""
@@ -192,10 +176,10 @@ def _beside(
         found["f1 by the decoder's lists, test"] = score(splits["test"], alone).f1
     if tag_weight:
         found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
-    rows = looked_at(splits["validation"], asking.validation_rows)
+    rows = looked_at(splits["validation"], validation_rows)
     sentences, _ = encode(rows, done.codec, asking.longest)
     for name, constrained in (("constrained", True), ("free", False)):
-        written = find(done.model, done.codec, sentences, asking._replace(constrained=constrained))
+        written = find(done.model, done.codec, sentences, replace(asking, constrained=constrained))
         found[f"f1, {name}, {len(rows):,} of validation"] = score(rows, written.entities).f1
         found[f"malformed entries, {name}"] = float(written.malformed)
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from data_prep.entities import WORD
 from data_prep.iob import entities_of
 from data_prep.prepare import setup
 from data_prep.rows import read_rows, row_problem
@@ -172,3 +173,9 @@ def test_bc5cdr_of_the_hub_is_cut_into_sentences_and_words(tmp_path, hub):
 def test_rows_that_are_no_tagged_sentences(row, message):
     problem = row_problem(row, "tagged")
     assert problem is None if message is None else message in str(problem)
+
+
+def test_signs_above_and_below_belong_to_their_letter():
+    assert WORD.findall("हिन्दी में cafe\u0301, 10 m² ½-on_e") == [
+        "हिन्दी", "में", "cafe\u0301", ",", "10", "m²", "½", "-", "on_e"
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Naming entities: ids and back, both heads, a T5 of transformers', the command line, bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from custom_models.projects.entity_scores import majority_dictionary, score
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.ner import _texts, find, predict, setup
 from custom_models.projects.ner_model import (
+    Asking,
     Codec,
     EntityModel,
     EntityTask,
@@ -26,7 +28,6 @@ from custom_models.projects.ner_model import (
     by_text,
     load_entity_model,
 )
-from custom_models.projects.ner_report import Asking
 from custom_models.projects.seq2seq import T5Shape, text_loss
 from data_prep.iob import Entity, entities_of, tags_of
 from data_prep.rows import write_rows
@@ -35,9 +36,10 @@ from workflows.errors import UserError
 
 TINY = T5Shape(vocab_size=420, width=32, n_layer=1, n_head=2, inner_width=32, dropout=0.0)
 words = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=6).filter(lambda w: w.split() == [w])
+special = st.sampled_from(["<end>", "<pad>", "<extra_id_0>", "</s>", "<unk>"])
 
 
-@given(st.booleans(), st.lists(words, min_size=1, max_size=8), st.data())
+@given(st.booleans(), st.lists(words | special, min_size=1, max_size=8), st.data())
 @settings(max_examples=200, deadline=None)
 def test_ids_lead_back_to_the_entities(codec, tiny_t5, ours, words, data):
     if not ours:  # a tokenizer that knows few letters: to it all others are one
@@ -61,6 +63,11 @@ def test_a_word_that_a_tokenizer_makes_a_part_of_the_list_of_is_told_apart(codec
             assert codec.entities(row.target, words) == (entities, 0)
 
 
+def test_types_that_a_list_could_not_tell_apart_are_refused(codec, data, tmp_path):
+    with pytest.raises(UserError, match="types GENE and gene differ in case only"):
+        Codec(codec.tokenizer, ["DNA", "GENE", "gene"], codec.end_id)
+
+
 def test_words_beyond_the_limit_are_not_read(codec):
     words, tags = ["aspirin", "causes", "fever"], ["B-Chemical", "O", "B-Disease"]
     whole = codec.encode(words, tags, 100)
@@ -78,7 +85,7 @@ def test_a_sentence_of_which_nothing_can_be_read_has_no_entity(codec, head):
     assert unread.words == [] and unread.source == unread.target == [codec.end_id]
     read = codec.encode(["fever"], ["B-Disease"], 64)
     for sentences in ([unread], [read, unread]):
-        assert find(model, codec, sentences, Asking(head, True, 2, 0.5, 100, None)).entities[-1] == []
+        assert find(model, codec, sentences, Asking(head, True, 2, 0.5, 100)).entities[-1] == []
         loss, right, n = EntityTask(model, FitArgs(), 1, head, 1.0).losses(batch_of(sentences, 0))
         assert loss.isfinite() and 0 <= float(right / n) <= 1
 
@@ -175,6 +182,8 @@ def test_a_tiny_t5_learns_to_name_entities(data, tmp_path, capsys, head):
         unlabelled=[tmp_path / "more.txt"],
         fit=FitArgs(8, learning_rate=1e-2, max_epochs=12, patience=12),
         seeds=[1, 2] if head == "tokens" else None,
+        n_beam=2,
+        tag_share=0.5,
     )
     told = capsys.readouterr().out
     assert "majority dictionary" in told and "span corruption on 100 texts" in told and "0 cut: over 256 tokens" in told
@@ -186,17 +195,27 @@ def test_a_tiny_t5_learns_to_name_entities(data, tmp_path, capsys, head):
     assert "Chemical    LITHIUM" in told and "Disease     renal failure" in told
     predict(tmp_path / "final", "Oral lithium after renal failure.", longest=4)
     assert "words were read" in capsys.readouterr().out
+    model, codec, asking = load_entity_model(tmp_path / "final")
+    assert asking == Asking(head, n_beam=2, tag_share=0.5)
+    model.save(codec.tokenizer, tmp_path / "short", replace(asking, longest=4), "data")
+    predict(tmp_path / "short", "Oral lithium after renal failure.")
+    assert "words were read" in capsys.readouterr().out
 
 
 @pytest.mark.long
 def test_a_t5_of_transformers_is_taught_by_its_own_trainer(data, tiny_t5, tmp_path, capsys):
     main(["ner", "--data", str(data), "--model", str(tiny_t5), "--out_dir", str(tmp_path), "--fit.max_epochs", "2",
-          "--fit.learning_rate", "1e-2", "--fit.batch_size", "8", "--fit.accelerator", "cpu", "--max_rows", "40"],
+          "--fit.learning_rate", "1e-2", "--fit.batch_size", "8", "--fit.accelerator", "cpu", "--max_rows", "40",
+          "--longest", "200"],
          steps=PROJECTS, program="custom_models")  # fmt: skip
     told = capsys.readouterr().out
     assert "0 malformed entries" in told and "train: 40 sentences; 0 cut" in told
-    model, codec, head = load_entity_model(tmp_path / "final")
-    assert head == "text" and codec.types == ["Chemical", "Disease"] and 0 <= metrics(tmp_path)["f1"] <= 1
+    model, codec, asking = load_entity_model(tmp_path / "final")
+    assert (
+        asking == Asking("text", longest=200)
+        and codec.types == ["Chemical", "Disease"]
+        and 0 <= metrics(tmp_path)["f1"] <= 1
+    )
     assert model.t5.config.tied and not (tmp_path / ".final.runs").exists()
     config = json.loads((tmp_path / "final" / "config.json").read_text())
     assert config["model_type"] == "t5" and config["entity_types"] == codec.types
@@ -229,8 +248,13 @@ def test_what_cannot_be_is_told(codec, data, tmp_path, tiny_t5):
         predict(tiny_t5, "aspirin", n_beam=0, longest=-5)
     torch.manual_seed(0)
     model = EntityModel(EncoderDecoder(TINY.config(codec.tokenizer)), codec.types)
-    model.save(codec.tokenizer, tmp_path / "banana", "banana", "data")
-    with pytest.raises(UserError, match="it answers by 'banana', none of text, tokens, both"):
-        predict(tmp_path / "banana", "aspirin")
+    model.save(codec.tokenizer, tmp_path / "fruit", Asking(), "data")
+    config = json.loads((tmp_path / "fruit" / "config.json").read_text())
+    for name, value, message in (("head", "banana", "has 'banana' for head; known are text, tokens, both"),
+                                 ("n_beam", "4", "has '4' for n_beam"), ("tag_share", 2.0, "must be from 0 to 1"),
+                                 ("longest", 0, "longest must be at least 3")):  # fmt: skip
+        (tmp_path / "fruit" / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(UserError, match=rf"config\.json.*{message}"):
+            predict(tmp_path / "fruit", "aspirin")
     with pytest.raises(UserError, match="nothing to read"):
         predict(tiny_t5, "  ")

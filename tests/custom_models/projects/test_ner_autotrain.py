@@ -22,7 +22,7 @@ from custom_models.projects.entity_text import entities_in
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.ner import predict
 from custom_models.projects.ner_autotrain import kept, most_tokens, rows_of, setup
-from custom_models.projects.ner_model import Codec, by_text, load_entity_model
+from custom_models.projects.ner_model import Asking, Codec, by_text, load_entity_model
 from custom_models.projects.ner_report import read_tagged
 from custom_models.projects.seq2seq import T5Shape
 from workflows.__main__ import main
@@ -124,7 +124,7 @@ def test_a_result_is_asked_as_transformers_asks_it(data, tiny_t5, codec_of_t5, t
     for parameter in theirs.parameters():  # random models agree on everything; this one gets opinions
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     theirs.save_pretrained(result)
-    model = kept(result, codec_of_t5, "mine", tmp_path / "final")
+    model = kept(result, codec_of_t5, Asking(), "mine", tmp_path / "final")
     assert model.types == TYPES and json.loads((tmp_path / "final" / "config.json").read_text())["data"] == "mine"
     named = 0
     for words, tags in read_tagged(data, "test")[:4]:
@@ -164,8 +164,8 @@ def test_the_command_trains_by_autotrain_and_scores_its_result(data, tiny_t5, tm
     assert variables["NLTK_DATA"] == str(home / "nltk_data") and variables["CUDA_VISIBLE_DEVICES"] == ""
     assert sorted(path.name for path in out.iterdir()) == ["autotrain", "base", "final", "metrics.json"]
     assert not (out / "autotrain" / "model").exists()
-    model, _, head = load_entity_model(out / "final")
-    assert head == "text" and model.types == TYPES
+    model, _, asking = load_entity_model(out / "final")
+    assert asking == Asking("text", tag_share=0.0, longest=60) and model.types == TYPES
     predict(out / "final", "Oral lithium after fever.")
 
 
@@ -218,7 +218,13 @@ def test_what_cannot_be_is_told(data, tiny_t5, tmp_path):
     shutil.copytree(tiny_t5, damaged)
     (damaged / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="transformers cannot load what AutoTrain left"):
-        kept(damaged, Codec(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), TYPES, 1), "x", tmp_path / "final")
+        kept(
+            damaged,
+            Codec(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), TYPES, 1),
+            Asking(),
+            "x",
+            tmp_path / "final",
+        )
 
 
 def test_its_environment_is_built_once(tmp_path, monkeypatch):
