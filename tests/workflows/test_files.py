@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from workflows.errors import UserError, report_all
-from workflows.files import atomic_dir, atomic_file, atomic_update, read_json, recover_dir, sha256, write_json
+from workflows.files import (
+    atomic_dir,
+    atomic_file,
+    atomic_update,
+    read_json,
+    read_text,
+    recover_dir,
+    sha256,
+    write_json,
+)
 
 
 def test_atomic_file_leaves_the_old_content_when_the_body_fails(tmp_path):
@@ -238,3 +247,9 @@ def test_an_update_clears_a_replaced_folder_whose_deletion_was_cut_short(tmp_pat
         (fresh / "done").write_text("")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "hf"]
     assert (tmp_path / "hf" / "weights").read_text() == "new"
+
+
+def test_a_mark_at_a_texts_beginning_is_no_part_of_it(tmp_path):
+    (tmp_path / "text").write_bytes("é\ufeff{}".encode("utf-8-sig"))
+    (tmp_path / "json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_text(tmp_path / "text") == "é\ufeff{}" and read_json(tmp_path / "json") == {}
