@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from custom_models.attention import real_tokens
-from custom_models.encoder import Encoder, EncoderLayer
+from custom_models.encoder import Encoder, EncoderLayer, states_by_parts
 from custom_models.positions import sinusoidal_table
 from workflows.errors import UserError
 
@@ -148,14 +148,19 @@ class BertSum(nn.Module):
     def forward(self, batch: DocumentBatch) -> Tensor:
         """Documents -> logits of their sentences, (B, S); those behind a document's end are -inf."""
         segments = batch.segments if self.encoder.config.n_segment == 2 else None
-        states = self.encoder(batch.ids, batch.lengths, segments).last.float()  # (W, T, width), to be summed up
         n_document, most = len(batch.n_sentences), int(batch.n_sentences.max())
         places = batch.places  # (W, T)
         if self.pooling == "cls":
             places = places.masked_fill(~batch.first, n_document * most)  # (W, T)
         # every state is added to its sentence's; the last row takes those that are no sentence's, and is left out
-        total = states.new_zeros(n_document * most + 1, states.shape[-1])  # (B * S + 1, width)
-        total = total.index_add(0, places.flatten(), states.flatten(0, 1))[:-1]  # (B * S, width)
+        total = torch.zeros(
+            n_document * most + 1, self.encoder.config.width, device=places.device
+        )  # (B * S + 1, width)
+        begin = 0
+        for states in states_by_parts(self.encoder, batch.ids, batch.lengths, segments):  # (part of W, T, width)
+            at = places[begin : begin + len(states)].flatten()  # (part of W * T,)
+            total, begin = total.index_add(0, at, states.float().flatten(0, 1)), begin + len(states)
+        total = total[:-1]  # (B * S, width)
         times = torch.bincount(places.flatten(), minlength=len(total) + 1)[:-1].clamp(min=1)  # (B * S,)
         x = (total / times[:, None]).view(n_document, most, -1)  # (B, S, width), over a sentence's windows, too
         x = self.dropout(x + sinusoidal_table(most, x.shape[-1]).to(x))  # (B, S, width)

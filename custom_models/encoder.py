@@ -20,7 +20,7 @@ Run it: python -m custom_models.encoder
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -255,6 +255,26 @@ class Encoder(nn.Module):
             states[-1] = x = self.last_norm(x)  # (B, T, width)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))  # (B, width)
         return Encoded(states, pooled, weights if return_weights else [])
+
+
+def states_by_parts(
+    encoder: Encoder, ids: Tensor, lengths: Tensor, segments: Tensor | None, most: int = 32
+) -> Iterator[Tensor]:
+    """The last layer's states of many texts, such as the windows of a book, so many texts at a time.
+
+    Args:
+        encoder: What reads them.
+        ids: Token ids, (B, T), padded at the end.
+        lengths: How many tokens of each text are real, (B,).
+        segments: Which segment each token belongs to, (B, T), or None.
+        most: Texts at a time: what the layers compute for all of a long book's windows would fill the memory.
+
+    Yields:
+        (at most `most`, T, width), in the order of the texts.
+    """
+    for begin in range(0, len(ids), most):
+        part = slice(begin, begin + most)
+        yield encoder(ids[part], lengths[part], None if segments is None else segments[part]).last
 
 
 def mean_over_tokens(states: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom_models.encoder import Encoder
+from custom_models.encoder import Encoder, states_by_parts
 from workflows.errors import UserError
 
 
@@ -77,8 +77,9 @@ class SpanModel(nn.Module):
     def forward(self, batch: SpanBatch) -> tuple[Tensor, Tensor]:
         """Logits of an answer's first and of its last token, (B, T) each; -inf where none may be."""
         segments = batch.segments if self.encoder.config.n_segment == 2 else None
-        states = self.encoder(batch.ids, batch.lengths, segments).last  # (B, T, width)
-        logits = self.head(states).float().masked_fill(~batch.allowed[..., None], float("-inf"))  # (B, T, 2)
+        parts = states_by_parts(self.encoder, batch.ids, batch.lengths, segments)  # (part of B, T, width) each
+        logits = torch.cat([self.head(states).float() for states in parts])  # (B, T, 2)
+        logits = logits.masked_fill(~batch.allowed[..., None], float("-inf"))  # (B, T, 2)
         return logits[..., 0], logits[..., 1]
 
     def loss(self, batch: SpanBatch) -> Tensor:

@@ -96,6 +96,16 @@ def test_a_sentence_of_several_windows_has_the_mean_of_its_states_there(model):
     torch.testing.assert_close(captured[0][0], wanted + sinusoidal_table(7, 32), atol=1e-5, rtol=1e-5)
 
 
+def test_many_windows_are_read_a_few_at_a_time(model):
+    batch = batch_documents([document([10] * 200), document([10] * 60, seed=1)], 40, 0)
+    sizes = []
+    model.encoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    found = model(batch)
+    assert sum(sizes) == len(batch.ids) > 64 and max(sizes) <= 32
+    alone = model(batch_documents([document([10] * 60, seed=1)], 40, 0))  # in one part
+    torch.testing.assert_close(found[1, :60], alone[0], atol=1e-5, rtol=1e-5)
+
+
 def test_all_sentences_of_a_long_document_see_each_other(model):
     long = document([10] * 30)
     scores = model(batch_documents([long], 40, 0))[0].detach()

@@ -67,6 +67,16 @@ def test_a_window_scores_the_same_alone_and_in_a_batch():
                 torch.testing.assert_close(logits[number, : len(window[0])], alone[0], atol=1e-5, rtol=1e-5)
 
 
+def test_many_windows_are_read_a_few_at_a_time():
+    torch.manual_seed(0)
+    model, sizes = SpanModel(Encoder(bert(60, **SHAPE))).eval(), []
+    model.encoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    many, few = model(batch_spans(windows() * 40, 0)), model(batch_spans(windows(), 0))
+    assert sizes == [32, 32, 16, 2]
+    for logits, wanted in zip(many, few, strict=True):
+        torch.testing.assert_close(logits, wanted.repeat(40, 1), atol=1e-5, rtol=1e-5)
+
+
 def test_stretches_hold_every_token_and_every_short_answer():
     assert stretches(5, 10, 5) == [(0, 5)] and stretches(10, 4, 2) == [(0, 4), (2, 6), (4, 8), (6, 10)]
     for length, room in itertools.product((1, 7, 50), (1, 4, 9)):
