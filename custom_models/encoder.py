@@ -258,22 +258,26 @@ class Encoder(nn.Module):
 
 
 def states_by_parts(
-    encoder: Encoder, ids: Tensor, lengths: Tensor, segments: Tensor | None, most: int = 32
+    encoder: Encoder, ids: Tensor, lengths: Tensor, segments: Tensor | None, most: int = 4096
 ) -> Iterator[Tensor]:
-    """The last layer's states of many texts, such as the windows of a book, so many texts at a time.
+    """The last layer's states of many texts, such as the windows of a book, a few texts at a time.
+
+    What the layers compute for all windows of a long book would fill the memory. In training it must be kept, so there
+    all texts are read at once.
 
     Args:
         encoder: What reads them.
         ids: Token ids, (B, T), padded at the end.
         lengths: How many tokens of each text are real, (B,).
         segments: Which segment each token belongs to, (B, T), or None.
-        most: Texts at a time: what the layers compute for all of a long book's windows would fill the memory.
+        most: Tokens at a time, padding included; one text at least.
 
     Yields:
-        (at most `most`, T, width), in the order of the texts.
+        (part of B, T, width), in the order of the texts.
     """
-    for begin in range(0, len(ids), most):
-        part = slice(begin, begin + most)
+    rows = len(ids) if torch.is_grad_enabled() else max(1, most // ids.shape[1])
+    for begin in range(0, len(ids), rows):
+        part = slice(begin, begin + rows)
         yield encoder(ids[part], lengths[part], None if segments is None else segments[part]).last
 
 
