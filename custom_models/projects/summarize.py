@@ -266,7 +266,7 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
         UserError: If the folder holds no summariser, or the file has no text.
     """
     from custom_models.demo import definitions
-    from custom_models.tokenization.words import splitter
+    from custom_models.tokenization.words import punkt_is_installed, splitter
     from data_prep.summaries import split_sentences
 
     if not (checkpoint_dir / "config.json").is_file():
@@ -276,7 +276,8 @@ def summary(checkpoint_dir: Path, file: Path, n_sentences: int | None = None) ->
     if file.is_dir():
         raise UserError(f"{file} is a folder. Name a text file in it.")
     text = read_text(file)
-    if not (sentences := split_sentences(text, splitter(f"{definitions()[:100_000]}\n{text}"))):
+    learn_from = text if punkt_is_installed() else f"{definitions()[:100_000]}\n{text}"
+    if not (sentences := split_sentences(text, splitter(learn_from))):
         raise UserError(f"{file} is empty: there is nothing to summarise.")
     if read_json(checkpoint_dir / "config.json").get("model_type") == "encoder-decoder":
         if n_sentences is not None:

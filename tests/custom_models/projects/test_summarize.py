@@ -18,6 +18,7 @@ from custom_models.projects import abstractive, summarize
 from custom_models.projects.documents import encode_documents
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.summarize import freeze, load_summarizer
+from custom_models.tokenization.words import _learned, punkt_is_installed
 from tests.custom_models.projects.test_texts import write
 from workflows.__main__ import main
 from workflows.errors import UserError
@@ -83,6 +84,19 @@ def test_a_text_is_summarised_with_the_chosen_sentences_marked(trained, tmp_path
     assert "\n  And a scene was." in told and told.count("\n> ") == 1
     assert main([*args, "--n_sentences", "2"], PROJECTS, "custom_models") == 0
     assert capsys.readouterr().out.count("\n> ") == 2
+
+
+def test_the_ontology_is_read_only_where_sentence_ends_must_be_learned(trained, tmp_path, monkeypatch, capsys):
+    file, read = tmp_path / "text.txt", []
+    file.write_text("The film was then there. A plot of the scene.")
+    monkeypatch.setattr("custom_models.demo.definitions", lambda: read.append(1) or "It rains. ")
+    summarize.summary(trained / "final", file)
+    assert bool(read) != punkt_is_installed()
+    read.clear()
+    monkeypatch.setattr("custom_models.tokenization.words.punkt_is_installed", lambda: True)
+    monkeypatch.setattr("custom_models.tokenization.words._installed", lambda language: _learned("It rains. "))
+    summarize.summary(trained / "final", file)
+    assert not read and "> " in capsys.readouterr().out
 
 
 def test_bad_texts_are_told_in_one_message(trained, tmp_path, capsys):
