@@ -202,7 +202,7 @@ def _groups(data: Path, rows: Sequence[Row]) -> list[int]:
 
 def _fitting(file: Path, rows: Sequence[Row], codec: Codec) -> list[Row]:
     """The rows that are short enough to learn from."""
-    kept = [row for row in rows if max(len(codec.ids_of(row[side])) for side in ("source", "target")) <= codec.longest]
+    kept = [row for row in rows if max(map(codec.size, (row["source"], row["target"]))) <= codec.longest]
     print(f"{file}: {len(rows):,} pairs; {len(rows) - len(kept):,} left out: over {codec.longest} tokens")
     if not kept:
         raise UserError(f"No pair of {file} has at most {codec.longest} tokens. Raise --longest.")
