@@ -100,7 +100,13 @@ def setup(
         seconds=seconds_of_step(began),
         peak_bytes=peak.bytes,
         parameters=sum(p.numel() for p in model.parameters()),
-        settings={"file": file and str(file), "shape": asdict(shape), "fit": asdict(fit), "longest": longest, "seed": seed},
+        settings={
+            "file": file and str(file),
+            "shape": asdict(shape),
+            "fit": asdict(fit),
+            "longest": longest,
+            "seed": seed,
+        },
         hardware=hardware(),
         versions=versions(),
     )
