@@ -214,3 +214,10 @@ def test_gradients_of_a_sharded_run_are_whole_until_its_last_row(tmp_path):
 def test_a_head_that_may_be_tied_is_said(capsys):
     told = planned(capsys, "lora", "--checkpoint_dir", "Qwen/Qwen2.5-0.5B-Instruct", "--read_data", "false")
     assert "whether its head is tied to the embedding is known once it is downloaded" in told
+
+
+def test_an_evaluation_that_writes_answers_needs_room_for_them(capsys):
+    asked = ["evaluate", "--checkpoint_dir", "smollm2-135m", "--read_data", "false"]
+    # matrices laid out for decoding take more than a row of options
+    assert "in writing answers" in planned(capsys, *asked)
+    assert "writing answers" not in planned(capsys, *asked, "--written", "0")

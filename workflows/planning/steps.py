@@ -282,9 +282,15 @@ def _evaluate(settings: dict[str, Any], libraries: int, read_data: bool) -> Plan
         total, predicted = sum(row.input_ids.size(1) for row in rows), sum(row.targets.numel() for row in rows)
         lengths = len(rows)
     scoring = {**held, **kernels(device, lengths, forward=True), **forward_only(model, device, tokens, learned)}
+    moments = [Moment("scoring a row", scoring)]
     work = Work({"scoring": forward_flops(model, total, predicted)})
+    if written := settings["written"]:
+        batch, new = min(settings["batch_size"], written), settings["max_new_tokens"]
+        answering = sampling(model, device, batch, _QUESTION, new, batch)
+        moments.append(Moment("writing answers", {**held, **kernels(device, new), **answering}))
+        work.parts["answers"] = decoding_flops(model, written, _QUESTION, new)
     disk = Disk({"results": questions * 5_000})
-    return Plan("evaluate", model, device, [Moment("scoring a row", scoring)], mapped, None, work, disk)
+    return Plan("evaluate", model, device, moments, mapped, None, work, disk)
 
 
 def _inference(settings: dict[str, Any]) -> tuple[Architecture, Device]:
