@@ -1,8 +1,9 @@
 """Parallel text: the message catalogues of Django and Wagtail, the books of OPUS, one's own file.
 
-Rows are {"source": TEXT, "target": TEXT}. A catalogue (`.po`) holds what a program says, message by message, with
-placeholders such as %(name)s or {name} that a translation must keep. A message with a plural gives two rows, its
-singular and its plural; of a language's several plural forms the last is taken, gettext's for "all other numbers".
+Rows are {"source": TEXT, "target": TEXT, "group": NUMBER}; no split tears a group apart. A catalogue (`.po`) holds what
+a program says, message by message, with placeholders such as %(name)s or {name} that a translation must keep. A message
+with a plural gives two rows, its singular and its plural; of a language's several plural forms the last is taken,
+gettext's for "all other numbers".
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import polib
 
 from data_prep.dataset import DataSet, Source
 from data_prep.rows import Row, normalise
-from data_prep.splits import Item, key, random_splits
+from data_prep.splits import Item, groups_of, key, random_splits
 from data_prep.tables import Table, read_folder, read_hub, read_table
 from workflows.errors import UserError
 from workflows.files import read_text, sha256
@@ -238,6 +239,10 @@ def _data_set(
         if new:
             keys = {key(side, words_of(row[side])) for row in new for side in ("source", "target")}
             items.append(Item(frozenset(keys), tuple(new)))
+    for number, group in enumerate(groups_of(items)):  # what stays together; a translation memory must know of it
+        for item in group:
+            for row in item.rows:
+                row["group"] = number
     rows = [row for item in items for row in item.rows]
     notes["rows with placeholders"] = sum(bool(PLACEHOLDER.search(row["source"])) for row in rows)
     notes["rows whose translation has other placeholders"] = sum(map(_differ_in_placeholders, rows))

@@ -4,8 +4,8 @@
         --checkpoint_dir llama-3.1-8b-instruct --accelerator cuda --memory 24GB
 
 The step's own options mean what they mean to the step; beside a checkpoint directory, `--checkpoint_dir` takes a name
-that the registry or LitGPT knows. Every step that loads a model is planned before it runs, too, and refused where the
-machine has too little (`require_room`).
+that the registry or LitGPT knows. The steps of `planning.PLANNED` are planned before they run, too, and refused where
+the machine has too little (`require_room`).
 """
 
 import copy
@@ -160,6 +160,8 @@ def report(plan: Plan, tflops: float | None = None) -> str:
     if plan.row is not None:
         lines[0] += f", {model.trained:,} trained"
         lines.append(f"rows: {plan.row.source}, {plan.row.rows} a step and device")
+    if not model.sure:
+        lines.append("whether its head is tied to the embedding is known once it is downloaded; planned as if not")
     where = "of each GPU" if plan.device.on_gpu else "of each process" if plan.local > 1 else ""
     lines.append(f"\npeak memory {where}, in {plan.peak.name}".replace("  ", " ").replace(" ,", ","))
     shown = {name: size for name, size in plan.peak.parts.items() if size}

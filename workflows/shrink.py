@@ -58,7 +58,7 @@ def setup(
         raise UserError(
             "--layers and --keep both say which layers stay; give one of them (--keep null drops a recipe's)."
         )
-    report_all(_problems(config.n_layer, layers, keep))
+    report_all(choice_problems(config.n_layer, layers, keep))
     kept = keep or evenly_spaced(layers or max(1, config.n_layer // 2), config.n_layer)
     empty_model(directory, LoRAArgs(r=0))  # refuses an architecture that could not be trained afterwards
     began, final = step_began(), out_dir / "final"
@@ -84,7 +84,7 @@ def evenly_spaced(count: int, layers: int) -> list[int]:
     return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def _problems(layers: int, count: int | None, keep: Sequence[int] | None) -> list[str]:
+def choice_problems(layers: int, count: int | None, keep: Sequence[int] | None) -> list[str]:
     """What is wrong with the choice among so many layers, as messages."""
     if count is not None and not 1 <= count <= layers:
         return [f"--layers must be from 1 to the model's {layers}, not {count}."]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from custom_models.bertsum import DocumentBatch, batch_documents
 from custom_models.projects.rouge import oracle
-from custom_models.projects.texts import LengthBatches
+from custom_models.projects.texts import LengthBatches, drawn
 from data_prep.rows import read_rows
 
 
@@ -79,7 +79,7 @@ def read_documents(
         UserError: If the file is missing or malformed.
     """
     file = data / f"{split}.jsonl"
-    rows = read_rows(file, "summarised")[:max_rows]
+    rows = drawn(read_rows(file, "summarised"), max_rows)
     found, cut = encode_documents([(row["sentences"], row["summaries"]) for row in rows], tokenizer, longest)
     long = sum(sum(map(len, document.ids)) > longest for document in found)
     single = sum(len(document.sentences) == 1 for document in found)

@@ -15,7 +15,7 @@ from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
 from custom_models.encoder_decoder_checkpoint import t5_directory
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_scores import Tagged
-from custom_models.projects.fitting import FitArgs
+from custom_models.projects.fitting import FitArgs, fast_precision
 from custom_models.projects.ner_model import Asking, Codec, Sentence
 from custom_models.projects.seq2seq import padded
 from workflows.files import atomic_dir
@@ -95,7 +95,7 @@ def fine_tune(
             weight_decay=fit.weight_decay,
             max_grad_norm=fit.max_norm,
             num_train_epochs=fit.max_epochs,
-            bf16=fit.precision == "bf16-mixed",
+            bf16=(fit.precision or fast_precision(fit.accelerator)) == "bf16-mixed",
             use_cpu=fit.accelerator == "cpu",
             eval_strategy="epoch",
             save_strategy="epoch",

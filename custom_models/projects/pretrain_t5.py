@@ -64,7 +64,8 @@ def setup(
     problems += [] if max_texts is None or max_texts >= 1 else [f"--max_texts must be at least 1, not {max_texts}."]
     report_all(problems + seed_problems(seed))
     L.seed_everything(seed, verbose=False)
-    lines = [line for line in read(file).splitlines() if line.strip()][:max_texts]
+    different = dict.fromkeys(line for line in read(file).splitlines() if line.strip())
+    lines = [*different][:max_texts]
     random.Random(seed).shuffle(lines)
     if not 1 <= validation_size < len(lines):
         raise UserError(f"--validation_size must be from 1 to {len(lines) - 1}, the number of texts less one.")
@@ -99,7 +100,13 @@ def setup(
         seconds=seconds_of_step(began),
         peak_bytes=peak.bytes,
         parameters=sum(p.numel() for p in model.parameters()),
-        settings={"shape": asdict(shape), "fit": asdict(fit), "longest": longest, "seed": seed},
+        settings={
+            "file": file and str(file),
+            "shape": asdict(shape),
+            "fit": asdict(fit),
+            "longest": longest,
+            "seed": seed,
+        },
         hardware=hardware(),
         versions=versions(),
     )

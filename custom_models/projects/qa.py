@@ -31,7 +31,7 @@ from custom_models.projects.answers import commonest, exact, f1, first_phrase_of
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.shape import Shape
-from custom_models.projects.texts import LengthBatches
+from custom_models.projects.texts import LengthBatches, drawn
 from custom_models.projects.vocabulary import END, PAD, START, learn_vocabulary
 from custom_models.span_model import SpanBatch, SpanModel, batch_spans, best_span, stretches
 from custom_models.weights import fill
@@ -143,7 +143,7 @@ def read_questions(data: Path, split: str, reader: Reader, max_rows: int | None 
         UserError: If the file is missing or malformed.
     """
     file = data / f"{split}.jsonl"
-    found = [encode_question(row, reader) for row in read_rows(file, "spans")[:max_rows]]
+    found = [encode_question(row, reader) for row in drawn(read_rows(file, "spans"), max_rows)]
     several = sum(len(question.windows) > 1 for question in found)
     lost = sum(all(span == (0, 0) for _, _, span in question.windows) for question in found)
     print(f"{file}: {len(found):,} questions; {several:,} contexts read in windows: over {reader.longest} tokens; "
@@ -241,8 +241,8 @@ def setup(
         max_answer_tokens: The longest answer.
         fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
-        max_rows: Train on the first so many questions only.
-        max_test_rows: Validate and test on the first so many only.
+        max_rows: Train on so many questions only, drawn at random.
+        max_test_rows: Validate and test on so many only, likewise.
 
     Raises:
         UserError: If an argument, the data or the encoder is not usable.
@@ -323,7 +323,7 @@ def _reader_and_maker(
 ) -> tuple[Reader, Callable[[], Encoder]]:
     """How questions become tokens, and a function that makes the encoder anew."""
     if encoder == SCRATCH:
-        rows = read_rows(data / "train.jsonl", "spans")[:max_rows]
+        rows = drawn(read_rows(data / "train.jsonl", "spans"), max_rows)
         texts = dict.fromkeys(text for row in rows for text in (row["question"], row["context"]))
         tokenizer = learn_vocabulary(texts, shape.vocab_size, (PAD, START, END))
         pad, start, end = (tokenizer.token_to_id(token) for token in (PAD, START, END))

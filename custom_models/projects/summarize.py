@@ -138,8 +138,8 @@ def setup(
         decoding: How summaries are written (abstractive).
         fit: How it is trained.
         seeds: One training for each; [1] if null. The first one's model is kept.
-        max_rows: Train on the first so many documents only.
-        max_test_rows: Validate and test on the first so many only.
+        max_rows: Train on so many documents only, drawn at random.
+        max_test_rows: Validate and test on so many only, likewise.
 
     Raises:
         UserError: If an argument, the data or the encoder is not usable.

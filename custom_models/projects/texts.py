@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -13,8 +14,16 @@ from torch.utils.data import DataLoader, Sampler
 from data_prep.rows import read_rows
 from workflows.errors import UserError
 
+Row = TypeVar("Row")
 _POOL = 20
 """So many batches are drawn together and sorted by length: little padding, and yet a new mixture in each epoch."""
+
+
+def drawn(rows: Sequence[Row], most: int | None) -> list[Row]:
+    """So many rows, in their order, drawn at random and always the same: the first ones may all be of one source."""
+    if most is None or most >= len(rows):
+        return [*rows]
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def setup(
     codec = Codec.learn(pairs, shape.vocab_size, placeholders, longest)
     known = Memory(pairs, placeholders)
     if memory:
-        rows["train"] = [{**row, "found": text} for row, text in zip(rows["train"], known.likest_others(), strict=True)]
+        others = known.likest_others(_groups(data, rows["train"]))
+        rows["train"] = [{**row, "found": text} for row, text in zip(rows["train"], others, strict=True)]
         found = known.likest([row["source"] for row in rows["validation"]])
         rows["validation"] = [{**row, "found": text} for row, text in zip(rows["validation"], found, strict=True)]
     learned = {split: _fitting(data / f"{split}.jsonl", rows[split], codec) for split in ("train", "validation")}
@@ -165,8 +166,8 @@ def setup(
     (translator, written) = kept
     translator.save(out_dir / "final", data.name)
     draw_curves(epochs, out_dir / "curves.png", f"{shape.kind} on {data.name}")
-    others = {"copy": sources, "memory": known.translate(sources)}
-    baselines = {title: scores(found, rows[scored], placeholders) for title, found in others.items()}
+    models = {"copy": sources, "memory": known.translate(sources)}
+    baselines = {title: scores(texts, rows[scored], placeholders) for title, texts in models.items()}
     if "inputs" in rows[scored][0] and not find_node():
         print("Node.js is not installed, so no program is run; only those that are the given ones to the letter count.")
     write_metrics(
@@ -192,9 +193,16 @@ def setup(
     print(f"{out_dir}/final, curves.png, metrics.json")
 
 
+def _groups(data: Path, rows: Sequence[Row]) -> list[int]:
+    """The numbers of the rows' groups, what no two splits share."""
+    if not all(isinstance(row.get("group"), int) for row in rows):
+        raise UserError(f"{data}/train.jsonl: rows have no group, which --memory needs. Prepare the data again.")
+    return [row["group"] for row in rows]
+
+
 def _fitting(file: Path, rows: Sequence[Row], codec: Codec) -> list[Row]:
     """The rows that are short enough to learn from."""
-    kept = [row for row in rows if max(len(codec.ids_of(row[side])) for side in ("source", "target")) <= codec.longest]
+    kept = [row for row in rows if max(map(codec.size, (row["source"], row["target"]))) <= codec.longest]
     print(f"{file}: {len(rows):,} pairs; {len(rows) - len(kept):,} left out: over {codec.longest} tokens")
     if not kept:
         raise UserError(f"No pair of {file} has at most {codec.longest} tokens. Raise --longest.")

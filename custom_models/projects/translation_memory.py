@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from custom_models.projects.translation_text import Marked, mark, mark_as, unmark
-from data_prep.translations import words_of
 
 _CHUNK = 256
 """Texts that are looked up at once: a hundred thousand pairs take 200 MB then."""
@@ -41,17 +40,18 @@ class Memory:
         vectors = self._vectorizer.transform([self._marked(text).text for text in texts])  # (texts, pieces), sparse
         return self._nearest(vectors, [[]] * len(texts))
 
-    def likest_others(self) -> list[str]:
-        """For each pair's source the same, among the pairs that have other words on both sides.
+    def likest_others(self, groups: Sequence[int]) -> list[str]:
+        """For each pair's source the same, among the pairs of other groups.
 
-        So a pair is to its memory what a pair of another split is: splits share no words of a source or a target.
+        So a pair is to its memory what a pair of another split is, if groups are what splits did not tear apart.
+
+        Args:
+            groups: A number for each pair.
         """
-        places: dict[tuple[int, str], list[int]] = {}
-        keys = [[(side, words_of(pair[side])) for side in (0, 1)] for pair in self.pairs]
-        for i, pair_keys in enumerate(keys):
-            for key in pair_keys:
-                places.setdefault(key, []).append(i)
-        return self._nearest(self._vectors, [[*places[source], *places[target]] for source, target in keys])
+        places: dict[int, list[int]] = {}
+        for place, group in enumerate(groups):
+            places.setdefault(group, []).append(place)
+        return self._nearest(self._vectors, [places[group] for group in groups])
 
     def _nearest(self, vectors: Any, forbidden: Sequence[list[int]]) -> list[str]:
         """Targets of the sources with the highest cosines, those left out that are forbidden to each text."""

@@ -113,6 +113,10 @@ class Codec:
                 ids += self._merge_dropout.ids_of(part, left_out, chance)
         return [*ids, self.end_id]
 
+    def size(self, text: str) -> int:
+        """How many tokens a text has as it is learned from, its end included."""
+        return len(self.ids_of(mark(text).text if self.placeholders else text))
+
     def source(
         self, text: str, found: str | None = None, left_out: float = 0.0, chance: random.Random | None = None
     ) -> tuple[list[int], list[str], bool]:

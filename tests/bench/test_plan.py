@@ -17,7 +17,7 @@ def data_dir(tmp_path: Path) -> Path:
         {"messages": [*question(n)["prompt"], *pair(n)["chosen"]], "kind": k} for n in range(3) for k in ("name", "x")
     ]
     write(tmp_path / "data" / "hpo", train=rows, validation=rows, test=rows)
-    pairs = [pair(n) for n in range(3)]
+    pairs = [{**pair(n), "kind": "definition"} for n in range(3)]
     write(tmp_path / "data" / "hpo_pairs", train=pairs, validation=pairs, test=pairs)
     return tmp_path / "data"
 
@@ -53,6 +53,7 @@ def test_the_report_has_every_cell(data_dir: Path, tiny_llama: Path, monkeypatch
     assert "dpo       135m  predicted   1,020 MB, measured   1,000 MB, ratio 1.02" in capsys.readouterr().out
     rows = read_rows(data_dir.parent / "bench" / "plan-data" / "hpo" / "train.jsonl", "messages")
     assert len(rows) == 3 and {row["kind"] for row in rows} == {"name"}
+    assert len(read_rows(data_dir.parent / "bench" / "plan-data" / "hpo_pairs" / "train.jsonl", "preference")) == 3
 
 
 def test_a_plan_that_is_off_fails_the_bench(data_dir: Path, tiny_llama: Path, monkeypatch):

@@ -84,6 +84,7 @@ def test_plurals_give_two_rows_and_what_is_not_translated_is_counted(tmp_path):
     assert found["%(n)s page"]["target"] == "%(n)s page" and found["%(n)s page"]["kind"] == "message"
     # The header announces two forms; the file has three, and the last is that of all other numbers.
     assert found["%(n)s pages"]["target"] == "%(n)s pages" and found["%(n)s pages"]["kind"] == "plural"
+    assert found["%(n)s page"]["group"] == found["%(n)s pages"]["group"]  # what a translation memory must not show
     assert len(found) == 23
 
 

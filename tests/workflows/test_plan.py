@@ -1,6 +1,7 @@
 """`make plan`: every recipe has a plan, what it suggests fits, and a step is refused by it before anything loads."""
 
 import json
+import re
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,27 @@ def test_what_is_no_size_is_told(text: str):
         (["lora", "--checkpoint_dir", "smollm2-135m", "--memory", "much"], "must be a size"),
         (["lora", "--checkpoint_dir", "smollm2-135m", "--tflops", "-1"], "--tflops must be positive"),
         (["lora", "--checkpoint_dir", "smollm2-135m", "--devices", "many"], "--devices must be a number or auto"),
+        (["lora", "--checkpoint_dir", "smollm2-135m", "--devices", "-4"], "--devices must be at least 1"),
+        (
+            ["lora", "--checkpoint_dir", "smollm2-135m", "--train.max_steps", "-5"],
+            "--train.max_steps must be at least 1",
+        ),
+        (
+            ["lora", "--checkpoint_dir", "smollm2-135m", "--quantize", "bnb.nf4", "--strategy", "fsdp"],
+            "cannot be sharded",
+        ),
+        (["grpo", "--checkpoint_dir", "smollm2-135m", "--group_size", "0"], "--group_size must be at least 1"),
+        (["grpo", "--checkpoint_dir", "smollm2-135m", "--updates", "0"], "--updates must be at least 1"),
+        (
+            ["lora", "--checkpoint_dir", "smollm2-135m", "--train.max_seq_length", "0"],
+            "max_seq_length must be at least 1",
+        ),
+        (["evaluate", "--checkpoint_dir", "smollm2-135m", "--row_tokens", "0"], "--row_tokens must be at least 1"),
+        (
+            ["teach", "--checkpoint_dir", "smollm2-135m", "--max_new_tokens", "-1"],
+            "--max_new_tokens must be at least 1",
+        ),
+        (["shrink", "--checkpoint_dir", "smollm2-135m", "--layers", "99"], "--layers must be from 1 to the model's 30"),
     ],
 )
 def test_bad_input_is_one_message(arguments: list[str], told: str, capsys):
@@ -170,3 +192,32 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch):
     assert plan.memory_here(found) == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert plan.memory_here(found) > 2000
+
+
+def test_sampling_of_a_sharded_run_takes_all_the_weights_besides(capsys):
+    grpo = ["grpo", "--config", "workflows/recipes/llama-3.1-8b-instruct/grpo-8x80gb.yaml", "--read_data", "false"]
+    grpo += ["--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--data", "data/none"]
+    (sampling,) = re.findall(r"in sampling answers: +(\d+\.\d+) GB", planned(capsys, *grpo))
+    assert float(sampling) == pytest.approx(2.0 + 16.1 + 17.2, abs=2)  # shards, all weights, the answers' cache
+
+
+def test_gradients_of_a_sharded_run_are_whole_until_its_last_row(tmp_path):
+    lora = ["lora", "--config", "workflows/recipes/llama-3.1-8b-instruct/lora-8x80gb.yaml", "--read_data", "false"]
+    lora += ["--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--data", "data/none"]
+    lora += ["--lora_r", "0", "--train.row_tokens", "4096"]
+    assert main(["plan", *lora, "--json_file", str(tmp_path / "plan.json")]) == 0
+    moments = json.loads((tmp_path / "plan.json").read_text())["moments"]
+    assert moments["a row's forward and backward pass"]["gradients"] == 2 * 8_030_261_248
+    assert moments["the optimizer's step"]["gradients"] == 2 * 8_030_261_248 // 8
+
+
+def test_a_head_that_may_be_tied_is_said(capsys):
+    told = planned(capsys, "lora", "--checkpoint_dir", "Qwen/Qwen2.5-0.5B-Instruct", "--read_data", "false")
+    assert "whether its head is tied to the embedding is known once it is downloaded" in told
+
+
+def test_an_evaluation_that_writes_answers_needs_room_for_them(capsys):
+    asked = ["evaluate", "--checkpoint_dir", "smollm2-135m", "--read_data", "false"]
+    # matrices laid out for decoding take more than a row of options
+    assert "in writing answers" in planned(capsys, *asked)
+    assert "writing answers" not in planned(capsys, *asked, "--written", "0")

@@ -2,4 +2,4 @@
 
 TRAINING = ("lora", "dpo", "reward", "ppo", "grpo", "distill-lm")
 PLANNED = (*TRAINING, "shrink", "teach", "merge", "evaluate", "export")
-"""The steps that load a model, and so have a plan."""
+"""The steps that have a plan."""

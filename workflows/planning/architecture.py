@@ -14,7 +14,7 @@ import litgpt.config
 import litgpt.lora
 import torch
 
-from workflows.checkpoint import WEIGHTS, is_tied, load_config
+from workflows.checkpoint import is_tied, load_config
 from workflows.download import registry
 from workflows.errors import UserError, first_line
 from workflows.files import read_json
@@ -34,7 +34,7 @@ class Architecture:
         tied: Whether one matrix embeds tokens and predicts them.
         stored: The type of the weights on the disk.
         lora: The adapters.
-        is_here: Whether the checkpoint is on this machine.
+        sure: Whether `tied` is known; of models that are neither here nor in the registry it is not.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Architecture:
     tied: bool
     stored: torch.dtype
     lora: LoRAArgs
-    is_here: bool
+    sure: bool = True
 
     @cached_property
     def module(self) -> GPT:
@@ -114,9 +114,8 @@ def find_architecture(checkpoint: Path | str, lora: LoRAArgs | None = None) -> A
         config = load_config(directory, **lora.config_fields())
         described = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         stored = str(described.get("torch_dtype", described.get("dtype")))
-        is_here = (directory / WEIGHTS).is_file()
         tied = bool(described) and is_tied(directory)
-        return Architecture(str(directory), config, tied, _STORED.get(stored, torch.bfloat16), lora, is_here)
+        return Architecture(str(directory), config, tied, _STORED.get(stored, torch.bfloat16), lora)
     name = str(checkpoint)
     entry = registry().get(name.lower()) or next(
         (known for known in registry().values() if known["hub_id"].lower() == name.lower()), None
@@ -136,7 +135,7 @@ def find_architecture(checkpoint: Path | str, lora: LoRAArgs | None = None) -> A
         )
     config = litgpt.lora.Config.from_name(litgpt_name, **lora.config_fields())
     stored_type = torch.float32 if entry and entry["hub_id"] == "embedded" else torch.bfloat16
-    untied = Architecture(name, config, False, stored_type, lora, False)
+    untied = Architecture(name, config, False, stored_type, lora)
     # LitGPT's configurations do not say whether the head is tied; the registry's count of parameters does.
     tied = entry is not None and entry["parameters"] <= untied.weights - untied.embedding // 2
-    return Architecture(name, config, tied, stored_type, lora, False)
+    return Architecture(name, config, tied, stored_type, lora, entry is not None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workflows.errors import UserError
+from workflows.errors import UserError, report_all
 from workflows.planning import PLANNED, TRAINING
 from workflows.planning.architecture import Architecture, find_architecture
 from workflows.planning.memory import (
@@ -24,7 +24,7 @@ from workflows.planning.memory import (
 )
 from workflows.planning.rows import RowShape, find_rows, scored_rows
 from workflows.planning.work import Disk, Work, decoding_flops, forward_flops, training_flops
-from workflows.shrink import evenly_spaced
+from workflows.shrink import choice_problems, evenly_spaced
 from workflows.training.loop import TrainArgs
 from workflows.training.model import DTYPES
 from workflows.training.processes import choose_accelerator, default_precision
@@ -39,6 +39,9 @@ _DATA_FACTOR = 8
 """Rows as Python objects with their tokens, beside the bytes of their file: 88 MB for 11 MB, as measured."""
 _HEAP_BYTES = 1 << 25
 """glibc gives larger blocks back to the system at once; smaller ones that are free stay with the process."""
+_COUNTS = ("devices", "num_nodes", "group_size", "max_new_tokens", "sampling_batch", "updates", "batch_size", "samples",
+           "row_tokens", "limit")  # fmt: skip
+"""Settings of which there is at least one, where a step has them and gives a number."""
 _QUESTION = 100
 """Tokens of a question with its options, where the task's data is not looked at."""
 _CONVERTED = 2**24
@@ -99,8 +102,9 @@ def plan_step(step: str, settings: dict[str, Any], libraries: int = 0, read_data
         read_data: Look at the data for the length of rows, where it is here.
 
     Raises:
-        UserError: If the step loads no model, or the model is not known.
+        UserError: If the step has no plan, a setting cannot be, or the model is not known.
     """
+    report_all(_problems(settings))
     if step in TRAINING:
         return _training(step, settings, libraries, read_data)
     makers: dict[str, Callable[..., Plan]] = {
@@ -113,6 +117,17 @@ def plan_step(step: str, settings: dict[str, Any], libraries: int = 0, read_data
     if step not in makers:
         raise UserError(f"There is no plan for {step!r}; there are some for {', '.join(PLANNED)}.")
     return makers[step](settings, libraries, read_data)
+
+
+def _problems(settings: dict[str, Any]) -> list[str]:
+    """What no plan can be made of, as messages; the step itself may find more."""
+    counts = {name: settings[name] for name in _COUNTS if isinstance(settings.get(name), int)}
+    found = [f"--{name} must be at least 1, not {count}." for name, count in counts.items() if count < 1]
+    return found + (_run_args(settings).problems_anywhere(settings["train"]) if "train" in settings else [])
+
+
+def _run_args(settings: dict[str, Any]) -> RunArgs:
+    return RunArgs(**{name.name: settings[name.name] for name in fields(RunArgs) if name.name in settings})
 
 
 def _host(model: Architecture, libraries: int, data: Path | None = None) -> dict[str, int]:
@@ -130,7 +145,7 @@ def _rotary(model: Architecture, length: int) -> int:
 
 
 def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bool) -> Plan:
-    run = RunArgs(**{name.name: settings[name.name] for name in fields(RunArgs) if name.name in settings})
+    run = _run_args(settings)
     train: TrainArgs = settings["train"]
     model = find_architecture(settings["checkpoint_dir"], run.lora)
     on_gpu = run.on_gpu
@@ -155,6 +170,8 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     stepping = trained_state(model, device)
     # with one row the gradients come while the activations go
     state = {name: size for name, size in stepping.items() if name != "gradients" or row.rows > 1}
+    if "gradients" in state:
+        state["gradients"] *= device.shards  # they are shared out after a step's last row only
     compiled = kernels(device, row.lengths)
     passing = activations(model, device, row)
     if step == "reward":
@@ -265,9 +282,15 @@ def _evaluate(settings: dict[str, Any], libraries: int, read_data: bool) -> Plan
         total, predicted = sum(row.input_ids.size(1) for row in rows), sum(row.targets.numel() for row in rows)
         lengths = len(rows)
     scoring = {**held, **kernels(device, lengths, forward=True), **forward_only(model, device, tokens, learned)}
+    moments = [Moment("scoring a row", scoring)]
     work = Work({"scoring": forward_flops(model, total, predicted)})
+    if written := settings["written"]:
+        batch, new = min(settings["batch_size"], written), settings["max_new_tokens"]
+        answering = sampling(model, device, batch, _QUESTION, new, batch)
+        moments.append(Moment("writing answers", {**held, **kernels(device, new), **answering}))
+        work.parts["answers"] = decoding_flops(model, written, _QUESTION, new)
     disk = Disk({"results": questions * 5_000})
-    return Plan("evaluate", model, device, [Moment("scoring a row", scoring)], mapped, None, work, disk)
+    return Plan("evaluate", model, device, moments, mapped, None, work, disk)
 
 
 def _inference(settings: dict[str, Any]) -> tuple[Architecture, Device]:
@@ -343,6 +366,7 @@ def _merge(settings: dict[str, Any], libraries: int, read_data: bool) -> Plan:
 def _shrink(settings: dict[str, Any], libraries: int, read_data: bool) -> Plan:
     model = find_architecture(settings["checkpoint_dir"])
     layers = model.config.n_layer
+    report_all(choice_problems(layers, settings["layers"], settings["keep"]))
     kept = settings["keep"] or evenly_spaced(settings["layers"] or max(1, layers // 2), layers)
     block = sum(size for name, size in model.sizes.items() if name.startswith("transformer.h.0."))
     left = model.weights - (layers - len(kept)) * block

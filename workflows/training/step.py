@@ -107,10 +107,19 @@ class RunArgs:
     def problems(self, train: TrainArgs, checkpoint_dir: Path) -> list[str]:
         """Everything that is wrong with these and the training settings for a checkpoint, as messages."""
         context = load_config(checkpoint_dir).block_size
-        problems = train.problems()
+        problems = self.problems_anywhere(train)
         problems += device_problems(
             self.accelerator, self.devices, self.num_nodes, self.strategy, train.global_batch_size
         )
+        if train.max_seq_length > context:
+            problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
+        if self.quantize is not None and find_spec("bitsandbytes") is None:
+            problems.append("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.")
+        return problems
+
+    def problems_anywhere(self, train: TrainArgs) -> list[str]:
+        """What is wrong with these and the training settings whatever the machine and the checkpoint, as messages."""
+        problems = train.problems()
         if not 0 <= self.lora_r <= MOST_RANK:
             problems.append(f"--lora_r must be from 0 (full weights) to {MOST_RANK:,}, not {self.lora_r}.")
         if self.lora_alpha < 1:
@@ -124,10 +133,6 @@ class RunArgs:
             problems.append(
                 "No layer is adapted: switch on at least one of --lora_query … --lora_head, or use --lora_r 0."
             )
-        if train.max_seq_length > context:
-            problems.append(f"--train.max_seq_length {train.max_seq_length} exceeds the model's context of {context}.")
-        if self.quantize is not None and find_spec("bitsandbytes") is None:
-            problems.append("--quantize needs bitsandbytes: `.venv/bin/pip install -e '.[qlora]'`.")
         if self.quantize is not None and self.lora_r == 0:
             problems.append("--quantize freezes the weights; it needs --lora_r of at least 1.")
         if self.quantize is not None and self.strategy == "fsdp":

@@ -42,7 +42,8 @@ def test_spans_are_drawn_anew_in_training_and_stay_in_validation():
 
 @pytest.mark.long
 def test_a_tiny_t5_learns_to_fill_gaps(tmp_path, capsys):
-    lines = [f"the {a} {b} is {a} and the {b} was {a}" for a in ("red", "blue", "cold") for b in ("sun", "sea")] * 30
+    words = [(a, b) for a in ("red", "blue", "cold") for b in ("sun", "sea")]
+    lines = [f"{'so ' * n}the {a} {b} is {a} and the {b} was {a}" for n in range(30) for a, b in words]
     (tmp_path / "text.txt").write_text("\n".join([*lines, "x", " ".join(lines[:9])]))
     fit = FitArgs(8, learning_rate=1e-2, max_epochs=6, patience=6)
     setup(tmp_path / "text.txt", tmp_path, TINY, fit, longest=40, validation_size=20)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_models.projects.texts import Labelled, encode, loader, padded, read_labelled
+from custom_models.projects.texts import Labelled, drawn, encode, loader, padded, read_labelled
 from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
 from workflows.errors import UserError
 
@@ -73,3 +73,11 @@ def test_labels_are_checked(tmp_path):
         read_labelled(data, "train")
     with pytest.raises(UserError, match="does not exist"):
         read_labelled(data, "validation")
+
+
+def test_rows_are_drawn_from_all_over_and_always_the_same():
+    rows = list(range(1000))
+    some = drawn(rows, 50)
+    assert some == drawn(rows, 50) == sorted(some) and len(set(some)) == 50
+    assert max(some) > 900 and min(some) < 100
+    assert drawn(rows, None) == drawn(rows, 5000) == rows

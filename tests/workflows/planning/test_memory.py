@@ -33,7 +33,7 @@ ROW = RowShape(tokens=2048, learned=512, kept_pairs=0, rows=2, step_tokens=4096,
 def test_every_model_of_the_registry_is_known_without_its_checkpoint(name: str):
     entry, model = registry()[name], find_architecture(name)
     assert model.weights == entry["parameters"]
-    assert not model.is_here
+    assert model.sure
 
 
 @pytest.mark.parametrize("lora", [LoRAArgs(r=4), LoRAArgs(r=4, mlp=False, key=False), FULL], ids=str)
