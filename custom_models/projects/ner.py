@@ -33,7 +33,7 @@ from custom_models.projects.ner_model import (
     batch_of,
     load_entity_model,
 )
-from custom_models.projects.ner_report import Round, encode, find, looked_at, read_splits, report
+from custom_models.projects.ner_report import Round, encode, find, read_splits, report
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     PairBatch,
@@ -46,6 +46,7 @@ from custom_models.projects.seq2seq import (
     pieces_of,
     row_loader,
 )
+from custom_models.projects.texts import drawn
 from custom_models.projects.vocabulary import PAD
 from custom_models.tokenization.merge_dropout import MergeDropout
 from data_prep.entities import WORD
@@ -170,14 +171,14 @@ def _from_scratch(
     for split in ("train", "validation"):
         rows[split], cut = encode(splits[split], codec, longest)
         print(f"{data / split}.jsonl: {len(rows[split]):,} sentences; {cut:,} cut: over {longest} tokens")
-    validation = looked_at(rows["validation"], validation_rows)
+    validation = drawn(rows["validation"], validation_rows)
     for number, seed in enumerate(seeds):
         L.seed_everything(seed, verbose=False)
         started = time.perf_counter()
         model = EntityModel(EncoderDecoder(config), types)
         model.t5.load_state_dict(weights)
-        drawn = _drawn(codec, longest, merge_dropout, seed)
-        train = row_loader(splits["train"], [len(row.source) for row in rows["train"]], fit.batch_size, drawn, seed)
+        varied = _varied(codec, longest, merge_dropout, seed)
+        train = row_loader(splits["train"], [len(row.source) for row in rows["train"]], fit.batch_size, varied, seed)
         looked = row_loader(validation, [len(row.source) for row in validation], 4 * fit.batch_size,
                             partial(batch_of, pad_id=config.pad_id), None)  # fmt: skip
         task = EntityTask(model, fit, len(train) * fit.max_epochs, asking.head, tag_weight)
@@ -187,7 +188,7 @@ def _from_scratch(
         yield Round(model, codec, epochs, time.perf_counter() - started)
 
 
-def _drawn(codec: Codec, longest: int, merge_dropout: float, seed: int) -> Callable[[list[Tagged]], PairBatch]:
+def _varied(codec: Codec, longest: int, merge_dropout: float, seed: int) -> Callable[[list[Tagged]], PairBatch]:
     """Makes a batch of sentences, each time in other pieces; within a sentence a word has the same ones everywhere."""
     dropout, chance = MergeDropout(codec.tokenizer), random.Random(f"{seed} merges")
 
@@ -271,7 +272,7 @@ def _from_hf(
     for number, seed in enumerate(seeds):
         started = time.perf_counter()
         folder = out_dir / ("final" if number == 0 else ".other")
-        some = {**splits, "validation": looked_at(splits["validation"], validation_rows)}
+        some = {**splits, "validation": drawn(splits["validation"], validation_rows)}
         epochs = fine_tune(model, some, types, fit, asking, seed, folder, data.name)
         tagger, codec, _ = load_entity_model(folder)
         if number:

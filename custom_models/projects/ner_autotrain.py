@@ -21,8 +21,9 @@ from custom_models.projects.fitting import FitArgs, seed_problems, too_small
 from custom_models.projects.ner import SCRATCH, pretrained_t5
 from custom_models.projects.ner_hf import save_entity_t5
 from custom_models.projects.ner_model import Asking, Codec, EntityModel, load_entity_model
-from custom_models.projects.ner_report import Round, encode, looked_at, read_splits, report
+from custom_models.projects.ner_report import Round, encode, read_splits, report
 from custom_models.projects.seq2seq import T5Shape
+from custom_models.projects.texts import drawn
 from custom_models.weights import UNREADABLE, quiet_transformers
 from data_prep.iob import entities_of
 from workflows.errors import UserError, first_line, report_all
@@ -84,7 +85,7 @@ def setup(
         problems.append("--fit.ema_decay is for models that we train; AutoTrain has no such average.")
     report_all(problems)
     splits, types = read_splits(data, max_rows)
-    some = {**splits, "validation": looked_at(splits["validation"], validation_rows)}
+    some = {**splits, "validation": drawn(splits["validation"], validation_rows)}
     loaded = None if model == SCRATCH else load_encoder_decoder(model)
     autotrain.install(home, pip_args)
     if loaded is None:

@@ -1,6 +1,5 @@
 """What all ways of `make ner` share: sentences are read, and what each training gave is scored and written down."""
 
-import random
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
 from custom_models.projects.ner_model import Asking, Codec, EntityModel, Sentence, Written, by_both, by_text
+from custom_models.projects.texts import drawn
 from data_prep.iob import OUTSIDE, Entity
 from data_prep.rows import read_rows
 from workflows.checkpoint import metric, versions, write_metrics
@@ -63,11 +63,6 @@ def encode(rows: Sequence[Tagged], codec: Codec, longest: int) -> tuple[list[Sen
     """Sentences for the model, and how many of them were cut."""
     found = [codec.encode(words, tags, longest) for words, tags in rows]
     return found, sum(len(sentence.words) < len(words) for sentence, (words, _) in zip(found, rows, strict=True))
-
-
-def looked_at(rows: Sequence[Row], most: int | None) -> list[Row]:
-    """Rows of validation drawn at random, always the same; all if None."""
-    return random.Random(0).sample(rows, len(rows) if most is None else min(most, len(rows)))
 
 
 def find(model: EntityModel, codec: Codec, sentences: Sequence[Sentence], asking: Asking) -> Written:
@@ -176,7 +171,7 @@ def _beside(
         found["f1 by the decoder's lists, test"] = score(splits["test"], alone).f1
     if tag_weight:
         found["f1 by the encoder's tags, test"] = score(splits["test"], done.model.by_tags(test).entities).f1
-    rows = looked_at(splits["validation"], validation_rows)
+    rows = drawn(splits["validation"], validation_rows)
     sentences, _ = encode(rows, done.codec, asking.longest)
     for name, constrained in (("constrained", True), ("free", False)):
         written = find(done.model, done.codec, sentences, replace(asking, constrained=constrained))
