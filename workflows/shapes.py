@@ -131,7 +131,7 @@ class Machine(Shape):
     cpu: str
     cores: int
     threads: int
-    memory_bytes: int
+    memory_bytes: Count
     os: str
     gpu: str | None = None
 

@@ -209,6 +209,17 @@ def test_a_run_that_goes_on_has_a_report_too(out, tmp_path):
     assert "stopped" in text and "Not exported yet" in text and "No stage was asked" in text
 
 
+def test_values_that_are_no_numbers_are_gaps(tmp_path):
+    (step := tmp_path / "odd" / "dpo").mkdir(parents=True)
+    (step / "metrics.csv").write_text("step,loss,kl\n1,2,nan\n2,1e308,0.5\n3,1,-inf\n")
+    assert main(["report", "--runs", "[odd]", "--out_dir", str(tmp_path)]) == 0
+    drawn = data_of(tmp_path / "odd" / "report.html")["groups"][0]["charts"]
+    assert {chart["title"]: (chart["series"][0]["y"], chart["gaps"]) for chart in drawn} == {
+        "Loss": ([2, 1e308, 1], 0),
+        "KL to the reference": ([None, 0.5, None], 2),
+    }
+
+
 def test_long_logs_are_thinned_and_new_columns_get_a_chart(run):
     step = run.steps[0]
     log = [{"step": i, "loss": 1.0, "some_thing": 2.0} for i in range(1, 3 * MOST_POINTS + 2)]
@@ -239,7 +250,18 @@ def test_a_run_that_is_not_there_is_one_message(out, capsys, runs, told):
     ("file", "text", "told"),
     [
         ("lora/metrics.csv", "step,loss\nx,1\n", "is not a log of training steps"),
-        ("grpo/completions.jsonl", "{}\nnonsense\n{}\n", "line 2: not a JSON object"),
+        ("lora/metrics.csv", "step,loss\nnan,1\n", "is not a log of training steps"),
+        ("lora/final/metrics.json", '{"metrics": [], "seconds": 1e999}', "(seconds: input should be a finite number)"),
+        ("lora/final/provenance.json", '{"sources": {}, "versions": {}, "files": {}}', "(settings: field required)"),
+        ("grpo/completions.jsonl", "nonsense\n", ", line 1: not valid JSON"),
+        ("grpo/completions.jsonl", "{}\n", ", line 1 is not what a step writes (step: field required)"),
+        ("grpo/completions.jsonl", '{"step": 1}\n', ", line 1 is not what a step writes (question: field required)"),
+        ("grpo/completions.jsonl", '"\\ud800"\n', ", line 1: not valid JSON"),
+        ("evaluate/base/metrics.json", "{}", "(metrics: field required)"),
+        ("evaluate/dpo/answers.jsonl", "[]\n", ", line 1 is not what a step writes (the whole: "),
+        ("summary.json", '{"ollama": null}', "(ollama: input should be"),
+        ("ollama/provenance.json", "{}", "(sources: field required)"),
+        ("ollama/verification.json", "{}", "(version: field required)"),
         ("ollama/verification.json", "{", "not valid JSON"),
     ],
 )
@@ -369,6 +391,21 @@ def test_dragging_zooms_the_charts_of_a_step_and_no_others(browser, page):
     shown.mouse.dblclick(box["x"] + box["width"] / 2, y)
     until(shown, "document.querySelectorAll('.plot')[2].layout.xaxis.range[0] < 2")
     assert shown.evaluate(ranges)[0] == pytest.approx(before[0])
+    assert shown.complaints == []
+    shown.context.close()
+
+
+def test_a_gap_parts_a_curve_and_its_mean(browser, tmp_path):
+    (step := tmp_path / "odd" / "dpo").mkdir(parents=True)
+    rows = (f"{n},{'nan' if n == 40 else n / 80}\n" for n in range(1, 81))
+    (step / "metrics.csv").write_text("".join(["step,kl\n", *rows]))
+    main(["report", "--runs", "[odd]", "--out_dir", str(tmp_path)])
+    shown = opened(browser, tmp_path / "odd" / "report.html")
+    title = shown.evaluate("document.querySelector('figcaption').textContent")
+    assert title == "KL to the referencenatsgaps: 1 infinite or not a number"
+    assert shown.evaluate("document.querySelectorAll('path.js-line').length") == 4  # two parts of each
+    mean = shown.evaluate("document.querySelector('.plot').data[1].y")
+    assert mean[39] is None and mean[38] == pytest.approx((37 + 38 + 39 + 41) / 4 / 80)
     assert shown.complaints == []
     shown.context.close()
 
