@@ -198,6 +198,17 @@ def test_several_runs_share_a_page(out):
     assert loss["series"][0]["y"] != loss["series"][2]["y"]
 
 
+def test_runs_that_share_a_last_name_are_named_by_their_paths(tmp_path):
+    for name, log in (("a/x", "step,loss\n1,2\n"), ("b/x", "step,loss\n1,3\n"), ("b/y", "step,loss\n1,4\n")):
+        (step := tmp_path / name / "lora").mkdir(parents=True)
+        (step / "metrics.csv").write_text(log)
+    assert main(["report", "--runs", "[a/x,b/x,b/y,./a/x/]", "--out_dir", str(tmp_path)]) == 0
+    found = data_of(tmp_path / "report-a-x-b-x-y.html")
+    assert found["runs"] == ["a/x", "b/x", "y"]
+    drawn = {series["run"]: series["y"] for series in found["groups"][0]["charts"][0]["series"]}
+    assert drawn == {"a/x": [2], "b/x": [3], "y": [4]}
+
+
 def test_a_run_that_goes_on_has_a_report_too(out, tmp_path):
     step = tmp_path / "new" / "lora"
     step.mkdir(parents=True)
