@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import psutil
 
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, did_you_mean, report_all
 from workflows.measure import duration
 from workflows.progress import HOST, PROGRESS
 from workflows.shapes import Metrics, Progress, read_shape
@@ -75,6 +75,8 @@ def setup(out_dir: Path = Path("out"), run: str | None = None) -> None:
         UserError: If there is no such folder or, once the others are shown, for each step that has a damaged file.
     """
     folder = out_dir / run if run else out_dir
+    if run and out_dir.is_dir() and not folder.is_dir():
+        raise no_run(folder)
     if not folder.is_dir():
         raise UserError(f"There is no {folder}: nothing has run yet. Begin with `make demo` or `make lora`.")
     found, problems = [], []
@@ -88,6 +90,14 @@ def setup(out_dir: Path = Path("out"), run: str | None = None) -> None:
     elif not problems:
         print(f"No step has left anything in {folder} yet.")
     report_all(problems)
+
+
+def no_run(folder: Path) -> UserError:
+    """What to say where a run is not there: which runs are, the nearest by name first."""
+    others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+    there = f" In {folder.parent} there are: {', '.join(others)}." if others else ""
+    meant = did_you_mean(folder.name, others)
+    return UserError(f"There is no run in {folder}.{meant}{there} `make demo RUN={folder.name}` makes it.")
 
 
 def step_folders(folder: Path) -> Iterator[Path]:

@@ -248,7 +248,7 @@ def test_a_page_is_the_same_however_often_it_is_made(run):
 @pytest.mark.parametrize(
     ("runs", "told"),
     [
-        ("[tny]", r"There is no run in .*tny\. In .* there are: again, tiny\."),
+        ("[tny]", r"There is no run in .*tny\. Did you mean tiny\? In .* there are: again, tiny\."),
         ("[]", "--runs names no run"),
     ],
 )

@@ -147,6 +147,14 @@ def test_nothing_there_is_said(tmp_path, capsys):
     assert "No step has left anything" in capsys.readouterr().out
 
 
+def test_a_run_that_is_not_there_is_told_with_those_that_are(step, capsys):
+    (step.parents[1] / "other").mkdir()
+    assert main(["status", "--out_dir", str(step.parents[1]), "--run", "dmo"]) == 1
+    assert re.search(
+        r"There is no run in .*dmo\. Did you mean demo\? In .* there are: demo, other\.", capsys.readouterr().err
+    )
+
+
 DAMAGED = [
     ("metrics.csv", b"step,loss\none,2\n", "is not a log of training steps"),
     ("metrics.csv", b"loss\n2\n", "is not a log of training steps"),

@@ -21,7 +21,7 @@ from workflows.shapes import (
     Verification,
     shaped,
 )
-from workflows.status import StepStatus, status_of, step_folders
+from workflows.status import StepStatus, no_run, status_of, step_folders
 from workflows.training.logs import read_log
 from workflows.untrusted import parse_json
 
@@ -89,9 +89,7 @@ def read_run(folder: Path) -> Run:
         UserError: If there is no such folder, no step has left anything in it, or a file is damaged.
     """
     if not folder.is_dir():
-        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        there = f" In {folder.parent} there are: {', '.join(others)}." if others else ""
-        raise UserError(f"There is no run in {folder}.{there} `make demo RUN={folder.name}` makes it.")
+        raise no_run(folder)
     scored = {path.parent.name: path for path in folder.glob("evaluate/*/metrics.json")}
     stages = in_turn(scored)
     steps = [_read_step(path, folder) for path in step_folders(folder) if path.parent in (folder, folder.parent)]
