@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workflows import environment
-from workflows.errors import UserError
+from workflows.errors import UserError, did_you_mean
 from workflows.planning import PLANNED
 
 STEPS = {
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
         return 2
     step, rest = args[0], args[1:]
     if step not in steps:
-        print(f"There is no step {step!r}.\n{usage(steps, program)}", file=sys.stderr)
+        print(f"There is no step {step!r}.{did_you_mean(step, steps)}\n{usage(steps, program)}", file=sys.stderr)
         return 2
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a run's processes

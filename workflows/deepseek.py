@@ -9,7 +9,6 @@ Each ends as a model NAME with the sampling and the context of the recipe.
 """
 
 import dataclasses
-import difflib
 import os
 import re
 import tempfile
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from workflows import download, export
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, did_you_mean, report_all
 from workflows.files import sha256, write_json, write_text
 from workflows.gguf_reader import read_gguf
 from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, owner_sha256
@@ -145,7 +144,7 @@ def pull(server: OllamaServer, model: str) -> None:
         UserError: If there is no such model, or the registry cannot be reached.
     """
     if not _OLLAMA_NAME.fullmatch(model):
-        raise UserError(f"{model!r} is no name of a model. {_did_you_mean(server, model)}")
+        raise UserError(f"{model!r} is no name of a model.{_known_models(server, model)}")
     try:
         print(f"{installed(server, model).model} is there already")
         return
@@ -157,7 +156,7 @@ def pull(server: OllamaServer, model: str) -> None:
         reason = e.error.strip()
         if any(words in reason for words in ("file does not exist", "not found", "manifest unknown", "invalid model")):
             raise UserError(
-                f"Ollama's registry has no model {model!r} ({reason}). {_did_you_mean(server, model)}"
+                f"Ollama's registry has no model {model!r} ({reason}).{_known_models(server, model)}"
             ) from None
         if "no space" in reason:
             raise UserError(f"The disk has no room for {model} ({reason}). What has arrived is kept.") from None
@@ -178,17 +177,17 @@ def _show_progress(parts: Iterator[ollama.ProgressResponse]) -> None:
         bar.close()
 
 
-def _did_you_mean(server: OllamaServer, model: str) -> str:
-    """Names that are near to one that is unknown."""
+def _known_models(server: OllamaServer, model: str) -> str:
+    """The names nearest to one that is unknown, or all where none is near."""
     names = [f"deepseek-r1:{tag}" for tag in TAGS] + [n for n in download.registry() if "deepseek" in n]
     with explained(server, model):
         names += [str(entry.model) for entry in connect(server).list().models]
-    close = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.4) or names[: len(TAGS)]
-    return f"Did you mean {', '.join(close)}? All tags: https://ollama.com/library/deepseek-r1/tags"
+    meant = did_you_mean(model.lower(), names, cutoff=0.4) or f" There are, among others: {', '.join(names)}."
+    return f"{meant} All tags: https://ollama.com/library/deepseek-r1/tags"
 
 
 def _unreachable(server: OllamaServer, model: str, reason: str) -> str:
-    meant = "" if model in {f"deepseek-r1:{tag}" for tag in TAGS} else f"{_did_you_mean(server, model)}\n"
+    meant = "" if model in {f"deepseek-r1:{tag}" for tag in TAGS} else f"{_known_models(server, model).strip()}\n"
     return (
         f"Ollama could not pull {model!r} from its registry: {reason}\n{meant}"
         "Check the network and proxy variables (the server's own), and run the same command again: what has arrived is "

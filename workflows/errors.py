@@ -1,7 +1,8 @@
 """The one exception that a user is meant to read."""
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -25,6 +26,18 @@ def report_all(problems: list[str]) -> None:
         raise UserError(problems[0])
     if problems:
         raise UserError("\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]))
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The names nearest to one that is unknown, as a question after a blank; nothing if none is near.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+        cutoff: How alike they must be, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

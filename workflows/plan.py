@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from workflows.__main__ import STEPS, parse_all
-from workflows.errors import UserError
+from workflows.errors import UserError, did_you_mean
 from workflows.files import write_json
 from workflows.measure import duration, gigabytes, tree_bytes
 from workflows.planning import PLANNED
@@ -122,7 +122,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[s
     if not others or others[0] in ("-h", "--help"):
         return own + others, None, []
     if others[0] not in PLANNED:
-        raise UserError(f"There is no plan for {others[0]!r}; the step comes first, one of {', '.join(PLANNED)}.")
+        known = f"{did_you_mean(others[0], PLANNED)} The step comes first, one of {', '.join(PLANNED)}."
+        raise UserError(f"There is no plan for {others[0]!r}.{known}")
     return own, others[0], others[1:]
 
 

@@ -5,6 +5,9 @@ A policy in its head forbids it to load anything else, and what models wrote is 
 """
 
 import json
+import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +25,24 @@ def setup(runs: list[str], out_dir: Path = Path("out"), out_file: Path | None = 
     """Write a page about one run, or about several side by side.
 
     Args:
-        runs: The runs' names, e.g. [demo] or [demo,again].
+        runs: The runs' names, e.g. [demo] or [demo,again]; [a/x,b/x], of one last name, are called by their paths.
         out_dir: The folder of all runs.
         out_file: The page; by default OUT_DIR/RUN/report.html, of several runs OUT_DIR/report-RUN-RUN.html.
 
     Raises:
         UserError: If there is no such run, it has left nothing yet, or one of its files is damaged.
     """
-    names = list(dict.fromkeys(runs))
-    if not names:
+    folders = list({(out_dir / name).resolve(): out_dir / name for name in runs}.values())
+    if not folders:
         raise UserError("--runs names no run, e.g. --runs '[demo]'.")
-    found = [read_run(out_dir / name) for name in names]
-    alone = out_dir / names[0] / "report.html"
-    page = out_file or (alone if len(names) == 1 else out_dir / f"report-{'-'.join(run.name for run in found)}.html")
+    found = [read_run(folder) for folder in folders]
+    alike = Counter(run.name for run in found)
+    found = [  # one name means one run, to the charts as to the reader
+        replace(run, name=os.path.relpath(folder, out_dir)) if alike[run.name] > 1 else run
+        for run, folder in zip(found, folders, strict=True)
+    ]
+    several = out_dir / f"report-{'-'.join(run.name for run in found).replace(os.sep, '-')}.html"
+    page = out_file or (folders[0] / "report.html" if len(folders) == 1 else several)
     write_text(page, render(found))
     print(f"report: {page}")
 

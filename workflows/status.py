@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 import psutil
 
-from workflows.errors import UserError
-from workflows.files import read_json
+from workflows.errors import UserError, did_you_mean, report_all
 from workflows.measure import duration
 from workflows.progress import HOST, PROGRESS
+from workflows.shapes import Metrics, Progress, read_shape
 from workflows.training.logs import read_log
 
 State = Literal["running", "stopped", "finished"]
 _RESULTS = ("final/provenance.json", "metrics.json", "manifest.json")
 """What a finished step leaves in its folder: a checkpoint, scores or an export, data."""
 _LOG = "metrics.csv"
+_CHECKPOINTS = f"step-{'[0-9]' * 8}.pth"
+"""What training calls them; others' files may lie beside them."""
 _INSIDE = ("final", "checkpoints", "hf", "adapter", "logs", "tensorboard", "wandb")
 """Folders of a step that hold no further steps."""
 _SILENT = 600.0
@@ -42,7 +44,7 @@ class StepStatus:
         tokens_per_second: The speed, in the samples' tokens.
         left: Seconds that are left, if it goes on at this session's speed.
         checkpoint: The step of the newest checkpoint.
-        age: Seconds since it last said something.
+        age: Seconds since it last said something; below 0 where the clock that wrote this is ahead.
         command: How it was started, and goes on.
         keeps: What a stopped step goes on from, in words.
     """
@@ -70,13 +72,32 @@ def setup(out_dir: Path = Path("out"), run: str | None = None) -> None:
         run: Only this run's steps; all runs' if null.
 
     Raises:
-        UserError: If there is no such folder, or a file in it is damaged.
+        UserError: If there is no such folder or, once the others are shown, for each step that has a damaged file.
     """
     folder = out_dir / run if run else out_dir
+    if run and out_dir.is_dir() and not folder.is_dir():
+        raise no_run(folder)
     if not folder.is_dir():
         raise UserError(f"There is no {folder}: nothing has run yet. Begin with `make demo` or `make lora`.")
-    found = [status_of(step, out_dir) for step in step_folders(folder)]
-    print(as_text(found) if found else f"No step has left anything in {folder} yet.")
+    found, problems = [], []
+    for step in step_folders(folder):
+        try:
+            found.append(status_of(step, out_dir))
+        except (UserError, OSError) as e:
+            problems.append(str(e))
+    if found:
+        print(as_text(found))
+    elif not problems:
+        print(f"No step has left anything in {folder} yet.")
+    report_all(problems)
+
+
+def no_run(folder: Path) -> UserError:
+    """What to say where a run is not there: which runs are, the nearest by name first."""
+    others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+    there = f" In {folder.parent} there are: {', '.join(others)}." if others else ""
+    meant = did_you_mean(folder.name, others)
+    return UserError(f"There is no run in {folder}.{meant}{there} `make demo RUN={folder.name}` makes it.")
 
 
 def step_folders(folder: Path) -> Iterator[Path]:
@@ -100,7 +121,7 @@ def status_of(folder: Path, out_dir: Path) -> StepStatus:
     """
     name = str(folder.relative_to(out_dir)) if folder != out_dir else folder.name
     log = read_log(folder / _LOG)
-    checkpoints = sorted(int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*.pth"))
+    checkpoints = sorted(int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob(_CHECKPOINTS))
     rates = [row["tokens_per_second"] for row in log[-_RECENT:] if "tokens_per_second" in row]
     facts: dict[str, Any] = {
         "loss": log[-1].get("loss") if log else None,
@@ -108,37 +129,33 @@ def status_of(folder: Path, out_dir: Path) -> StepStatus:
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "done": int(log[-1]["step"]) if log else None,
     }
-    progress = folder / PROGRESS
-    if progress.is_file():
-        try:
-            return _unfinished(name, folder, read_json(progress), facts)
-        except (KeyError, TypeError):
-            raise UserError(f"{progress} does not say what a step says of itself; delete it.") from None
+    if (folder / PROGRESS).is_file():
+        return _unfinished(name, folder, read_shape(folder / PROGRESS, Progress), facts)
     if any((folder / result).is_file() for result in _RESULTS):
         return _finished(name, folder, facts)
     return StepStatus(name, "stopped", **facts, age=_age(folder / _LOG), keeps=_keeps(folder, facts["checkpoint"]))
 
 
-def _unfinished(name: str, folder: Path, told: dict[str, Any], facts: dict[str, Any]) -> StepStatus:
-    age = time.time() - told["updated"]
+def _unfinished(name: str, folder: Path, told: Progress, facts: dict[str, Any]) -> StepStatus:
+    age = time.time() - told.updated
     state: State = "running" if _lives(told, age) else "stopped"
-    if told.get("total") is not None:
-        facts |= {"done": told["done"], "total": told["total"], "unit": told["unit"], "what": told["what"]}
-        seconds, done = told["updated"] - told["began"], told["done"] - told["first"]
+    if told.total is not None:
+        facts |= {"done": told.done, "total": told.total, "unit": told.unit, "what": told.what}
+        seconds, done = told.updated - told.began, told.done - told.first
         if state == "running" and done > 0:
-            facts["left"] = max(0.0, seconds / done * (told["total"] - told["done"]) - age)
+            facts["left"] = max(0.0, seconds / done * (told.total - told.done) - age)
     if state == "stopped" and facts["checkpoint"] is not None:
         facts["done"] = facts["checkpoint"]
     keeps = _keeps(folder, facts["checkpoint"]) if state == "stopped" else ""
-    return StepStatus(name, state, **facts, age=age, command=told["command"], keeps=keeps)
+    return StepStatus(name, state, **facts, age=age, command=told.command, keeps=keeps)
 
 
-def _lives(told: dict[str, Any], age: float) -> bool:
+def _lives(told: Progress, age: float) -> bool:
     """Whether the process that wrote this lives; numbers of processes are given out anew."""
-    if told["host"] != HOST:
-        return age < _SILENT
+    if told.host != HOST:
+        return abs(age) < _SILENT  # clocks may differ
     try:
-        return abs(psutil.Process(told["pid"]).create_time() - told["born"]) < 1
+        return abs(psutil.Process(told.pid).create_time() - told.born) < 1
     except psutil.NoSuchProcess:
         return False
 
@@ -156,10 +173,11 @@ def _keeps(folder: Path, checkpoint: int | None) -> str:
 def _finished(name: str, folder: Path, facts: dict[str, Any]) -> StepStatus:
     file = folder / "final" / "metrics.json"
     file = file if file.is_file() else folder / "metrics.json"
-    made = read_json(file) if file.is_file() else {}
-    losses = [row["value"] for row in made.get("metrics", []) if row["name"] == "val_loss"]
-    facts["loss"] = losses[0] if losses else facts["loss"]
-    facts["tokens_per_second"] = made.get("tokens_per_second") or facts["tokens_per_second"]
+    if file.is_file():
+        made = read_shape(file, Metrics)
+        losses = [row.value for row in made.metrics if row.name == "val_loss"]
+        facts["loss"] = losses[0] if losses else facts["loss"]
+        facts["tokens_per_second"] = made.tokens_per_second or facts["tokens_per_second"]
     facts["total"] = facts["done"]
     result = next(folder / result for result in _RESULTS if (folder / result).is_file())
     return StepStatus(name, "finished", **facts, age=_age(result))
@@ -193,5 +211,5 @@ def _cells(step: StepStatus) -> list[str]:
         "" if step.tokens_per_second is None else f"{step.tokens_per_second:,.0f}",
         "" if step.left is None else duration(step.left),
         "" if step.checkpoint is None else f"step {step.checkpoint}",
-        f"{duration(step.age)} ago",
+        f"{duration(abs(step.age))} {'ago' if step.age > -1 else 'ahead'}",
     ]

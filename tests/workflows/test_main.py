@@ -119,6 +119,8 @@ def test_every_recipe_is_understood_by_its_step(recipe, capsys):
 def test_unknown_step_lists_the_known_ones(capsys):
     assert main(["trian"]) == 2
     assert "no step 'trian'" in (said := capsys.readouterr().err) and "lora" in said
+    assert main(["deepsek"]) == 2
+    assert "no step 'deepsek'. Did you mean deepseek?\n" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
 

@@ -198,6 +198,17 @@ def test_several_runs_share_a_page(out):
     assert loss["series"][0]["y"] != loss["series"][2]["y"]
 
 
+def test_runs_that_share_a_last_name_are_named_by_their_paths(tmp_path):
+    for name, log in (("a/x", "step,loss\n1,2\n"), ("b/x", "step,loss\n1,3\n"), ("b/y", "step,loss\n1,4\n")):
+        (step := tmp_path / name / "lora").mkdir(parents=True)
+        (step / "metrics.csv").write_text(log)
+    assert main(["report", "--runs", "[a/x,b/x,b/y,./a/x/]", "--out_dir", str(tmp_path)]) == 0
+    found = data_of(tmp_path / "report-a-x-b-x-y.html")
+    assert found["runs"] == ["a/x", "b/x", "y"]
+    drawn = {series["run"]: series["y"] for series in found["groups"][0]["charts"][0]["series"]}
+    assert drawn == {"a/x": [2], "b/x": [3], "y": [4]}
+
+
 def test_a_run_that_goes_on_has_a_report_too(out, tmp_path):
     step = tmp_path / "new" / "lora"
     step.mkdir(parents=True)
@@ -207,6 +218,17 @@ def test_a_run_that_goes_on_has_a_report_too(out, tmp_path):
     assert main(["report", "--runs", "[new]", "--out_dir", str(tmp_path)]) == 0
     text = Tags((tmp_path / "new" / "report.html").read_text()).text
     assert "stopped" in text and "Not exported yet" in text and "No stage was asked" in text
+
+
+def test_values_that_are_no_numbers_are_gaps(tmp_path):
+    (step := tmp_path / "odd" / "dpo").mkdir(parents=True)
+    (step / "metrics.csv").write_text("step,loss,kl\n1,2,nan\n2,1e308,0.5\n3,1,-inf\n")
+    assert main(["report", "--runs", "[odd]", "--out_dir", str(tmp_path)]) == 0
+    drawn = data_of(tmp_path / "odd" / "report.html")["groups"][0]["charts"]
+    assert {chart["title"]: (chart["series"][0]["y"], chart["gaps"]) for chart in drawn} == {
+        "Loss": ([2, 1e308, 1], 0),
+        "KL to the reference": ([None, 0.5, None], 2),
+    }
 
 
 def test_long_logs_are_thinned_and_new_columns_get_a_chart(run):
@@ -226,7 +248,7 @@ def test_a_page_is_the_same_however_often_it_is_made(run):
 @pytest.mark.parametrize(
     ("runs", "told"),
     [
-        ("[tny]", r"There is no run in .*tny\. In .* there are: again, tiny\."),
+        ("[tny]", r"There is no run in .*tny\. Did you mean tiny\? In .* there are: again, tiny\."),
         ("[]", "--runs names no run"),
     ],
 )
@@ -239,7 +261,18 @@ def test_a_run_that_is_not_there_is_one_message(out, capsys, runs, told):
     ("file", "text", "told"),
     [
         ("lora/metrics.csv", "step,loss\nx,1\n", "is not a log of training steps"),
-        ("grpo/completions.jsonl", "{}\nnonsense\n{}\n", "line 2: not a JSON object"),
+        ("lora/metrics.csv", "step,loss\nnan,1\n", "is not a log of training steps"),
+        ("lora/final/metrics.json", '{"metrics": [], "seconds": 1e999}', "(seconds: input should be a finite number)"),
+        ("lora/final/provenance.json", '{"sources": {}, "versions": {}, "files": {}}', "(settings: field required)"),
+        ("grpo/completions.jsonl", "nonsense\n", ", line 1: not valid JSON"),
+        ("grpo/completions.jsonl", "{}\n", ", line 1 is not what a step writes (step: field required)"),
+        ("grpo/completions.jsonl", '{"step": 1}\n', ", line 1 is not what a step writes (question: field required)"),
+        ("grpo/completions.jsonl", '"\\ud800"\n', ", line 1: not valid JSON"),
+        ("evaluate/base/metrics.json", "{}", "(metrics: field required)"),
+        ("evaluate/dpo/answers.jsonl", "[]\n", ", line 1 is not what a step writes (the whole: "),
+        ("summary.json", '{"ollama": null}', "(ollama: input should be"),
+        ("ollama/provenance.json", "{}", "(sources: field required)"),
+        ("ollama/verification.json", "{}", "(version: field required)"),
         ("ollama/verification.json", "{", "not valid JSON"),
     ],
 )
@@ -369,6 +402,21 @@ def test_dragging_zooms_the_charts_of_a_step_and_no_others(browser, page):
     shown.mouse.dblclick(box["x"] + box["width"] / 2, y)
     until(shown, "document.querySelectorAll('.plot')[2].layout.xaxis.range[0] < 2")
     assert shown.evaluate(ranges)[0] == pytest.approx(before[0])
+    assert shown.complaints == []
+    shown.context.close()
+
+
+def test_a_gap_parts_a_curve_and_its_mean(browser, tmp_path):
+    (step := tmp_path / "odd" / "dpo").mkdir(parents=True)
+    rows = (f"{n},{'nan' if n == 40 else n / 80}\n" for n in range(1, 81))
+    (step / "metrics.csv").write_text("".join(["step,kl\n", *rows]))
+    main(["report", "--runs", "[odd]", "--out_dir", str(tmp_path)])
+    shown = opened(browser, tmp_path / "odd" / "report.html")
+    title = shown.evaluate("document.querySelector('figcaption').textContent")
+    assert title == "KL to the referencenatsgaps: 1 infinite or not a number"
+    assert shown.evaluate("document.querySelectorAll('path.js-line').length") == 4  # two parts of each
+    mean = shown.evaluate("document.querySelector('.plot').data[1].y")
+    assert mean[39] is None and mean[38] == pytest.approx((37 + 38 + 39 + 41) / 4 / 80)
     assert shown.complaints == []
     shown.context.close()
 

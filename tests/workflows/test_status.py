@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_evaluations_exports_and_answers_are_steps_too(tmp_path):
     out = tmp_path / "out"
     told(out / "demo" / "evaluate" / "base", pid=2**22 + 1, unit="row")
     (out / "demo" / "evaluate" / "base" / "unfinished.jsonl").touch()
-    write_json(out / "demo" / "ollama" / "metrics.json", {"metrics": []})
+    write_json(out / "demo" / "ollama" / "metrics.json", {"metrics": [], "seconds": 1.0})
     told(out / "demo" / "taught.unfinished", pid=2**22 + 1, unit="answer")
     (out / "demo" / "taught.unfinished" / "answers.jsonl").touch()
     write_json(out / "demo" / "lora" / "final" / "provenance.json", {})
@@ -146,15 +147,69 @@ def test_nothing_there_is_said(tmp_path, capsys):
     assert "No step has left anything" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["step,loss\none,2\n", "loss\n2\n", "step,loss\n1,2,3\n"])
-def test_a_log_that_is_none_is_named(step, capsys, text):
-    (step / "metrics.csv").write_text(text)
-    assert main(["status", "--out_dir", str(step.parents[1])]) == 1
-    assert f"{step / 'metrics.csv'} is not a log of training steps" in capsys.readouterr().err
+def test_a_run_that_is_not_there_is_told_with_those_that_are(step, capsys):
+    (step.parents[1] / "other").mkdir()
+    assert main(["status", "--out_dir", str(step.parents[1]), "--run", "dmo"]) == 1
+    assert re.search(
+        r"There is no run in .*dmo\. Did you mean demo\? In .* there are: demo, other\.", capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("text", ["{}", '{"updated": null}', '{"updated": 1, "host": "x", "command": "c", "total": 2}'])
-def test_a_progress_file_that_is_none_is_named(step, capsys, text):
-    (step / PROGRESS).write_text(text)
+DAMAGED = [
+    ("metrics.csv", b"step,loss\none,2\n", "is not a log of training steps"),
+    ("metrics.csv", b"loss\n2\n", "is not a log of training steps"),
+    ("metrics.csv", b"step,loss\n1,2,3\n", "is not a log of training steps"),
+    ("metrics.csv", b"step,loss\nnan,2\n", "is not a log of training steps"),
+    ("metrics.csv", b"step,loss\ninf,2\n", "is not a log of training steps"),
+    ("metrics.csv", b"step,loss\n1,2\xff\n", "is not UTF-8 text"),
+    (PROGRESS, b"{", "not valid JSON"),
+    (PROGRESS, b"{}", "is not what a step writes (command: field required)"),
+    (PROGRESS, {"updated": None}, "(updated: input should be a valid number)"),
+    (PROGRESS, {"updated": 1e300}, "(updated: input should be less than"),
+    (PROGRESS, {"pid": -5}, "(pid: input should be greater than 0)"),
+    (PROGRESS, {"pid": "5"}, "(pid: input should be a valid integer)"),
+    (PROGRESS, {"done": "4"}, "(done: input should be a valid integer)"),
+    (PROGRESS, {"first": 10**400}, "(first: input should be less than"),
+    ("final/metrics.json", b'{"metrics": null, "seconds": 1}', "(metrics: input should be a valid list)"),
+    ("final/metrics.json", b'{"metrics": [{"value": 1}], "seconds": 1}', "(metrics.0.name: field required)"),
+    ("final/metrics.json", b'{"metrics": [], "seconds": 1, "tokens_per_second": "x"}', "(tokens_per_second: "),
+]
+"""A step's file, what stands in it (or what is different there), and what is told of it."""
+
+
+@pytest.mark.parametrize(("file", "content", "message"), DAMAGED)
+def test_a_damaged_file_is_named_and_hides_no_other_step(step, capsys, file, content, message):
+    told(step.with_name("dpo"), what="sampling")
+    (damaged := step / file).parent.mkdir(exist_ok=True)
+    if file.startswith("final"):
+        write_json(step / "final" / "provenance.json", {})
+    if isinstance(content, bytes):
+        damaged.write_bytes(content)
+    else:
+        told(step, **content)
     assert main(["status", "--out_dir", str(step.parents[1])]) == 1
-    assert f"{step / PROGRESS} does not say what a step says of itself" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "demo/dpo  running (sampling)" in shown.out and "demo/lora" not in shown.out
+    (line,) = shown.err.splitlines()
+    assert line.startswith(f"error: {damaged}") and message in line
+
+
+def test_files_that_are_no_checkpoints_are_passed_over(step):
+    checkpoint(step, 2)
+    for name in ("step-x.pth", "step-00000004.part.pth", "step-00000005.pth.txt"):
+        (step / "checkpoints" / name).touch()
+    assert status(step).checkpoint == 2
+
+
+def test_a_clock_that_is_ahead_is_said(step, capsys):
+    told(step, updated=time.time() + 7200)
+    assert main(["status", "--out_dir", str(step.parents[1])]) == 0
+    assert re.search(r" (1 h 59|2 h 0) min ahead$", capsys.readouterr().out.rstrip())
+    told(step, host="elsewhere", updated=time.time() + 7200)
+    assert status(step).state == "stopped"
+
+
+def test_numbers_that_are_none_are_shown_as_they_are(step, capsys):
+    (step / "metrics.csv").write_text("step,loss,tokens_per_second\n1,nan,inf\n")
+    assert main(["status", "--out_dir", str(step.parents[1])]) == 0
+    assert re.search(r"nan +inf", capsys.readouterr().out)

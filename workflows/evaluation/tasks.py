@@ -6,7 +6,6 @@ the likeliest per character, as lm-eval defines them. The prompt is always rende
 the one source of our prompts; nothing has to be asked for.
 """
 
-import difflib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from data_prep.pubmedqa import HUB_ID, official_test_ids
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, did_you_mean, report_all
 
 LOCAL = {
     "hpo_mcq": "hpo_mcq",
@@ -203,11 +202,9 @@ def _specification(name: str, file: Path | None, template: ChatTemplate) -> Any:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, sorted({*known, *LOCAL, *OWN}), n=3)
     return (
-        f"There is no task {name!r}"
-        + (f" (did you mean {', '.join(close)}?)" if close else "")
-        + f". Local tasks: {', '.join(LOCAL)}. Groups: medical (on the Hugging Face Hub), and all of lm-eval's: "
+        f"There is no task {name!r}.{did_you_mean(name, sorted({*known, *LOCAL, *OWN}))} "
+        f"Local tasks: {', '.join(LOCAL)}. Groups: medical (on the Hugging Face Hub), and all of lm-eval's: "
         "`.venv/bin/lm-eval ls tasks`."
     )
 

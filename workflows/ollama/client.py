@@ -1,6 +1,5 @@
 """Talking to an Ollama server through its Python client, with failures told in one sentence each."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 import ollama
 
-from workflows.errors import UserError, first_line
+from workflows.errors import UserError, did_you_mean, first_line
 from workflows.ollama.modelfile import Modelfile
 from workflows.ollama.server import OllamaServer
 
@@ -62,7 +61,7 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
         reason = e.error.strip() or f"HTTP {e.status_code}"
         if e.status_code == 404 or "not found" in reason:
             raise UnknownModel(
-                f"Ollama at {server.url} does not know the model {model!r}. {_known_models(server, model)}"
+                f"Ollama at {server.url} does not know the model {model!r}.{_known_models(server, model)} "
                 "Make it with `make export`."
             ) from None
         if e.status_code in (-1, 500) and ("runner" in reason or "EOF" in reason):
@@ -161,9 +160,7 @@ def _known_models(server: OllamaServer, model: str) -> str:
         names = sorted(str(entry.model) for entry in connect(server).list().models)
     except (ollama.ResponseError, ConnectionError, httpx.HTTPError, ValueError):
         return ""  # only a hint is lost
-    close = difflib.get_close_matches(model, names, n=3)
-    meant = f"Did you mean {', '.join(close)}? " if close else ""
-    return f"{meant}It knows: {', '.join(names)}. " if names else "It has no models yet. "
+    return f"{did_you_mean(model, names)} It knows: {', '.join(names)}." if names else " It has no models yet."
 
 
 def installed(server: OllamaServer, model: str) -> ollama.ListResponse.Model:

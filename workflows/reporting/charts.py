@@ -1,5 +1,6 @@
 """Which of a log's columns are drawn together, in which unit, under which name."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +79,24 @@ def kinds_for(columns: list[str]) -> list[Kind]:
     known = [kind for kind in KINDS if set(kind.columns) & set(columns)]
     named = {"step", *(column for kind in KINDS for column in kind.columns)}
     words = {column: column.replace("_", " ") for column in columns if column not in named}
-    return known + [Kind(text[0].upper() + text[1:], {column: text}, first=False) for column, text in words.items()]
+    return known + [Kind(text[:1].upper() + text[1:], {column: text}, first=False) for column, text in words.items()]
 
 
 def _chart(kind: Kind, logs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    series = []
+    series, gaps = [], 0
     for run, log in logs.items():
         for column, called in kind.columns.items():
-            points = [(int(row["step"]), row[column] * kind.scale) for row in log if column in row]
+            points = [(int(row["step"]), _finite(row[column] * kind.scale)) for row in log if column in row]
             if points:
                 x, y = zip(*points[:: _stride(len(points))], strict=True)
                 series.append({"run": run, "name": called, "x": x, "y": y, "sparse": column.startswith("val_")})
-    return {"title": kind.title, "unit": kind.unit, "first": kind.first, "series": series}
+                gaps += sum(value is None for _, value in points)
+    return {"title": kind.title, "unit": kind.unit, "first": kind.first, "series": series, "gaps": gaps}
+
+
+def _finite(value: float) -> float | None:
+    """None, which is drawn as a gap, for a number that no axis can show."""
+    return value if math.isfinite(value) else None
 
 
 def _stride(rows: int) -> int:

@@ -1,6 +1,5 @@
 """What a run has left on the disk, read for its report. Nothing is computed anew, and what is not there is left out."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,21 @@ from workflows.checkpoint import PROVENANCE
 from workflows.errors import UserError
 from workflows.evaluation.compare import ANSWERS
 from workflows.files import read_json, read_text
-from workflows.status import StepStatus, status_of, step_folders
+from workflows.shapes import (
+    Answer,
+    Evaluated,
+    Provenance,
+    Sampled,
+    Shape,
+    Summary,
+    Trained,
+    TrainedFrom,
+    Verification,
+    shaped,
+)
+from workflows.status import StepStatus, no_run, status_of, step_folders
 from workflows.training.logs import read_log
+from workflows.untrusted import parse_json
 
 ORDER = ("base", "shrink", "lora", "distill-lm", "reward", "dpo", "ppo", "grpo")
 """The stages of the road, in turn; others follow by name."""
@@ -77,9 +89,7 @@ def read_run(folder: Path) -> Run:
         UserError: If there is no such folder, no step has left anything in it, or a file is damaged.
     """
     if not folder.is_dir():
-        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        there = f" In {folder.parent} there are: {', '.join(others)}." if others else ""
-        raise UserError(f"There is no run in {folder}.{there} `make demo RUN={folder.name}` makes it.")
+        raise no_run(folder)
     scored = {path.parent.name: path for path in folder.glob("evaluate/*/metrics.json")}
     stages = in_turn(scored)
     steps = [_read_step(path, folder) for path in step_folders(folder) if path.parent in (folder, folder.parent)]
@@ -88,22 +98,22 @@ def read_run(folder: Path) -> Run:
     run = Run(
         name=folder.resolve().name,
         steps=[by_name[name] for name in in_turn(by_name)],
-        scores={stage: read_json(scored[stage]) for stage in stages},
-        answers={stage: _read_lines(scored[stage].with_name(ANSWERS)) for stage in stages},
-        export=_read(ollama / PROVENANCE),
-        verified=_read(ollama / "verification.json"),
-        asked=_read(folder / "summary.json").get("ollama", {}).get("answers", []),
+        scores={stage: _read(scored[stage], Evaluated) for stage in stages},
+        answers={stage: _read_lines(scored[stage].with_name(ANSWERS), Answer) for stage in stages},
+        export=_read(ollama / PROVENANCE, Provenance),
+        verified=_read(ollama / "verification.json", Verification),
+        asked=_read(folder / "summary.json", Summary).get("ollama", {}).get("answers", []),
     )
     if not run.steps and not run.scores and not run.export:
         raise UserError(f"{folder} holds no step of a run yet. `make lora RUN={folder.name}` makes one.")
     for step in run.steps:
         settings = step.provenance.get("settings", {})
         if (data := settings.get("data")) and data not in run.data:
-            run.data[data] = _read(Path(data) / "manifest.json")
+            run.data[data] = _read(Path(data) / "manifest.json", Shape)
     start = next((step.provenance["settings"]["checkpoint_dir"] for step in run.steps if step.provenance), None)
     start = run.scores.get("base", {}).get("checkpoint_dir", start)
     if start is not None:
-        run.base.update({"path": start, **_read(Path(start) / PROVENANCE)})
+        run.base.update({"path": start, **_read(Path(start) / PROVENANCE, Provenance)})
     return run
 
 
@@ -113,11 +123,11 @@ def in_turn(names: Iterable[str]) -> list[str]:
 
 
 def _read_step(folder: Path, run: Path) -> Step:
-    sampled = _read_lines(folder / "completions.jsonl")
+    sampled = _read_lines(folder / "completions.jsonl", Sampled)
     steps = sorted({row["step"] for row in sampled})
     ends = [row for end in dict.fromkeys(steps[:1] + steps[-1:]) for row in _of_step(sampled, end)]
     final = folder / "final"
-    made = (_read(final / PROVENANCE), _read(final / "metrics.json"))
+    made = (_read(final / PROVENANCE, TrainedFrom), _read(final / "metrics.json", Trained))
     return Step(folder.name, status_of(folder, run), read_log(folder / "metrics.csv"), *made, ends)
 
 
@@ -125,24 +135,31 @@ def _of_step(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] == step][:_SAMPLED]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+def _read(file: Path, shape: type[Shape]) -> dict[str, Any]:
+    """A JSON file that has a shape; empty if it is not there.
+
+    Raises:
+        UserError: If it has not.
+    """
+    if not file.is_file():
+        return {}
+    shaped(value := read_json(file), shape, file)
+    return value
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _read_lines(file: Path, shape: type[Shape]) -> list[dict[str, Any]]:
     """The lines of a JSONL file; none if it is not there. Half a line at its end, of a run that goes on, is left out.
 
     Raises:
-        UserError: If another line is no JSON object.
+        UserError: If another line is no JSON object, or not of the shape.
     """
     rows = []
     lines = read_text(file).split("\n")[:-1] if file.is_file() else []
     for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
+            shaped(row := parse_json(line), shape, where)
         except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number}: not a JSON object. Run the step that writes it again.")
+            raise UserError(f"{where}: not valid JSON. Run the step that writes it again.") from None
         rows.append(row)
     return rows

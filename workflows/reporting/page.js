@@ -59,12 +59,13 @@ function legend(head, title, unit, entries) {
   }
 }
 
-// The mean of each point and its neighbours, half a window to either side.
+// The mean of each point and its neighbours, half a window to either side; gaps stay.
 function running(values) {
   const half = Math.max(2, Math.round(values.length / 40));
-  return values.map((_, i) => {
-    const near = values.slice(Math.max(0, i - half), i + half + 1);
-    return near.reduce((sum, value) => sum + value, 0) / near.length;
+  return values.map((value, i) => {
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, i - half), i + half + 1).filter((other) => other !== null);
+    return near.reduce((sum, other) => sum + other, 0) / near.length;
   });
 }
 
@@ -82,7 +83,7 @@ function curve(series, number, chart) {
   const paint = colour(several ? data.runs.indexOf(series.run) : number);
   const marks = series.sparse || series.x.length < 3;
   return {
-    x: series.x, y: series.y, type: "scatter", mode: marks ? "lines+markers" : "lines", connectgaps: true,
+    x: series.x, y: series.y, type: "scatter", mode: marks ? "lines+markers" : "lines",
     name: several ? `${series.run}, ${series.name}` : series.name,
     line: { color: paint, width: series.sparse ? 2 : 1.6, dash: several && series.sparse ? "dot" : "solid" },
     marker: { color: paint, size: 6 }, opacity: series.sparse || chart.series.length === 1 ? 1 : 0.85,
@@ -115,9 +116,12 @@ function extent(group) {
 function drawCurves(figure) {
   const [group, number] = figure.dataset.chart.split(",").map(Number);
   const chart = data.groups[group].charts[number];
-  const caption = (head) => legend(head, chart.title, chart.unit, several
-    ? data.runs.filter((run) => chart.series.some((s) => s.run === run)).map((run) => ({ name: run, colour: colour(data.runs.indexOf(run)) }))
-    : chart.series.length > 1 ? chart.series.map((s, i) => ({ name: s.name, colour: colour(i), dots: s.sparse })) : []);
+  const caption = (head) => {
+    legend(head, chart.title, chart.unit, several
+      ? data.runs.filter((run) => chart.series.some((s) => s.run === run)).map((run) => ({ name: run, colour: colour(data.runs.indexOf(run)) }))
+      : chart.series.length > 1 ? chart.series.map((s, i) => ({ name: s.name, colour: colour(i), dots: s.sparse })) : []);
+    if (chart.gaps) element(head, "span", `gaps: ${chart.gaps} infinite or not a number`);
+  };
   const plot = draw(figure, caption,
     () => chart.series.flatMap((series, i) => curves(series, i, chart)),
     () => layout({ label: "step", tickformat: ",d", range: extent(group), uirevision: true }, { nticks: 5, uirevision: true }));

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from workflows.errors import UserError
-from workflows.files import no_room_explained, write_text
+from workflows.files import no_room_explained, read_text, write_text
 
 if TYPE_CHECKING:  # `status` reads logs, and is to be quick
     import lightning as L
@@ -72,19 +72,21 @@ class MetricsLog:
 def read_log(file: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.csv`, which may just be growing: step and numbers, empty cells and half a line left out.
 
+    A number may be infinite or none at all, for a run may have measured that; its step may not.
+
     Raises:
         UserError: If the file is none.
     """
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    whole = read_text(file).rpartition("\n")[0]
     try:
         rows = [
             {name: float(value) for name, value in row.items() if value}
             for row in csv.DictReader(whole.splitlines(), restkey="too many")
         ]
-        return [{**row, "step": row["step"]} for row in rows]
-    except (ValueError, TypeError, KeyError, csv.Error):
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (ValueError, TypeError, KeyError, OverflowError, csv.Error):
         raise UserError(f"{file} is not a log of training steps; delete it, or run the step again.") from None
 
 

@@ -79,7 +79,7 @@ def test_unknown_tasks_and_missing_data_are_reported_together(tmp_path, template
     text = str(error.value)
     assert "hpo_mcq/test.jsonl, which does not exist. Make it with `make data DATA=hpo`" in text
     assert "`make data DATA=medqa`" in text
-    assert "no task 'medqa_4option' (did you mean medqa_4options" in text and "pubmedqa_local" in text
+    assert "no task 'medqa_4option'. Did you mean medqa_4options" in text and "pubmedqa_local" in text
 
 
 def test_bad_rows_are_named(tmp_path, template):
