@@ -37,7 +37,8 @@ def setup(
     """Answer a file of questions. Not medical advice.
 
     Run again, it goes on where it was stopped: finished answers are in OUT_FILE. A server that ends in the middle is
-    waited for. A question that cannot be answered gets a line with `error`, and is asked again by the next run.
+    waited for. A question that cannot be answered gets a line with `error`, and is asked again by the next run, which
+    may give it more room. Answers to questions that FILE does not hold any more are laid aside, in a file beside it.
 
     Args:
         file: JSON lines of {"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]} (an answer at the
@@ -86,10 +87,8 @@ def setup(
     report_all(problems)
     answer_schema = None if schema is None else read_schema(schema)
     questions = read_questions(file, system, answer_schema, skip_broken)[:limit]
-    if not resume:
-        target.unlink(missing_ok=True)
     with open_server(port, parallel=parallel) as server:
-        batch = Batch(server, model, questions, target, options, parallel)
+        batch = Batch(server, model, questions, target, options, parallel, resume)
         if batch.kept:
             print(f"{batch.kept} of {len(questions)} answers are in {target} already")
         records = batch.run()

@@ -91,7 +91,7 @@ def setup(
     ours = None if checkpoint_dir is None else fingerprint(check_checkpoint_dir(checkpoint_dir))
     began = step_began()
     rows = {task: read_rows(file, "scoring")[:limit] for task, file in files.items() if file is not None}
-    target = out_dir or Path("out") / "evaluate-ollama" / model.replace("/", "-").replace(":", "-")
+    target = out_dir or Path("out") / "evaluate-ollama" / _as_file_name(model)
     scored: list[Scored] = []
     with PeakMemory() as peak:
         with open_server(port, parallel=parallel) as server:
@@ -123,8 +123,9 @@ def setup(
             peak_bytes=peak.bytes,
             models=[{name: value for name, value in result.items() if name != "metrics"} for result in results],
         )
-    for unfinished in target.glob("unfinished-*.jsonl"):
-        unfinished.unlink()
+    for task in tasks:
+        for name in names:
+            unfinished(target, task, name).unlink(missing_ok=True)
     print(table(results))
     print(f"acc: the option that is written when nothing else may be, greedily.\nresults: {target}")
 
@@ -196,6 +197,15 @@ def tags_of(server: OllamaServer, model: str) -> list[str]:
     return found
 
 
+def unfinished(out_dir: Path, task: str, model: str) -> Path:
+    """Where a model's answers to a task are kept until all is done."""
+    return out_dir / f"unfinished-{task}-{_as_file_name(model)}.jsonl"
+
+
+def _as_file_name(model: str) -> str:
+    return model.replace("/", "-").replace(":", "-")
+
+
 def ask_all(
     server: OllamaServer,
     model: str,
@@ -219,11 +229,9 @@ def ask_all(
         resume: Whether to keep what is there.
     """
     longest = max(len(written(choice).encode()) for row in rows for choice in row["choices"])
-    file = out_dir / f"unfinished-{task}-{model.replace('/', '-').replace(':', '-')}.jsonl"
-    if not resume:
-        file.unlink(missing_ok=True)
+    file = unfinished(out_dir, task, model)
     questions = [Question(row["prompt"], {"line": i}, enum_of(row["choices"])) for i, row in enumerate(rows)]
-    batch = Batch(server, model, questions, file, {**options, "num_predict": longest + 16}, parallel)
+    batch = Batch(server, model, questions, file, {**options, "num_predict": longest + 16}, parallel, resume)
     began = time.perf_counter()
     records = batch.run()
     seconds = time.perf_counter() - began

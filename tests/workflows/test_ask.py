@@ -133,10 +133,68 @@ def test_run_again_only_what_is_missing_is_asked(requests: list, file: Path) -> 
 def test_answers_of_other_settings_are_not_taken_for_these(change: dict, requests: list, file: Path) -> None:
     setup(file, model="m")
     before = file.with_suffix(".answers.jsonl").read_text()
-    with pytest.raises(UserError, match=r"line 1: not an answer to one of these questions.*--resume false"):
+    with pytest.raises(UserError, match=r"holds no answer to one of these questions.*--resume false"):
         setup(file, **{"model": "m", **change})
     assert file.with_suffix(".answers.jsonl").read_text() == before
     setup(file, **{"model": "m", **change}, resume=False)
+
+
+def test_a_question_that_was_mended_is_asked_alone_and_its_old_answer_is_laid_aside(requests: list, file: Path) -> None:
+    setup(file, model="m")
+    whole, questions = answers(file), file.read_text()
+    requests.clear()
+    file.write_text(questions.replace("q1", "q1, mended"))
+    setup(file, model="m")
+    assert chats(requests) == ["q1, mended"]
+    assert [row["question"] for row in answers(file)] == ["q0", "q1, mended", "q2", "q3", "q4", "q5"]
+    aside = file.with_name("q.answers.others.jsonl")
+    assert [json.loads(line) for line in aside.read_text().splitlines()] == [whole[1]]
+    requests.clear()
+    file.write_text(questions)
+    setup(file, model="m")  # as it was at first
+    assert chats(requests) == [] and answers(file) == whole
+    assert json.loads(aside.read_text())["question"] == "q1, mended"
+
+
+def test_fewer_questions_than_are_answered_lose_nothing(requests: list, file: Path) -> None:
+    setup(file, model="m", limit=3)
+    whole = answers(file)
+    requests.clear()
+    setup(file, model="m", limit=2)
+    assert chats(requests) == [] and answers(file) == whole[:2]
+    setup(file, model="m", limit=3, num_thread=1)
+    assert chats(requests) == [] and answers(file) == whole
+    assert not file.with_name("q.answers.others.jsonl").exists()  # it is empty again
+    setup(file, model="m", limit=3, resume=False)
+    assert sorted(chats(requests)) == ["q0", "q1", "q2"]
+
+
+def test_more_room_asks_again_only_what_was_cut(replies: dict, file: Path, monkeypatch) -> None:
+    """q1 is cut in its thoughts, q2 in what it says; the others end by themselves."""
+
+    def talk(handler: Handler, body: dict) -> None:
+        question, most = body["messages"][-1]["content"], body["options"]["num_predict"]
+        cut = {"done_reason": "length", "eval_count": most} if question in ("q1", "q2") and most < 50 else {}
+        said = "<think>hm" if question == "q1" and cut else question
+        speak(said, **{"prompt_eval_count": 5, "eval_count": 7, **cut})(handler, body)
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match="raise --num_predict"):
+            setup(file, model="m", num_predict=10)
+        assert answers(file)[2]["done_reason"] == "length" and len(chats(requests)) == 6
+        for settings, asked in (
+            ({"num_predict": 60}, ["q1", "q2"]),
+            ({"num_predict": 60}, []),
+            ({"num_predict": 60, "num_ctx": 100}, []),
+            ({"num_predict": 6, "num_ctx": 100}, [f"q{i}" for i in range(6)]),  # less room than was taken
+        ):
+            requests.clear()
+            with ExitStack() as stack:
+                if settings["num_predict"] < 50:
+                    stack.enter_context(pytest.raises(UserError, match="1 of 6 questions have no answer"))
+                setup(file, model="m", **settings)
+            assert sorted(chats(requests)) == asked
 
 
 def test_a_server_that_restarts_in_the_middle_loses_nothing(replies: dict, file: Path, monkeypatch, capsys) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.fake_ollama import Handler, fake_ollama, show
+from tests.workflows.fake_ollama import Handler, fake_ollama, show, speak
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -77,6 +77,10 @@ def test_a_model_of_another_checkpoint_is_told(served: str, data: Path, tiny_lla
         setup(served, ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
 
 
+def chats(requests: list) -> int:
+    return sum(path == "/api/chat" for path, _ in requests)
+
+
 def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
     data: Path, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -93,9 +97,7 @@ def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
         assert body["format"] == {"type": "string", "enum": [option.replace('"', "'") for option in options]}
         assert body["options"]["temperature"] == 0.0
         said = json.dumps(body["format"]["enum"][0])
-        handler.begin_stream()
-        handler.send_part({"message": {"role": "assistant", "content": said}, "done": True, "done_reason": "stop"})
-        handler.end_stream()
+        speak(said, prompt_eval_count=9)(handler, body)
 
     def dies(handler: Handler, body: dict) -> None:
         if body["messages"][-1]["content"] == "Which finding is 9?":
@@ -121,8 +123,11 @@ def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
     assert "reports: out of something" in capsys.readouterr().err and not (out / "metrics.json").exists()
     with fake_ollama({"/api/show": show(), "/api/chat": choose}) as (url, requests):
         monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main([*command, "--limit", "1"]) == 0  # its answers may be shorter, and this one is
+        assert chats(requests) == 0
         assert main(command) == 0
-    assert sum(path == "/api/chat" for path, _ in requests) == 7  # the first nine are kept
+    assert chats(requests) == 8  # eight of the first nine are kept: the finished run has used up its one
+    assert not list(out.glob("unfinished*"))
     (row,) = json.loads((out / "metrics.json").read_text())["metrics"]
     assert (row["name"], row["value"], row["n"], row["model"]) == ("acc", 0.25, 16, "m:latest")
 

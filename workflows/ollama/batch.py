@@ -2,10 +2,12 @@
 
 What is in the file is not asked again: a batch that was stopped, or whose server ended, goes on when it is run again. A
 server that comes back in the middle is waited for. A line counts for a question if everything that decides its answer
-is the same (the model's weights, the conversation, the options, the schema); the hash of that is its `key`.
+is the same (the model's weights, the conversation, the options, the schema); the hash of that is its `key`. The limits
+on an answer's length are not in it: one that ended by itself is the same under another limit that leaves it room.
 """
 
 import json
+import math
 import sys
 import threading
 import time
@@ -31,6 +33,9 @@ PATIENCE = 120.0
 """Seconds to wait for a server that has gone."""
 _ATTEMPTS = 3
 """How often a question may be in the air when a server goes; then it is taken for the cause."""
+_LIMITS = ("num_predict", "num_ctx")
+_NOT_IN_KEY = (*_LIMITS, "num_thread")
+"""Options that do not decide what an answer says: its line names the limits it was given."""
 
 Record = dict[str, Any]
 
@@ -60,6 +65,8 @@ class Batch:
     Attributes:
         records: For each question its line as an object; None where it has none yet.
         kept: How many were in the file already.
+        aside: The file beside it for lines of other questions, such as were left out or mended since: they are no part
+            of this batch's results, and still there when they are asked again.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Batch:
         file: Path,
         options: dict[str, Any],
         parallel: int = 1,
+        resume: bool = True,
         patience: float | None = None,
     ) -> None:
         """Read what the file holds.
@@ -81,10 +89,11 @@ class Batch:
             file: Where the answers go, a JSON line each.
             options: Ollama's parameters.
             parallel: Questions in the air at a time.
+            resume: Whether to keep what the file holds; false deletes it.
             patience: Seconds to wait for a server that has gone; `PATIENCE` if None.
 
         Raises:
-            UserError: If the server does not know the model, or the file holds answers to other questions.
+            UserError: If the server does not know the model, or the file holds answers to other questions only.
         """
         self.server, self.model, self.questions, self.file = server, model, questions, file
         self.options, self.parallel = options, parallel
@@ -93,17 +102,60 @@ class Batch:
         # The log of a server does not say which of several questions a line is about.
         quiet = OllamaServer(Endpoint(server.url, server.version))
         self._ask_from = server if parallel == 1 else quiet
+        self._limits = {name: options[name] for name in _LIMITS if name in options}
+        deciding = {name: value for name, value in options.items() if name not in _NOT_IN_KEY}
         digest, seen = installed(server, model).digest, Counter[str]()
         self.keys = []
         for question in questions:
-            key = request_key("ask", digest, question.messages, options, question.schema)
+            key = request_key("ask", digest, question.messages, deciding, question.schema)
             seen[key] += 1  # a file may hold the same question several times
             self.keys.append(key[:32] if seen[key] == 1 else f"{key[:32]}-{seen[key]}")
-        answered = _read_answers(file, set(self.keys))
+        self.aside = file.with_suffix(".others.jsonl")
+        if not resume:
+            file.unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
+        answered, self._others = self._read()
         self.records: list[Record | None] = [answered.get(key) for key in self.keys]
         self.kept = sum(record is not None for record in self.records)
         self._attempts = Counter[int]()
         self._stop = threading.Event()
+
+    def _read(self) -> tuple[dict[str, Record], list[str]]:
+        """The answers in the files by key, but for those that are to be asked again; and the lines of other questions.
+
+        A half-written last line, as a kill leaves behind, is cut off.
+
+        Raises:
+            UserError: If a line is not JSON, or the file holds no line of these questions.
+        """
+        keys, answers, others = set(self.keys), dict[str, Record](), dict[str, None]()
+        for file in (self.aside, self.file):  # what the file says goes before what was laid aside
+            lines, own = _whole_lines(file), 0
+            for number, line in enumerate(lines, start=1):
+                record = parse_line(file, number, line)
+                if not isinstance(record, dict) or record.get("key") not in keys:
+                    others[line.decode() + "\n"] = None
+                    continue
+                own += 1
+                if self._holds(record):
+                    answers[record["key"]] = record
+            if file == self.file and lines and not own:
+                raise UserError(
+                    f"{file} holds no answer to one of these questions by this model with these settings. "
+                    "Move that file away, or begin anew with --resume false."
+                )
+        return answers, list(others)
+
+    def _holds(self, record: Record) -> bool:
+        """Whether this is what the limits of now would give, too."""
+        if "error" in record:
+            return False
+        if all(record.get(name) == self._limits.get(name) for name in _LIMITS):
+            return True
+        written = record.get("eval_count", math.inf)
+        in_all = written + record.get("prompt_eval_count", math.inf)
+        room = [self._limits.get(name, math.inf) for name in _LIMITS]
+        return record.get("done_reason") == "stop" and written <= room[0] and in_all <= room[1]
 
     def run(self) -> list[Record]:
         """Ask what has no answer yet.
@@ -118,7 +170,12 @@ class Batch:
             while gone := self._round(bar):
                 self._wait(gone)
         finished = [record for record in self.records if record is not None]
+        if self._others:
+            write_text(self.aside, "".join(self._others))
+            print(f"{self.aside}: {len(self._others)} lines of other questions, for when they are asked again")
         write_text(self.file, "".join(map(_line, finished)))  # in the order of the questions
+        if not self._others:
+            self.aside.unlink(missing_ok=True)  # all that it held is in the file now
         return finished
 
     def _round(self, bar: Any) -> ServerGone | None:
@@ -201,7 +258,7 @@ class Batch:
         )
 
     def _record(self, i: int, **result: Any) -> Record:
-        return {**self.questions[i].about, "model": self.model, **result, "key": self.keys[i]}
+        return {**self.questions[i].about, "model": self.model, **result, **self._limits, "key": self.keys[i]}
 
     def _wait(self, gone: ServerGone) -> None:
         """Wait until the server answers again.
@@ -225,29 +282,11 @@ def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _read_answers(file: Path, keys: set[str]) -> dict[str, Record]:
-    """The answers that a file holds, by key; those with an error are to be asked again.
-
-    A half-written last line, as a kill leaves behind, is cut off.
-
-    Raises:
-        UserError: If a line is no answer, or one to another question or from another model.
-    """
-    if not file.is_file():
-        return {}
-    data = file.read_bytes()
+def _whole_lines(file: Path) -> list[bytes]:
+    """A file's lines; what stands after the last line break is cut off."""
+    data = file.read_bytes() if file.is_file() else b""
     whole = data.rfind(b"\n") + 1
-    answers: dict[str, Record] = {}
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        record = parse_line(file, number, line)
-        if not isinstance(record, dict) or record.get("key") not in keys:
-            raise UserError(
-                f"{file}, line {number}: not an answer to one of these questions by this model with these settings. "
-                "Move that file away, or begin anew with --resume false."
-            )
-        if "error" not in record:
-            answers[record["key"]] = record
     if whole < len(data):
         with open(file, "r+b") as f:
             f.truncate(whole)
-    return answers
+    return data[:whole].splitlines()
