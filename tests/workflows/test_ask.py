@@ -4,7 +4,10 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +20,7 @@ from workflows.ask import setup
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.ollama import batch
-from workflows.ollama.client import create_model
+from workflows.ollama.client import connect, create_model
 from workflows.ollama.gguf_writer import write_gguf
 from workflows.ollama.install import install, is_supported
 from workflows.ollama.modelfile import make_modelfile
@@ -271,6 +274,50 @@ def test_ctrl_c_keeps_what_is_answered(replies: dict, file: Path, monkeypatch, c
         monkeypatch.setenv("OLLAMA_HOST", url)
         assert main(command) == 0
     assert len(answers(file)) == 6 and "q0" not in chats(requests)
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_server(replies: dict, file: Path, monkeypatch, capsys) -> None:
+    silent = threading.Event()
+
+    def talk(handler: Handler, body: dict) -> None:
+        if body.get("keep_alive") != 0:
+            threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+        silent.wait(20)
+
+    with fake_ollama({**replies, "/api/chat": talk, "/api/generate": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        began = time.monotonic()
+        try:
+            assert main(["ask", "--file", str(file), "--model", "m", "--parallel", "1"]) == 130
+        finally:
+            silent.set()
+    assert time.monotonic() - began < 5
+    assert requests[-1][0] == "/api/generate" and requests[-1][1]["keep_alive"] == 0  # its slot is given back
+
+
+@pytest.mark.ollama
+def test_a_real_server_is_asked_again_after_ctrl_c(
+    speaking_llama: Path, tmp_path: Path, file: Path, ollama_server: OllamaServer, monkeypatch
+) -> None:
+    write_gguf(speaking_llama, tmp_path / "m.gguf", "f32", "stop", "0" * 64)
+    modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=512, num_thread=1)
+    create_model(ollama_server, "stop", tmp_path / "m.gguf", modelfile)
+    lines(file, *({"question": f"q{i}"} for i in range(60)))
+    command = [sys.executable, "-m", "workflows", "ask", "--file", file, "--model", "stop", "--num_predict", "40"]
+    environment = {**os.environ, "OLLAMA_HOST": ollama_server.url}
+    target = file.with_suffix(".answers.jsonl")
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and (len(answers(file)) if target.is_file() else 0) < 5:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(20) == 130, process.stderr.read()
+        assert time.monotonic() - began < 5
+    assert 5 <= len(answers(file)) < 60
+    monkeypatch.setenv("OLLAMA_HOST", ollama_server.url)
+    setup(file, model="stop", num_predict=40)
+    assert len(answers(file)) == 60
+    connect(ollama_server).delete("stop")
 
 
 @pytest.mark.ollama

@@ -13,26 +13,27 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
-
-from tqdm import tqdm
 
 from data_prep.rows import parse_line
 from workflows.errors import UserError
 from workflows.evaluation.cache import request_key
 from workflows.files import no_room_explained, write_text
-from workflows.ollama.client import ContextFull, ServerGone, installed, rough_tokens, stream_chat
+from workflows.ollama.client import ContextFull, ServerGone, free_slot, installed, rough_tokens, stream_chat
 from workflows.ollama.schema import InvalidAnswer, validated
 from workflows.ollama.server import Endpoint, OllamaServer, probe
 from workflows.ollama.thoughts import Answer, Facts, ThoughtParser, answer_at_once, facts, without_thoughts
+from workflows.progress import Bar
 
 PATIENCE = 120.0
 """Seconds to wait for a server that has gone."""
 _ATTEMPTS = 3
 """How often a question may be in the air when a server goes; then it is taken for the cause."""
+_GOODBYE_SECONDS = 0.5
+"""How long a batch that ends before its time waits for the server to take that in."""
 _LIMITS = ("num_predict", "num_ctx")
 _NOT_IN_KEY = (*_LIMITS, "num_thread")
 """Options that do not decide what an answer says: its line names the limits it was given."""
@@ -166,7 +167,7 @@ class Batch:
         Raises:
             UserError: If the server is gone and does not come back in time, or refuses a request.
         """
-        with tqdm(total=len(self.questions), initial=self.kept, unit="answer", desc=self.model) as bar:
+        with Bar(total=len(self.questions), initial=self.kept, unit="answer", desc=self.model) as bar:
             while gone := self._round(bar):
                 self._wait(gone)
         finished = [record for record in self.records if record is not None]
@@ -182,30 +183,41 @@ class Batch:
         """Ask all that is left; ends early if the server goes."""
         self._stop.clear()
         left = [i for i, record in enumerate(self.records) if record is None]
+        shared, outcomes = iter(left), SimpleQueue[tuple[int, Record | Exception]]()
+
+        def work() -> None:
+            for i in shared:  # each thread takes the next
+                try:
+                    outcomes.put((i, self._ask(i)))
+                except Exception as e:
+                    outcomes.put((i, e))
+
         gone: ServerGone | None = None
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with no_room_explained(self.file), open(self.file, "ab") as f, ThreadPoolExecutor(self.parallel) as pool:
-            futures: dict[Future[Record], int] = {pool.submit(self._ask, i): i for i in left}
+        with no_room_explained(self.file), open(self.file, "ab") as f:
             try:
-                for future in as_completed(futures):
-                    i = futures[future]
-                    try:
-                        record = future.result()
-                    except _Stopped:
+                for _ in left[: self.parallel]:
+                    # A daemon, which nobody waits for: at Ctrl-C it may be waiting itself, for a server that is silent.
+                    threading.Thread(target=work, daemon=True).start()
+                for _ in left:
+                    i, record = outcomes.get()
+                    if isinstance(record, _Stopped):
                         continue
-                    except ServerGone as e:
+                    if isinstance(record, ServerGone):
                         self._attempts[i] += 1
-                        gone = e
+                        gone = record
                         if self._attempts[i] < _ATTEMPTS:
                             continue
-                        record = self._record(i, error=str(e))
+                        record = self._record(i, error=str(gone))
+                    if isinstance(record, Exception):
+                        raise record
                     self.records[i] = record
                     f.write(_line(record).encode())
                     f.flush()
                     bar.update()
             except BaseException:  # Ctrl-C, a full disk, a request that is refused: no more is begun
                 self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                free_slot(self.server, self.model, _GOODBYE_SECONDS)
                 raise
         return gone
 

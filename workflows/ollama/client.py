@@ -114,20 +114,25 @@ def stream_chat(
                 yield part
         except (GeneratorExit, KeyboardInterrupt, ContextFull):
             if not done:
-                _free_slot(server, model)
+                free_slot(server, model)
             raise
     if not done:
         raise ServerGone(_died(server, "the answer stops in the middle"))
 
 
-def _free_slot(server: OllamaServer, model: str) -> None:
+def free_slot(server: OllamaServer, model: str, seconds: float = _UNLOAD_SECONDS) -> None:
     """Unload a model whose answer was left in the middle; the next question loads it again.
 
     A client that hangs up while the server has a piece in hand makes it wait for ever for somebody to take that piece,
     and with it the model's slot (Ollama issue 17131): every later question would wait too. A new runner has a new slot.
+
+    Args:
+        server: The server.
+        model: The model's name.
+        seconds: How long to wait for its answer; it unloads the model all the same.
     """
     with suppress(ollama.ResponseError, ConnectionError, httpx.HTTPError):  # a server that is gone has no slots
-        connect(server, _UNLOAD_SECONDS).generate(model, keep_alive=0)
+        connect(server, seconds).generate(model, keep_alive=0)
 
 
 def _logged_cut(log: Path, mark: int) -> bool:
