@@ -94,12 +94,7 @@ def setup(
         records = batch.run()
     failed = [record for record in records if "error" in record]
     print(f"{len(records) - len(failed)} answers: {target}")
-    if failed:
-        first = failed[0]
-        raise UserError(
-            f"{len(failed)} of {len(records)} questions have no answer; their lines in {target} say why, and the same "
-            f"command asks them again. The first, line {first['line']} of {file}: {first['error']}"
-        )
+    batch.require_answers(failed, file)
 
 
 def read_questions(

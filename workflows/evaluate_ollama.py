@@ -227,14 +227,24 @@ def ask_all(
         options: Ollama's parameters.
         parallel: Questions in the air at a time.
         resume: Whether to keep what is there.
+
+    Raises:
+        UserError: If the server fails, or has not answered a question.
     """
     longest = max(len(written(choice).encode()) for row in rows for choice in row["choices"])
     file = unfinished(out_dir, task, model)
-    questions = [Question(row["prompt"], {"line": i}, enum_of(row["choices"])) for i, row in enumerate(rows)]
+    questions = [Question(row["prompt"], {"line": i}, enum_of(row["choices"])) for i, row in enumerate(rows, start=1)]
     batch = Batch(server, model, questions, file, {**options, "num_predict": longest + 16}, parallel, resume)
     began = time.perf_counter()
     records = batch.run()
     seconds = time.perf_counter() - began
+    failed = [record for record in records if "error" in record]
+    batch.require_answers([record for record in failed if "answer" not in record], f"the questions of {task}")
+    if failed:  # the model has answered, as it would again: they count as wrong
+        print(
+            f"{model}, {task}: {len(failed)} of {len(records)} answers are none of the options. The first, line "
+            f"{failed[0]['line']}: {failed[0]['error']}"
+        )
     asked = records if not batch.kept else [record for record in records if "seconds" in record]
     counted = sum(record.get("prompt_eval_count", 0) + record.get("eval_count", 0) for record in asked)
     if batch.kept:  # a part was answered by an earlier run: its time is that of its answers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.fake_ollama import Handler, fake_ollama, show, speak
+from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -82,16 +82,8 @@ def chats(requests: list) -> int:
 
 
 def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
-    data: Path, tmp_path, monkeypatch, capsys
+    one_model: None, data: Path, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(
-        Handler,
-        "do_GET",
-        lambda handler: handler.send_json(
-            {"version": "0"} if handler.path == "/api/version" else {"models": [{"model": "m:latest", "digest": "d"}]}
-        ),
-    )
-
     def choose(handler: Handler, body: dict) -> None:
         options = OPTIONS[int(body["messages"][-1]["content"].split()[-1].rstrip("?"))]
         assert body["format"] == {"type": "string", "enum": [option.replace('"', "'") for option in options]}
@@ -130,6 +122,60 @@ def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
     assert not list(out.glob("unfinished*"))
     (row,) = json.loads((out / "metrics.json").read_text())["metrics"]
     assert (row["name"], row["value"], row["n"], row["model"]) == ("acc", 0.25, 16, "m:latest")
+
+
+@pytest.fixture
+def one_model(monkeypatch) -> None:
+    listed = {"models": [{"model": "m:latest", "digest": "d"}]}
+    monkeypatch.setattr(
+        Handler,
+        "do_GET",
+        lambda handler: handler.send_json({"version": "0"} if handler.path == "/api/version" else listed),
+    )
+
+
+def answer_with(option: int, broken: tuple[int, ...] = ()) -> Reply:
+    """Chooses that option; the broken questions end the model's runner."""
+
+    def reply(handler: Handler, body: dict) -> None:
+        if int(body["messages"][-1]["content"].split()[-1].rstrip("?")) in broken:
+            handler.send_json({"error": "llama runner process has terminated: signal: killed"}, 500)
+        else:
+            speak(json.dumps([*body["format"]["enum"], "none of them"][option]))(handler, body)
+
+    return reply
+
+
+def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate-ollama", "--model", "m", "--tasks", "[tiny_mcq]", "--data_dir", str(data)]
+    command += ["--out_dir", str(out)]
+    for broken in (tuple(range(16)), (3, 7)):
+        with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0, broken)}) as (url, _):
+            monkeypatch.setenv("OLLAMA_HOST", url)
+            assert main(command) == 1
+        captured = capsys.readouterr()
+        assert f"{len(broken)} of 16 questions have no answer" in captured.err and "signal: killed" in captured.err
+        assert f"line {broken[0] + 1} of the questions of tiny_mcq" in captured.err
+        assert "acc" not in captured.out and not (out / "metrics.json").exists()
+        assert len((out / "unfinished-tiny_mcq-m-latest.jsonl").read_text().splitlines()) == 16
+    with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0)}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+    assert chats(requests) == 2 and json.loads((out / "metrics.json").read_text())["metrics"][0]["value"] == 0.25
+
+
+def test_answers_that_are_no_option_count_as_wrong_and_are_told(
+    one_model: None, data: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    with fake_ollama({"/api/show": show(), "/api/chat": answer_with(4)}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup("m", ["tiny_mcq"], out_dir=tmp_path / "out", data_dir=data)
+    told = capsys.readouterr().out
+    assert "m:latest, tiny_mcq: 16 of 16 answers are none of the options. The first, line 1:" in told
+    assert "'none of them' is not one of" in told
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["metrics"][0]["value"] == 0.0 and metrics["models"][0]["unanswered"] == 16
 
 
 def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:

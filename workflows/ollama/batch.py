@@ -179,6 +179,23 @@ class Batch:
             self.aside.unlink(missing_ok=True)  # all that it held is in the file now
         return finished
 
+    def require_answers(self, failed: list[Record], source: Path | str) -> None:
+        """Do not go on with questions that have no answer.
+
+        Args:
+            failed: Their records.
+            source: What their `line` is a line of.
+
+        Raises:
+            UserError: If there is one.
+        """
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(self.questions)} questions have no answer; their lines in {self.file} say why, "
+                f"and the same command asks them again. The first, line {failed[0]['line']} of {source}: "
+                f"{failed[0]['error']}"
+            )
+
     def _round(self, bar: Any) -> ServerGone | None:
         """Ask all that is left; ends early if the server goes."""
         self._stop.clear()
