@@ -25,6 +25,7 @@ from workflows.ollama.batch import Batch, Question
 from workflows.ollama.client import connect, explained, installed, owner_sha256
 from workflows.ollama.gguf_writer import fingerprint
 from workflows.ollama.server import OllamaServer, open_server
+from workflows.progress import watched
 from workflows.training.model import Precision, load_model
 from workflows.training.processes import choose_accelerator
 
@@ -93,7 +94,7 @@ def setup(
     rows = {task: read_rows(file, "scoring")[:limit] for task, file in files.items() if file is not None}
     target = out_dir or Path("out") / "evaluate-ollama" / _as_file_name(model)
     scored: list[Scored] = []
-    with PeakMemory() as peak:
+    with watched(target), PeakMemory() as peak:
         with open_server(port, parallel=parallel) as server:
             names = tags_of(server, model)
             if ours is not None:

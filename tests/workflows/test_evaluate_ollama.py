@@ -150,6 +150,7 @@ def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, t
     out = tmp_path / "out"
     command = ["evaluate-ollama", "--model", "m", "--tasks", "[tiny_mcq]", "--data_dir", str(data)]
     command += ["--out_dir", str(out)]
+    monkeypatch.setattr("workflows.status._lives", lambda *_: False)  # the process is this one, which goes on
     for broken in (tuple(range(16)), (3, 7)):
         with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0, broken)}) as (url, _):
             monkeypatch.setenv("OLLAMA_HOST", url)
@@ -159,9 +160,13 @@ def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, t
         assert f"line {broken[0] + 1} of the questions of tiny_mcq" in captured.err
         assert "acc" not in captured.out and not (out / "metrics.json").exists()
         assert len((out / "unfinished-tiny_mcq-m-latest.jsonl").read_text().splitlines()) == 16
+        assert main(["status", "--out_dir", str(tmp_path)]) == 0
+        assert "stopped (m:latest)  16 of 16 answers" in (told := capsys.readouterr().out)
+        assert "out keeps what is answered:" in told
     with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0)}) as (url, requests):
         monkeypatch.setenv("OLLAMA_HOST", url)
         assert main(command) == 0
+    assert not (out / "progress.json").exists()
     assert chats(requests) == 2 and json.loads((out / "metrics.json").read_text())["metrics"][0]["value"] == 0.25
 
 
