@@ -27,7 +27,7 @@ from workflows.checkpoint import WEIGHTS
 from workflows.errors import UserError, report_all
 from workflows.files import sha256, write_json, write_text
 from workflows.gguf_reader import read_gguf
-from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, owner_sha256
+from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, require_ours
 from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import check_conversations
@@ -110,7 +110,7 @@ def setup(
         with open_server(port) as server:
             pull(server, model)
             created = {"num_ctx": num_ctx, "num_predict": num_ctx, "num_thread": threads, **sampling}
-            owner_sha256(server, name, made_from=model)
+            require_ours(server, name, made_from=model)
             with explained(server, name):
                 connect(server).create(name, from_=model, system=system, parameters=created)
             print(

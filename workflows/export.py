@@ -32,7 +32,7 @@ from workflows.files import atomic_file, atomic_update, read_json, write_json, w
 from workflows.hf_export import write_hf
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.model_card import licence_of, lineage, model_card
-from workflows.ollama.client import connect, create_model, explained, owner_sha256
+from workflows.ollama.client import FROM_LINE, connect, create_model, explained, require_ours
 from workflows.ollama.gguf_writer import GGUFType, fingerprint, is_gguf_of, write_gguf
 from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.server import OllamaServer, open_server
@@ -296,7 +296,7 @@ def create_models(
     What Ollama makes such a type from is kept where its file could not be had.
     """
     for kind in kinds:  # all of them before the first is touched
-        owner_sha256(server, model_name(name, kinds, kind))
+        require_ours(server, model_name(name, kinds, kind))
     for kind in kinds:
         model = model_name(name, kinds, kind)
         file = gguf_file(out_dir, name, kind)
@@ -318,7 +318,7 @@ def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
     """
     with explained(server, model):
         shown = connect(server).show(model).modelfile or ""
-    found = re.search(r"^FROM (/.+)$", shown, flags=re.MULTILINE)
+    found = FROM_LINE.search(shown)
     if found is None or not Path(found[1]).is_file():
         print(f"Ollama does not show where it keeps the weights of {model}; {file} is not written")
         return

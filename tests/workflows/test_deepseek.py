@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import gguf
@@ -15,9 +15,9 @@ from tests.workflows.r1_models import make_r1
 from workflows.__main__ import main
 from workflows.deepseek import setup
 from workflows.errors import UserError
-from workflows.ollama.client import connect
+from workflows.ollama.client import connect, require_ours
 from workflows.ollama.gguf_writer import write_gguf
-from workflows.ollama.server import OllamaServer
+from workflows.ollama.server import Endpoint, OllamaServer
 
 # ---- pulled ----
 
@@ -122,6 +122,25 @@ def test_another_model_of_that_name_is_left_alone(monkeypatch, capsys) -> None:
     assert "it is left alone" in capsys.readouterr().err and registry.created == []
 
 
+@pytest.mark.parametrize(
+    ("parent", "modelfile", "is_ours"),
+    [
+        ("deepseek-r1:1.5b", "FROM /blobs/sha256-1", True),
+        ("", "FROM /blobs/sha256-abc", True),
+        ("other", "FROM other\nSYSTEM you are not deepseek-r1:1.5b", False),
+        ("", '# abc\nFROM /blobs/sha256-1\nSYSTEM """\nFROM /blobs/sha256-abc\n"""', False),
+        ("", "FROM /blobs/sha256-1abc", False),
+    ],
+)
+def test_a_copy_is_known_by_what_it_is_made_from_and_not_by_its_text(parent, modelfile, is_ours, monkeypatch) -> None:
+    reply = {"details": {"parent_model": parent}, "model_info": {}, "modelfile": modelfile}
+    with fake_ollama({"/api/show": lambda handler, _: handler.send_json(reply)}) as (url, _):
+        server = OllamaServer(Endpoint(url, "0"))
+        made_from = "abc" if "sha256" in modelfile and not parent else "deepseek-r1:1.5b"
+        with nullcontext() if is_ours else pytest.raises(UserError, match="it is left alone"):
+            require_ours(server, "mine", made_from)
+
+
 def test_wrong_arguments_are_all_reported(capsys) -> None:
     assert (
         main(["deepseek", "--temperature", "-1", "--top_p", "0", "--num_ctx", "3", "--model", "a", "--name", "a"]) == 1
@@ -188,6 +207,11 @@ def test_a_gguf_file_of_somebody_elses(adds_bos: bool, to_it, tmp_path: Path, mo
     )
     setup(str(file), "tiny-file", system="S")  # the same file: ours to make anew
     assert (connect(to_it).show("tiny-file").modelfile or "").count("SYSTEM S") == 1
+    connect(to_it).create("tiny-copy", from_="tiny-file")  # as of a pulled model
+    require_ours(to_it, "tiny-copy", made_from="tiny-file")
+    with pytest.raises(UserError, match="it is left alone"):
+        require_ours(to_it, "tiny-copy", made_from="tiny")
+    connect(to_it).delete("tiny-copy")
     other = tmp_path / "other.gguf"
     write_gguf(checkpoint, other, "f16", "r1", "0" * 64)
     with pytest.raises(UserError, match="it is left alone"):

@@ -170,6 +170,15 @@ def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, t
     assert chats(requests) == 2 and json.loads((out / "metrics.json").read_text())["metrics"][0]["value"] == 0.25
 
 
+def test_a_model_from_elsewhere_is_none_of_a_checkpoints(
+    one_model: None, data: Path, tiny_llama: Path, tmp_path, monkeypatch
+) -> None:
+    with fake_ollama({"/api/show": show()}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match=r"^m:latest in Ollama was not made from .* score Ollama alone\.$"):
+            setup("m", ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
+
+
 def test_answers_that_are_no_option_count_as_wrong_and_are_told(
     one_model: None, data: Path, tmp_path, monkeypatch, capsys
 ) -> None:

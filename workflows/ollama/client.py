@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ _CUT = (b'msg="truncating input messages', b'msg="truncating input prompt')
 OURS = "own_language_model.checkpoint_sha256"
 """A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
 never overwritten or deleted by us."""
+FROM_LINE = re.compile(r"^FROM (.+)$", flags=re.MULTILINE)
+"""Where a Modelfile that `/api/show` gives says what the weights are: the first such line; others may be of a text."""
 _ANSWER_SECONDS = 1800.0
 _UNLOAD_SECONDS = 30.0
 
@@ -185,35 +188,49 @@ def installed(server: OllamaServer, model: str) -> ollama.ListResponse.Model:
         raise ollama.ResponseError("not found", 404)
 
 
-def owner_sha256(server: OllamaServer, name: str, made_from: str | None = None) -> str | None:
-    """The fingerprint of the checkpoint that a model of ours was made from.
+def owner_sha256(server: OllamaServer, name: str) -> str | None:
+    """The fingerprint of the checkpoint that a model was made from; None if it is absent or not marked as ours."""
+    return _mark(_shown(server, name))
+
+
+def require_ours(server: OllamaServer, name: str, made_from: str | None = None) -> None:
+    """Do not touch what is somebody else's.
 
     Args:
         server: The server.
-        name: The model's name.
+        name: The name that a model of ours is to have.
         made_from: What a model without our mark must be made from to be taken for ours: the SHA-256 of its GGUF file,
             or the name of the model that it is a copy of.
 
-    Returns:
-        None if there is no model of that name.
-
     Raises:
-        UserError: If there is one that this project did not make.
+        UserError: If there is a model of that name that this project did not make.
     """
+    shown = _shown(server, name)
+    if shown is None or _mark(shown) is not None:
+        return
+    parent = shown.details.parent_model if shown.details else None
+    weights = FROM_LINE.search(shown.modelfile or "")
+    if made_from and (
+        parent in (made_from, f"{made_from}:latest") or (weights and weights[1].endswith(f"/sha256-{made_from}"))
+    ):
+        return
+    raise UserError(
+        f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
+        "Choose another name with --name."
+    )
+
+
+def _shown(server: OllamaServer, name: str) -> ollama.ShowResponse | None:
     try:
         with explained(server, name):
-            shown = connect(server).show(name)
+            return connect(server).show(name)
     except UnknownModel:
         return None
-    info, parent = shown.modelinfo or {}, shown.details.parent_model if shown.details else None
-    if made_from and (made_from == parent or made_from in (shown.modelfile or "")):
-        return made_from
-    if not isinstance(info.get(OURS), str):
-        raise UserError(
-            f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
-            "Choose another name with --name."
-        )
-    return info[OURS]
+
+
+def _mark(shown: ollama.ShowResponse | None) -> str | None:
+    mark = ((shown and shown.modelinfo) or {}).get(OURS)
+    return mark if isinstance(mark, str) else None
 
 
 def create_model(
@@ -232,12 +249,12 @@ def create_model(
         gguf: The weights, with our mark in the header or `made_from`.
         modelfile: All else.
         quantize: A type that Ollama converts the weights to.
-        made_from: As in `owner_sha256`.
+        made_from: As in `require_ours`.
 
     Raises:
         UserError: If a model of that name is not ours, or the server fails.
     """
-    owner_sha256(server, name, made_from)
+    require_ours(server, name, made_from)
     client = connect(server)
     with explained(server, name):
         digest = client.create_blob(gguf)
