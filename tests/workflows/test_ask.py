@@ -377,7 +377,13 @@ def test_answers_that_follow_a_schema_are_values(replies: dict, file: Path, tmp_
 
 @pytest.mark.parametrize(
     ("said", "why"),
-    [('{"finding": "Tachy', "not whole JSON"), ('{"finding": 3}', "3 is not of type 'string'"), ("{}", "required")],
+    [
+        ('{"finding": "Tachy', "not whole JSON"),
+        ('{"finding": 3}', "3 is not of type 'string'"),
+        ("{}", "required"),
+        ('{"finding": "", "share": 1e400}', "it has no 1e400"),
+        ('{"finding": "", "share": NaN}', "no NaN"),
+    ],
 )
 def test_an_answer_that_does_not_follow_it_is_none(
     said: str, why: str, replies: dict, file, tmp_path, monkeypatch
@@ -442,14 +448,22 @@ def test_all_broken_lines_are_told_before_anything_is_asked(requests: list, tmp_
         {"question": "  "},
         {"prompt": [{"role": "user"}]},
         {"messages": [{"role": "assistant", "content": "x"}]},
+        '{"question": "q", "id": NaN}',
     )
     assert main(["ask", "--file", str(file), "--model", "m"]) == 1
     error = capsys.readouterr().err
-    for number, why in ((2, "not valid JSON"), (3, "a list"), (4, "no question"), (5, "no question"), (6, "not end")):
+    for number, why in (
+        (2, "not valid JSON"),
+        (3, "a list"),
+        (4, "no question"),
+        (5, "no question"),
+        (6, "not end"),
+        (7, "no NaN"),
+    ):
         assert any(f"line {number}:" in line and why in line for line in error.splitlines()), error
     assert "Nothing has been asked yet" in error and chats(requests) == []
     assert main(["ask", "--file", str(file), "--model", "m", "--skip_broken", "true"]) == 0
-    assert chats(requests) == ["fine"] and "5 lines of" in capsys.readouterr().out
+    assert chats(requests) == ["fine"] and "6 lines of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "does not exist"), ("\n\n", "holds no question")])
