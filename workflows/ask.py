@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.rows import ROLES, parse_line, type_name
-from workflows.chat import chosen, option_problems
 from workflows.errors import UserError, report_all
 from workflows.ollama.batch import Batch, Question
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.schema import read_schema
 from workflows.ollama.server import open_server
 
@@ -77,7 +77,7 @@ def setup(
         seed=seed,
     )
     target = out_file or file.with_suffix(".answers.jsonl")
-    problems = option_problems(options, port)
+    problems = option_problems(options, port, model)
     if not 1 <= parallel <= 64:
         problems.append(f"--parallel must be from 1 to 64, not {parallel}.")
     if limit is not None and limit < 1:

@@ -29,6 +29,7 @@ from workflows.files import sha256, write_json, write_text
 from workflows.gguf_reader import read_gguf
 from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, require_ours
 from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import check_conversations
 
@@ -75,19 +76,13 @@ def setup(
     Raises:
         UserError: If an argument is not usable, or the model cannot be had, read or verified; with what to do instead.
     """
-    problems = []
-    if not 0 <= temperature <= 10:
-        problems.append(f"--temperature must be from 0 to 10, not {temperature}.")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top_p must be above 0 and at most 1, not {top_p}.")
-    if num_ctx < 64:
-        problems.append(f"--num_ctx must be at least 64, not {num_ctx}.")
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, model, name)
     if name == model:
         problems.append(f"--name {name} is the model's own name; choose another for the one with this recipe.")
     report_all(problems)
     path = Path(model).expanduser()
     threads = num_thread or max(1, (os.cpu_count() or 1) // 2)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     if path.suffix == ".gguf":
         with open_server(port) as server:
             create_from_gguf(server, name, path, system, num_ctx=num_ctx, num_thread=threads, **sampling)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.rows import Row, read_rows
-from workflows.chat import chosen, option_problems
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, metric, share_metric, write_metrics
 from workflows.errors import report_all
@@ -24,6 +23,7 @@ from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.ollama.batch import Batch, Question
 from workflows.ollama.client import connect, explained, installed, owner_sha256
 from workflows.ollama.gguf_writer import fingerprint
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.progress import watched
 from workflows.training.model import Precision, load_model
@@ -74,7 +74,7 @@ def setup(
         UserError: If an argument or a task's data is not usable, Ollama does not know the model, or it fails.
     """
     options = chosen(num_ctx=num_ctx, num_thread=num_thread)
-    problems = option_problems(options, port)
+    problems = option_problems(options, port, model)
     options |= _GREEDY
     files = {task: local_file(task, data_dir) for task in tasks}
     for task, file in files.items():

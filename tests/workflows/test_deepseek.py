@@ -142,12 +142,29 @@ def test_a_copy_is_known_by_what_it_is_made_from_and_not_by_its_text(parent, mod
 
 
 def test_wrong_arguments_are_all_reported(capsys) -> None:
-    assert (
-        main(["deepseek", "--temperature", "-1", "--top_p", "0", "--num_ctx", "3", "--model", "a", "--name", "a"]) == 1
-    )
+    wrong = ["--temperature", "-1", "--top_p", "2", "--num_ctx", "3", "--num_thread", "-3", "--port", "99999"]
+    assert main(["deepseek", *wrong, "--model", " ", "--name", ""]) == 1
     error = capsys.readouterr().err
-    for part in ("4 problems", "--temperature", "--top_p", "--num_ctx", "--name"):
+    names = ("--temperature", "--top_p", "--num_ctx", "--num_thread", "--port", "--model ' ' is", "--name ''")
+    for part in ("7 problems", *names):
         assert part in error
+    assert main(["deepseek", "--model", "a", "--name", "a"]) == 1
+    assert "is the model's own name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (["export", "--checkpoint_dir", "{checkpoint}", "--create", "false", "--temperature", "11"], "--temperature"),
+        (["chat", "--prompt", "x", "--num_ctx", "63"], "--num_ctx must be from 64"),
+        (["ask", "--file", "q.jsonl", "--model", ""], "--model '' is no name"),
+        (["evaluate-ollama", "--model", "", "--tasks", "[]"], "--model '' is no name"),
+    ],
+)
+def test_all_steps_take_the_same_options(step: list[str], told: str, tiny_llama: Path, capsys) -> None:
+    assert main([part.format(checkpoint=tiny_llama) for part in step]) == 1
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
 
 
 # ---- on a real server ----

@@ -22,6 +22,7 @@ OURS = "own_language_model.checkpoint_sha256"
 never overwritten or deleted by us."""
 FROM_LINE = re.compile(r"^FROM (.+)$", flags=re.MULTILINE)
 """Where a Modelfile that `/api/show` gives says what the weights are: the first such line; others may be of a text."""
+NOT_TEXT = "What is to be asked is not UTF-8 text. Save the input as UTF-8, or set the terminal to it."
 _ANSWER_SECONDS = 1800.0
 _UNLOAD_SECONDS = 30.0
 
@@ -57,7 +58,7 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
     Raises:
         UnknownModel: If the server does not know the model.
         ServerGone: If it is gone.
-        UserError: If it reports an error.
+        UserError: If it reports an error, or what it is to be sent is no text.
     """
     try:
         yield
@@ -71,6 +72,8 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
         if e.status_code in (-1, 500) and ("runner" in reason or "EOF" in reason):
             raise ServerGone(_died(server, reason)) from None
         raise UserError(f"Ollama at {server.url} reports: {reason}{_log_hint(server)}") from None
+    except UnicodeEncodeError:  # Python reads such bytes of a command line or a terminal as halves of characters
+        raise UserError(NOT_TEXT) from None
     except json.JSONDecodeError as e:
         raise ServerGone(_died(server, f"a cut line: {e.msg}")) from None
     except httpx.TimeoutException:
