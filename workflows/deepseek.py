@@ -83,7 +83,7 @@ def setup(
     report_all(problems)
     path = Path(model).expanduser()
     threads = num_thread or max(1, (os.cpu_count() or 1) // 2)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         with open_server(port) as server:
             create_from_gguf(server, name, path, system, num_ctx=num_ctx, num_thread=threads, **sampling)
     elif (checkpoint := _checkpoint(model, revision, checkpoints_dir)) is not None:
@@ -123,6 +123,12 @@ def _checkpoint(model: str, revision: str | None, checkpoints_dir: Path) -> Path
     path = Path(model).expanduser()
     if (path / WEIGHTS).is_file():
         return path
+    host, *rest = model.split("/")
+    if not path.is_dir() and (model[0] in "/.~" or (len(rest) > 1 and "." not in host)):
+        raise UserError(
+            f"There is no folder {path}. Elsewhere models have names: ORG/NAME on the Hugging Face Hub, NAME:TAG or "
+            "hf.co/ORG/NAME for Ollama."
+        )
     of_the_hub = model.count("/") == 1 and ":" not in model
     if not path.is_dir() and not of_the_hub and model.lower() not in download.registry():
         return None

@@ -103,6 +103,20 @@ def test_a_misspelt_name_is_told_with_the_nearest(model: str, monkeypatch, capsy
     assert repr(model) in error and "Did you mean deepseek-r1:1.5b" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("model", ["out/r1/grpo/final", "./r1", "../models/r1", "/models/r1", "models/r1/"])
+def test_a_misspelt_path_is_not_looked_for_elsewhere(model: str, monkeypatch, capsys) -> None:
+    with served(Registry(), monkeypatch) as requests:
+        assert main(["deepseek", "--model", model]) == 1
+    assert f"error: There is no folder {Path(model)}." in capsys.readouterr().err and requests == []
+
+
+@pytest.mark.parametrize("model", ["hf.co/org/name-GGUF", "registry.ollama.ai/library/r1"])
+def test_a_name_with_its_registry_is_pulled(model: str, monkeypatch) -> None:
+    with served(Registry(known=(model,)), monkeypatch) as requests:
+        setup(model, num_thread=2)
+    assert ("/api/pull", model) in [(path, body.get("model")) for path, body in requests]
+
+
 def test_a_registry_out_of_reach_is_told_with_the_other_ways(monkeypatch, capsys) -> None:
     reason = 'pull model manifest: Get "https://registry/v2/": dial tcp: lookup registry: no such host'
     registry = Registry(error=reason)
@@ -236,9 +250,9 @@ def test_a_gguf_file_of_somebody_elses(adds_bos: bool, to_it, tmp_path: Path, mo
     connect(to_it).delete("tiny-file")
 
 
-@pytest.mark.parametrize(("content", "why"), [(None, "There is no file"), (b"GGUF", "r1.gguf"), (b"", "r1.gguf")])
+@pytest.mark.parametrize(("content", "why"), [(None, "There is no file"), (b"GGUF", "R1.GGUF"), (b"", "R1.GGUF")])
 def test_a_gguf_file_that_is_none(content: bytes | None, why: str, monkeypatch, tmp_path: Path) -> None:
-    file = tmp_path / "r1.gguf"
+    file = tmp_path / "R1.GGUF"
     if content is not None:
         file.write_bytes(content)
     with served(Registry(), monkeypatch), pytest.raises(UserError, match=why):
