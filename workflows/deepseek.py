@@ -10,6 +10,7 @@ Each ends as a model NAME with the sampling and the context of the recipe.
 
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import tempfile
@@ -32,6 +33,8 @@ from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import check_conversations
+from workflows.plan import require_room
+from workflows.training.model import Precision
 
 TAGS = ("1.5b", "7b", "8b", "14b", "32b", "70b", "671b")
 """Sizes of deepseek-r1 in Ollama's registry (its library page), to suggest names with."""
@@ -49,10 +52,12 @@ def setup(
     quantize: export.Quantization | list[export.Quantization] = "q8_0",
     data: Path = Path("data/hpo"),
     verify_prompts: int = 20,
+    verify_precision: Precision = "32-true",
     revision: str | None = None,
     checkpoints_dir: Path = Path("checkpoints"),
     out_dir: Path | None = None,
     port: int | None = None,
+    ignore_plan: bool = False,
 ) -> None:
     """Get a DeepSeek-R1 into Ollama, with its own sampling.
 
@@ -68,10 +73,12 @@ def setup(
         quantize: Types of GGUF, for a model that is exported.
         data: Data directory whose test.jsonl holds the questions that an exported model is verified with.
         verify_prompts: How many of them; 0 for no verification.
+        verify_precision: Precision of the answers that it is verified with; bf16-true halves the memory.
         revision: For the Hub: a branch, tag or commit.
         checkpoints_dir: The folder of downloaded checkpoints.
         out_dir: Where an export's files go; out/NAME/ollama by default.
         port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
+        ignore_plan: Export although the plan says that memory or disk are too little.
 
     Raises:
         UserError: If an argument is not usable, or the model cannot be had, read or verified; with what to do instead.
@@ -89,18 +96,23 @@ def setup(
     elif (checkpoint := _checkpoint(model, revision, checkpoints_dir)) is not None:
         if system is not None:
             raise UserError("--system goes with a pulled model or a GGUF file: an export takes what its template says.")
-        export.setup(
+        exported = inspect.signature(export.setup).bind(
             checkpoint,
             name=name,
             quantize=quantize,
             out_dir=out_dir or Path("out") / name / "ollama",
             data=data,
             verify_prompts=verify_prompts,
+            verify_precision=verify_precision,
             num_ctx=num_ctx,
             num_thread=num_thread,
             port=port,
             **sampling,
         )
+        exported.apply_defaults()
+        if not ignore_plan:
+            require_room("export", exported.arguments)
+        export.setup(**exported.arguments)
     else:
         with open_server(port) as server:
             pull(server, model)

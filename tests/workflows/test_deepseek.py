@@ -1,5 +1,6 @@
 """R1 from three places: a stand-in for the registry, a folder in the Hub's form, and GGUF files on a real server."""
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ import yaml
 from tests.conftest import convert
 from tests.workflows.fake_ollama import Handler, fake_ollama
 from tests.workflows.r1_models import make_r1
+from workflows import export, plan
 from workflows.__main__ import main
 from workflows.deepseek import setup
 from workflows.errors import UserError
@@ -179,6 +181,21 @@ def test_all_steps_take_the_same_options(step: list[str], told: str, tiny_llama:
     assert main([part.format(checkpoint=tiny_llama) for part in step]) == 1
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_an_export_for_which_there_is_no_room_is_refused_before_it_begins(
+    tiny_llama: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    began: list[Path] = []
+    monkeypatch.setattr(plan, "memory_here", lambda _: 10**6)
+    export_setup = export.setup
+    monkeypatch.setattr(export, "setup", functools.wraps(export_setup)(lambda *_, **given: began.append(given)))
+    command = ["deepseek", "--model", str(tiny_llama), "--out_dir", str(tmp_path / "out")]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "The memory is too little: export needs" in told and "--ignore_plan true" in told and began == []
+    assert main([*command, "--ignore_plan", "true", "--verify_precision", "bf16-true"]) == 0
+    assert [(given["checkpoint_dir"], given["verify_precision"]) for given in began] == [(tiny_llama, "bf16-true")]
 
 
 # ---- on a real server ----
