@@ -81,7 +81,7 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str, program:
     parser = ArgumentParser(prog=f"python -m {program} {prog}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these same keys; later arguments override it.")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
-    if program == "workflows" and prog in PLANNED:
+    if _is_planned(prog, program):
         about = "Run although the plan says that memory or disk are too little."
         parser.add_argument("--ignore_plan", type=bool, default=False, help=about)
     problems: list[str] = []
@@ -107,6 +107,11 @@ def parse_all(function: Callable[..., Any], args: list[str], prog: str, program:
         raise SystemExit(2)
     namespace.pop("config", None)
     return parser.instantiate_classes(namespace)
+
+
+def _is_planned(step: str, program: str) -> bool:
+    """Whether a step of a program is planned before it runs."""
+    return program == "workflows" and step in PLANNED
 
 
 def _emptied_groups(function: Callable[..., Any], namespace: Any) -> list[str]:
@@ -240,7 +245,7 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
             function(rest)
             return 0
         arguments = parse_all(function, rest, step, program)
-        if arguments.pop("ignore_plan", True) is False:
+        if _is_planned(step, program) and not arguments.pop("ignore_plan"):
             from workflows.plan import require_room
 
             require_room(step, vars(arguments))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.rows import ROLES, parse_line, type_name
-from workflows.chat import chosen, option_problems
 from workflows.errors import UserError, report_all
 from workflows.ollama.batch import Batch, Question
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.schema import read_schema
 from workflows.ollama.server import open_server
 
@@ -37,7 +37,8 @@ def setup(
     """Answer a file of questions. Not medical advice.
 
     Run again, it goes on where it was stopped: finished answers are in OUT_FILE. A server that ends in the middle is
-    waited for. A question that cannot be answered gets a line with `error`, and is asked again by the next run.
+    waited for. A question that cannot be answered gets a line with `error`, and is asked again by the next run, which
+    may give it more room. Answers to questions that FILE does not hold any more are laid aside, in a file beside it.
 
     Args:
         file: JSON lines of {"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]} (an answer at the
@@ -76,7 +77,7 @@ def setup(
         seed=seed,
     )
     target = out_file or file.with_suffix(".answers.jsonl")
-    problems = option_problems(options, port)
+    problems = option_problems(options, port, model)
     if not 1 <= parallel <= 64:
         problems.append(f"--parallel must be from 1 to 64, not {parallel}.")
     if limit is not None and limit < 1:
@@ -86,21 +87,14 @@ def setup(
     report_all(problems)
     answer_schema = None if schema is None else read_schema(schema)
     questions = read_questions(file, system, answer_schema, skip_broken)[:limit]
-    if not resume:
-        target.unlink(missing_ok=True)
     with open_server(port, parallel=parallel) as server:
-        batch = Batch(server, model, questions, target, options, parallel)
+        batch = Batch(server, model, questions, target, options, parallel, resume)
         if batch.kept:
             print(f"{batch.kept} of {len(questions)} answers are in {target} already")
         records = batch.run()
     failed = [record for record in records if "error" in record]
     print(f"{len(records) - len(failed)} answers: {target}")
-    if failed:
-        first = failed[0]
-        raise UserError(
-            f"{len(failed)} of {len(records)} questions have no answer; their lines in {target} say why, and the same "
-            f"command asks them again. The first, line {first['line']} of {file}: {first['error']}"
-        )
+    batch.require_answers(failed, file)
 
 
 def read_questions(

@@ -9,7 +9,8 @@ from typing import Any, Literal, TextIO
 
 from workflows.errors import UserError, report_all
 from workflows.files import write_json
-from workflows.ollama.client import ContextFull, rough_tokens, stream_chat
+from workflows.ollama.client import NOT_TEXT, ContextFull, rough_tokens, stream_chat
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.schema import InvalidAnswer, read_schema, validated
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.thoughts import Answer, ThoughtParser, answer_at_once, facts
@@ -73,7 +74,7 @@ def setup(
         num_thread=num_thread,
         seed=seed,
     )
-    problems = option_problems(options, port)
+    problems = option_problems(options, port, model)
     if prompt is not None and not prompt.strip():
         problems.append("--prompt is empty.")
     report_all(problems)
@@ -96,32 +97,6 @@ def setup(
                 raise SystemExit(130)  # Ctrl-C; the answer ends with "[stopped]"
         else:
             chat.loop()
-
-
-def chosen(**options: Any) -> dict[str, Any]:
-    """Ollama's options among arguments: those that are not left to the model."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def option_problems(options: dict[str, Any], port: int | None) -> list[str]:
-    """What is wrong with options of Ollama's and with a port, as messages."""
-    ranges = {
-        "temperature": (0, 10),
-        "top_p": (0, 1),
-        "top_k": (0, 10**6),
-        "repeat_penalty": (0, 10),
-        "num_predict": (1, 10**6),
-        "num_ctx": (1, 10**7),
-        "num_thread": (1, 4096),
-    }
-    found = [
-        f"--{name} must be from {low} to {high}, not {options[name]}."
-        for name, (low, high) in ranges.items()
-        if name in options and not low <= options[name] <= high
-    ]
-    if port is not None and not 0 < port < 65536:
-        found.append(f"--port must be between 1 and 65535, not {port}.")
-    return found
 
 
 class Chat:
@@ -249,7 +224,7 @@ class Chat:
         there to mend it.
 
         Raises:
-            UserError: If the server fails.
+            UserError: If the server fails, or the input is not UTF-8.
         """
         interactive = sys.stdin.isatty() and not self.as_json
         if interactive:
@@ -259,6 +234,8 @@ class Chat:
                 line = input(">>> " if interactive else "").strip()
             except EOFError:
                 return
+            except UnicodeDecodeError:
+                raise UserError(NOT_TEXT) from None
             except KeyboardInterrupt:
                 print(f"\n{_HELP}", file=sys.stderr)
                 continue

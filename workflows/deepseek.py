@@ -9,6 +9,7 @@ Each ends as a model NAME with the sampling and the context of the recipe.
 """
 
 import dataclasses
+import inspect
 import os
 import re
 import tempfile
@@ -26,10 +27,13 @@ from workflows.checkpoint import WEIGHTS
 from workflows.errors import UserError, did_you_mean, report_all
 from workflows.files import sha256, write_json, write_text
 from workflows.gguf_reader import read_gguf
-from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, owner_sha256
+from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, require_ours
 from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import check_conversations
+from workflows.plan import require_room
+from workflows.training.model import Precision
 
 TAGS = ("1.5b", "7b", "8b", "14b", "32b", "70b", "671b")
 """Sizes of deepseek-r1 in Ollama's registry (its library page), to suggest names with."""
@@ -47,10 +51,12 @@ def setup(
     quantize: export.Quantization | list[export.Quantization] = "q8_0",
     data: Path = Path("data/hpo"),
     verify_prompts: int = 20,
+    verify_precision: Precision = "32-true",
     revision: str | None = None,
     checkpoints_dir: Path = Path("checkpoints"),
     out_dir: Path | None = None,
     port: int | None = None,
+    ignore_plan: bool = False,
 ) -> None:
     """Get a DeepSeek-R1 into Ollama, with its own sampling.
 
@@ -66,50 +72,51 @@ def setup(
         quantize: Types of GGUF, for a model that is exported.
         data: Data directory whose test.jsonl holds the questions that an exported model is verified with.
         verify_prompts: How many of them; 0 for no verification.
+        verify_precision: Precision of the answers that it is verified with; bf16-true halves the memory.
         revision: For the Hub: a branch, tag or commit.
         checkpoints_dir: The folder of downloaded checkpoints.
         out_dir: Where an export's files go; out/NAME/ollama by default.
         port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
+        ignore_plan: Export although the plan says that memory or disk are too little.
 
     Raises:
         UserError: If an argument is not usable, or the model cannot be had, read or verified; with what to do instead.
     """
-    problems = []
-    if not 0 <= temperature <= 10:
-        problems.append(f"--temperature must be from 0 to 10, not {temperature}.")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top_p must be above 0 and at most 1, not {top_p}.")
-    if num_ctx < 64:
-        problems.append(f"--num_ctx must be at least 64, not {num_ctx}.")
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, model, name)
     if name == model:
         problems.append(f"--name {name} is the model's own name; choose another for the one with this recipe.")
     report_all(problems)
     path = Path(model).expanduser()
     threads = num_thread or max(1, (os.cpu_count() or 1) // 2)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         with open_server(port) as server:
             create_from_gguf(server, name, path, system, num_ctx=num_ctx, num_thread=threads, **sampling)
     elif (checkpoint := _checkpoint(model, revision, checkpoints_dir)) is not None:
         if system is not None:
             raise UserError("--system goes with a pulled model or a GGUF file: an export takes what its template says.")
-        export.setup(
+        exported = inspect.signature(export.setup).bind(
             checkpoint,
             name=name,
             quantize=quantize,
             out_dir=out_dir or Path("out") / name / "ollama",
             data=data,
             verify_prompts=verify_prompts,
+            verify_precision=verify_precision,
             num_ctx=num_ctx,
             num_thread=num_thread,
             port=port,
             **sampling,
         )
+        exported.apply_defaults()
+        if not ignore_plan:
+            require_room("export", exported.arguments)
+        export.setup(**exported.arguments)
     else:
         with open_server(port) as server:
             pull(server, model)
             created = {"num_ctx": num_ctx, "num_predict": num_ctx, "num_thread": threads, **sampling}
-            owner_sha256(server, name, made_from=model)
+            require_ours(server, name, made_from=model)
             with explained(server, name):
                 connect(server).create(name, from_=model, system=system, parameters=created)
             print(
@@ -127,6 +134,12 @@ def _checkpoint(model: str, revision: str | None, checkpoints_dir: Path) -> Path
     path = Path(model).expanduser()
     if (path / WEIGHTS).is_file():
         return path
+    host, *rest = model.split("/")
+    if not path.is_dir() and (model[0] in "/.~" or (len(rest) > 1 and "." not in host)):
+        raise UserError(
+            f"There is no folder {path}. Elsewhere models have names: ORG/NAME on the Hugging Face Hub, NAME:TAG or "
+            "hf.co/ORG/NAME for Ollama."
+        )
     of_the_hub = model.count("/") == 1 and ":" not in model
     if not path.is_dir() and not of_the_hub and model.lower() not in download.registry():
         return None

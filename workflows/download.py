@@ -120,7 +120,7 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
         if (path / WEIGHTS).is_file():
             problems.append(f"{path} already is a checkpoint in LitGPT's form: use it as --checkpoint_dir.")
         origin = _Origin("folder", str(path), "local", path.resolve().name)
-    elif path.suffix == ".gguf":
+    elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             problems.append(f"There is no file {path}.")
         origin = _Origin("gguf", str(path), "local", path.stem)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.rows import Row, read_rows
-from workflows.chat import chosen, option_problems
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, metric, share_metric, write_metrics
 from workflows.errors import report_all
@@ -24,7 +23,9 @@ from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.ollama.batch import Batch, Question
 from workflows.ollama.client import connect, explained, installed, owner_sha256
 from workflows.ollama.gguf_writer import fingerprint
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
+from workflows.progress import watched
 from workflows.training.model import Precision, load_model
 from workflows.training.processes import choose_accelerator
 
@@ -73,7 +74,7 @@ def setup(
         UserError: If an argument or a task's data is not usable, Ollama does not know the model, or it fails.
     """
     options = chosen(num_ctx=num_ctx, num_thread=num_thread)
-    problems = option_problems(options, port)
+    problems = option_problems(options, port, model)
     options |= _GREEDY
     files = {task: local_file(task, data_dir) for task in tasks}
     for task, file in files.items():
@@ -91,9 +92,9 @@ def setup(
     ours = None if checkpoint_dir is None else fingerprint(check_checkpoint_dir(checkpoint_dir))
     began = step_began()
     rows = {task: read_rows(file, "scoring")[:limit] for task, file in files.items() if file is not None}
-    target = out_dir or Path("out") / "evaluate-ollama" / model.replace("/", "-").replace(":", "-")
+    target = out_dir or Path("out") / "evaluate-ollama" / _as_file_name(model)
     scored: list[Scored] = []
-    with PeakMemory() as peak:
+    with watched(target), PeakMemory() as peak:
         with open_server(port, parallel=parallel) as server:
             names = tags_of(server, model)
             if ours is not None:
@@ -123,8 +124,9 @@ def setup(
             peak_bytes=peak.bytes,
             models=[{name: value for name, value in result.items() if name != "metrics"} for result in results],
         )
-    for unfinished in target.glob("unfinished-*.jsonl"):
-        unfinished.unlink()
+    for task in tasks:
+        for name in names:
+            unfinished(target, task, name).unlink(missing_ok=True)
     print(table(results))
     print(f"acc: the option that is written when nothing else may be, greedily.\nresults: {target}")
 
@@ -196,6 +198,15 @@ def tags_of(server: OllamaServer, model: str) -> list[str]:
     return found
 
 
+def unfinished(out_dir: Path, task: str, model: str) -> Path:
+    """Where a model's answers to a task are kept until all is done."""
+    return out_dir / f"unfinished-{task}-{_as_file_name(model)}.jsonl"
+
+
+def _as_file_name(model: str) -> str:
+    return model.replace("/", "-").replace(":", "-")
+
+
 def ask_all(
     server: OllamaServer,
     model: str,
@@ -217,16 +228,24 @@ def ask_all(
         options: Ollama's parameters.
         parallel: Questions in the air at a time.
         resume: Whether to keep what is there.
+
+    Raises:
+        UserError: If the server fails, or has not answered a question.
     """
     longest = max(len(written(choice).encode()) for row in rows for choice in row["choices"])
-    file = out_dir / f"unfinished-{task}-{model.replace('/', '-').replace(':', '-')}.jsonl"
-    if not resume:
-        file.unlink(missing_ok=True)
-    questions = [Question(row["prompt"], {"line": i}, enum_of(row["choices"])) for i, row in enumerate(rows)]
-    batch = Batch(server, model, questions, file, {**options, "num_predict": longest + 16}, parallel)
+    file = unfinished(out_dir, task, model)
+    questions = [Question(row["prompt"], {"line": i}, enum_of(row["choices"])) for i, row in enumerate(rows, start=1)]
+    batch = Batch(server, model, questions, file, {**options, "num_predict": longest + 16}, parallel, resume)
     began = time.perf_counter()
     records = batch.run()
     seconds = time.perf_counter() - began
+    failed = [record for record in records if "error" in record]
+    batch.require_answers([record for record in failed if "answer" not in record], f"the questions of {task}")
+    if failed:  # the model has answered, as it would again: they count as wrong
+        print(
+            f"{model}, {task}: {len(failed)} of {len(records)} answers are none of the options. The first, line "
+            f"{failed[0]['line']}: {failed[0]['error']}"
+        )
     asked = records if not batch.kept else [record for record in records if "seconds" in record]
     counted = sum(record.get("prompt_eval_count", 0) + record.get("eval_count", 0) for record in asked)
     if batch.kept:  # a part was answered by an earlier run: its time is that of its answers

@@ -32,9 +32,10 @@ from workflows.files import atomic_file, atomic_update, read_json, write_json, w
 from workflows.hf_export import write_hf
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.model_card import licence_of, lineage, model_card
-from workflows.ollama.client import connect, create_model, explained, owner_sha256
+from workflows.ollama.client import FROM_LINE, connect, create_model, explained, require_ours
 from workflows.ollama.gguf_writer import GGUFType, fingerprint, is_gguf_of, write_gguf
 from workflows.ollama.modelfile import Modelfile, make_modelfile
+from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Reference, Verification, reference_answers, verify_model
 from workflows.peft_export import find_base, write_adapter
@@ -48,7 +49,6 @@ _BY_OLLAMA = ("q4_K_M", "q4_K_S")
 _F16_AGREEMENT = 0.9
 _LOST_GAP = 5.0
 """A token whose logit is so much lower than the best is no rounding of a working model's weights."""
-_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(:[\w.-]+)?")
 _HF_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,23 +106,16 @@ def setup(
     directory = check_checkpoint_dir(checkpoint_dir)
     kinds = list(dict.fromkeys(quantize if isinstance(quantize, list) else [quantize]))
     context = load_config(directory).block_size
-    problems = []
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "repeat_penalty": repeat_penalty}
+    problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, name=name)
     if not kinds:
         problems.append("--quantize names no type.")
-    if not _NAME.fullmatch(name):
-        problems.append(f"--name {name!r}: a model's name has letters, digits, '.', '_', '-', and perhaps a :tag.")
     if len(kinds) > 1 and ":" in name:
         problems.append(f"--name {name!r} has a tag, and several types need several; leave the tag out.")
-    if not num_ctx >= 64:
-        problems.append(f"--num_ctx must be at least 64, not {num_ctx}.")
-    if num_thread is not None and num_thread < 1:
-        problems.append(f"--num_thread must be at least 1, not {num_thread}.")
     if verify_prompts < 0:
         problems.append(f"--verify_prompts must be 0 (no verification) or more, not {verify_prompts}.")
     if shard_size < 1:
         problems.append(f"--shard_size must be at least 1 megabyte, not {shard_size}.")
-    if port is not None and not 0 < port < 65536:
-        problems.append(f"--port must be between 1 and 65535, not {port}.")
     if adapter and not (directory / LORA_WEIGHTS).is_file():
         problems.append(f"--adapter needs {LORA_WEIGHTS}, which {directory} does not have: it is no result of LoRA.")
     if create and verify_prompts and not (data / "test.jsonl").is_file():
@@ -136,9 +129,7 @@ def setup(
         read_json(file) if (file := directory / "generation_config.json").is_file() else {},
         num_ctx=min(num_ctx, context),
         num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
-        temperature=temperature,
-        top_p=top_p,
-        repeat_penalty=repeat_penalty,
+        **sampling,
     )
     prompts = (
         held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
@@ -296,7 +287,7 @@ def create_models(
     What Ollama makes such a type from is kept where its file could not be had.
     """
     for kind in kinds:  # all of them before the first is touched
-        owner_sha256(server, model_name(name, kinds, kind))
+        require_ours(server, model_name(name, kinds, kind))
     for kind in kinds:
         model = model_name(name, kinds, kind)
         file = gguf_file(out_dir, name, kind)
@@ -318,7 +309,7 @@ def copy_blob(server: OllamaServer, model: str, file: Path) -> None:
     """
     with explained(server, model):
         shown = connect(server).show(model).modelfile or ""
-    found = re.search(r"^FROM (/.+)$", shown, flags=re.MULTILINE)
+    found = FROM_LINE.search(shown)
     if found is None or not Path(found[1]).is_file():
         print(f"Ollama does not show where it keeps the weights of {model}; {file} is not written")
         return

@@ -252,7 +252,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: If the file is missing or is not such JSON; the message names the file and the line.
     """
     try:
-        value = parse_json(read_text(path), parse_constant=_refuse_constant)
+        value = parse_json(read_text(path))
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg}). The file may be cut short.") from None
     except ValueError as e:
@@ -260,10 +260,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; is it the right file?")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it has no {name}")
 
 
 def sha256(path: Path) -> str:

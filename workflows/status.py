@@ -163,7 +163,7 @@ def _lives(told: Progress, age: float) -> bool:
 def _keeps(folder: Path, checkpoint: int | None) -> str:
     if checkpoint is not None:
         return f"goes on from step {checkpoint}"
-    if list(folder.glob("unfinished.jsonl")) + list(folder.glob("answers.jsonl")):
+    if list(folder.glob("unfinished*.jsonl")) + list(folder.glob("answers.jsonl")):
         return "keeps what is answered"
     if any((folder / ".update.part").glob("*.gguf")):
         return "keeps finished GGUF files"

@@ -5,6 +5,7 @@ the memory holds; and text may be escaped that no file can hold.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,18 +19,17 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """Parse JSON from a file that may be anyone's: no text that is not Unicode, no nesting beyond reason.
+def parse_json(text: str) -> Any:
+    """Parse JSON from a file that may be anyone's: no text that is not Unicode, no nesting beyond reason, no NaN.
 
     Args:
         text: The JSON text.
-        **options: Of `json.loads`.
 
     Raises:
         ValueError: If it is not such JSON (`json.JSONDecodeError` where it is none at all).
     """
     try:
-        value = json.loads(text, **options)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [value]
@@ -42,6 +42,12 @@ def parse_json(text: str, **options: Any) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"it has no {number}")
     return value
 
 

@@ -4,7 +4,10 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +20,11 @@ from workflows.ask import setup
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.ollama import batch
-from workflows.ollama.client import create_model
+from workflows.ollama.client import connect, create_model
 from workflows.ollama.gguf_writer import write_gguf
 from workflows.ollama.install import install, is_supported
 from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.schema import InvalidAnswer, read_schema, validated
 from workflows.ollama.server import OllamaServer, probe
 
 R1_TEMPLATE = "{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"
@@ -133,10 +137,68 @@ def test_run_again_only_what_is_missing_is_asked(requests: list, file: Path) -> 
 def test_answers_of_other_settings_are_not_taken_for_these(change: dict, requests: list, file: Path) -> None:
     setup(file, model="m")
     before = file.with_suffix(".answers.jsonl").read_text()
-    with pytest.raises(UserError, match=r"line 1: not an answer to one of these questions.*--resume false"):
+    with pytest.raises(UserError, match=r"holds no answer to one of these questions.*--resume false"):
         setup(file, **{"model": "m", **change})
     assert file.with_suffix(".answers.jsonl").read_text() == before
     setup(file, **{"model": "m", **change}, resume=False)
+
+
+def test_a_question_that_was_mended_is_asked_alone_and_its_old_answer_is_laid_aside(requests: list, file: Path) -> None:
+    setup(file, model="m")
+    whole, questions = answers(file), file.read_text()
+    requests.clear()
+    file.write_text(questions.replace("q1", "q1, mended"))
+    setup(file, model="m")
+    assert chats(requests) == ["q1, mended"]
+    assert [row["question"] for row in answers(file)] == ["q0", "q1, mended", "q2", "q3", "q4", "q5"]
+    aside = file.with_name("q.answers.others.jsonl")
+    assert [json.loads(line) for line in aside.read_text().splitlines()] == [whole[1]]
+    requests.clear()
+    file.write_text(questions)
+    setup(file, model="m")  # as it was at first
+    assert chats(requests) == [] and answers(file) == whole
+    assert json.loads(aside.read_text())["question"] == "q1, mended"
+
+
+def test_fewer_questions_than_are_answered_lose_nothing(requests: list, file: Path) -> None:
+    setup(file, model="m", limit=3)
+    whole = answers(file)
+    requests.clear()
+    setup(file, model="m", limit=2)
+    assert chats(requests) == [] and answers(file) == whole[:2]
+    setup(file, model="m", limit=3, num_thread=1)
+    assert chats(requests) == [] and answers(file) == whole
+    assert not file.with_name("q.answers.others.jsonl").exists()  # it is empty again
+    setup(file, model="m", limit=3, resume=False)
+    assert sorted(chats(requests)) == ["q0", "q1", "q2"]
+
+
+def test_more_room_asks_again_only_what_was_cut(replies: dict, file: Path, monkeypatch) -> None:
+    """q1 is cut in its thoughts, q2 in what it says; the others end by themselves."""
+
+    def talk(handler: Handler, body: dict) -> None:
+        question, most = body["messages"][-1]["content"], body["options"]["num_predict"]
+        cut = {"done_reason": "length", "eval_count": most} if question in ("q1", "q2") and most < 50 else {}
+        said = "<think>hm" if question == "q1" and cut else question
+        speak(said, **{"prompt_eval_count": 5, "eval_count": 7, **cut})(handler, body)
+
+    with fake_ollama({**replies, "/api/chat": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match="raise --num_predict"):
+            setup(file, model="m", num_predict=10)
+        assert answers(file)[2]["done_reason"] == "length" and len(chats(requests)) == 6
+        for settings, asked in (
+            ({"num_predict": 60}, ["q1", "q2"]),
+            ({"num_predict": 60}, []),
+            ({"num_predict": 60, "num_ctx": 100}, []),
+            ({"num_predict": 6, "num_ctx": 100}, [f"q{i}" for i in range(6)]),  # less room than was taken
+        ):
+            requests.clear()
+            with ExitStack() as stack:
+                if settings["num_predict"] < 50:
+                    stack.enter_context(pytest.raises(UserError, match="1 of 6 questions have no answer"))
+                setup(file, model="m", **settings)
+            assert sorted(chats(requests)) == asked
 
 
 def test_a_server_that_restarts_in_the_middle_loses_nothing(replies: dict, file: Path, monkeypatch, capsys) -> None:
@@ -215,6 +277,50 @@ def test_ctrl_c_keeps_what_is_answered(replies: dict, file: Path, monkeypatch, c
     assert len(answers(file)) == 6 and "q0" not in chats(requests)
 
 
+def test_ctrl_c_does_not_wait_for_a_silent_server(replies: dict, file: Path, monkeypatch, capsys) -> None:
+    silent = threading.Event()
+
+    def talk(handler: Handler, body: dict) -> None:
+        if body.get("keep_alive") != 0:
+            threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+        silent.wait(20)
+
+    with fake_ollama({**replies, "/api/chat": talk, "/api/generate": talk}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        began = time.monotonic()
+        try:
+            assert main(["ask", "--file", str(file), "--model", "m", "--parallel", "1"]) == 130
+        finally:
+            silent.set()
+    assert time.monotonic() - began < 5
+    assert requests[-1][0] == "/api/generate" and requests[-1][1]["keep_alive"] == 0  # its slot is given back
+
+
+@pytest.mark.ollama
+def test_a_real_server_is_asked_again_after_ctrl_c(
+    speaking_llama: Path, tmp_path: Path, file: Path, ollama_server: OllamaServer, monkeypatch
+) -> None:
+    write_gguf(speaking_llama, tmp_path / "m.gguf", "f32", "stop", "0" * 64)
+    modelfile = make_modelfile(ChatTemplate.from_checkpoint(speaking_llama), {}, num_ctx=512, num_thread=1)
+    create_model(ollama_server, "stop", tmp_path / "m.gguf", modelfile)
+    lines(file, *({"question": f"q{i}"} for i in range(60)))
+    command = [sys.executable, "-m", "workflows", "ask", "--file", file, "--model", "stop", "--num_predict", "40"]
+    environment = {**os.environ, "OLLAMA_HOST": ollama_server.url}
+    target = file.with_suffix(".answers.jsonl")
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and (len(answers(file)) if target.is_file() else 0) < 5:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(20) == 130, process.stderr.read()
+        assert time.monotonic() - began < 5
+    assert 5 <= len(answers(file)) < 60
+    monkeypatch.setenv("OLLAMA_HOST", ollama_server.url)
+    setup(file, model="stop", num_predict=40)
+    assert len(answers(file)) == 60
+    connect(ollama_server).delete("stop")
+
+
 @pytest.mark.ollama
 def test_a_real_server_killed_amid_a_batch_and_started_again(
     speaking_llama: Path, tmp_path: Path, file, monkeypatch
@@ -271,7 +377,13 @@ def test_answers_that_follow_a_schema_are_values(replies: dict, file: Path, tmp_
 
 @pytest.mark.parametrize(
     ("said", "why"),
-    [('{"finding": "Tachy', "not whole JSON"), ('{"finding": 3}', "3 is not of type 'string'"), ("{}", "required")],
+    [
+        ('{"finding": "Tachy', "not whole JSON"),
+        ('{"finding": 3}', "3 is not of type 'string'"),
+        ("{}", "required"),
+        ('{"finding": "", "share": 1e400}', "it has no 1e400"),
+        ('{"finding": "", "share": NaN}', "no NaN"),
+    ],
 )
 def test_an_answer_that_does_not_follow_it_is_none(
     said: str, why: str, replies: dict, file, tmp_path, monkeypatch
@@ -288,6 +400,14 @@ def test_an_answer_that_does_not_follow_it_is_none(
     [
         ('{"type": "objekt"}', "is not a JSON schema: at type"),
         ('{"$ref": "https://example.org/x"}', "is not fetched"),
+        ('{"$dynamicRef": "https://example.org/x"}', "is not fetched"),
+        ('{"$ref": "#/$defs/none"}', "refers to #/\\$defs/none, where it has no schema"),
+        ('{"properties": {"a": {"$ref": "#foo"}}}', "refers to #foo, where"),
+        ('{"items": {"$ref": "#/required"}, "required": ["a"]}', "refers to #/required, where"),
+        ('{"$ref": "#/allOf/first", "allOf": [true]}', "refers to #/allOf/first, where"),
+        ('{"$ref": "#"}', "leads back to itself"),
+        ('{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"$ref": "#/properties/a"}}}', "leads back"),
+        ('{"pattern": "("}', "is not a JSON schema: at pattern"),
         ("[1]", "does not hold a JSON object"),
         ('{"type"', "line 2: not valid JSON"),
     ],
@@ -298,6 +418,22 @@ def test_a_schema_that_is_none_is_told_before_anything_is_asked(
     with pytest.raises(UserError, match=why):
         setup(file, model="m", schema=lines(tmp_path / "schema.json", schema))
     assert chats(requests) == []
+
+
+def test_references_within_a_schema_are_followed(tmp_path: Path) -> None:
+    tree = {
+        "$ref": "#/$defs/node",
+        "$defs": {
+            "node": {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}},
+            "example": {"const": {"$ref": "is no reference here"}},
+        },
+    }
+    schema = read_schema(lines(tmp_path / "schema.json", tree))
+    assert validated('{"children": [{"children": []}]}', schema) == {"children": [{"children": []}]}
+    with pytest.raises(InvalidAnswer, match="at children/0/children, 3 is not of type 'array'"):
+        validated('{"children": [{"children": 3}]}', schema)
+    with pytest.raises(InvalidAnswer, match="cannot be checked"):
+        validated("1", read_schema(lines(tmp_path / "schema.json", {"allOf": [{"$ref": "#"}]})))
 
 
 # ---- files that are wrong ----
@@ -312,14 +448,22 @@ def test_all_broken_lines_are_told_before_anything_is_asked(requests: list, tmp_
         {"question": "  "},
         {"prompt": [{"role": "user"}]},
         {"messages": [{"role": "assistant", "content": "x"}]},
+        '{"question": "q", "id": NaN}',
     )
     assert main(["ask", "--file", str(file), "--model", "m"]) == 1
     error = capsys.readouterr().err
-    for number, why in ((2, "not valid JSON"), (3, "a list"), (4, "no question"), (5, "no question"), (6, "not end")):
+    for number, why in (
+        (2, "not valid JSON"),
+        (3, "a list"),
+        (4, "no question"),
+        (5, "no question"),
+        (6, "not end"),
+        (7, "no NaN"),
+    ):
         assert any(f"line {number}:" in line and why in line for line in error.splitlines()), error
     assert "Nothing has been asked yet" in error and chats(requests) == []
     assert main(["ask", "--file", str(file), "--model", "m", "--skip_broken", "true"]) == 0
-    assert chats(requests) == ["fine"] and "5 lines of" in capsys.readouterr().out
+    assert chats(requests) == ["fine"] and "6 lines of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "does not exist"), ("\n\n", "holds no question")])

@@ -376,10 +376,22 @@ def test_ollama_host_that_points_elsewhere_is_one_clear_message(status: int, mon
 
 
 def test_wrong_arguments_are_all_reported(capsys) -> None:
-    assert main(["chat", "--prompt", " ", "--temperature", "-1", "--top_p", "2", "--port", "0"]) == 1
+    wrong = ["--prompt", " ", "--temperature", "-1", "--top_p", "2", "--port", "0", "--model", ""]
+    assert main(["chat", *wrong]) == 1
     error = capsys.readouterr().err
-    for part in ("4 problems", "--prompt is empty", "--temperature", "--top_p", "--port"):
+    for part in ("5 problems", "--prompt is empty", "--temperature", "--top_p", "--port", "--model '' is no name"):
         assert part in error
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of a terminal with UTF-8, and of one without
+def test_input_that_is_no_text_is_one_clear_message(errors: str, requests: list, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    assert main(["chat", "--model", "m"]) == 1
+    assert main(["chat", "--model", "m", "--prompt", "caf\udce9"]) == 1  # as Python reads a command line
+    assert main(["chat", "--model", "m\udce9", "--prompt", "x"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: What is to be asked is not UTF-8 text") == 2 and "Traceback" not in error
+    assert "error: --model 'm\\udce9' is no name of a model" in error
 
 
 # ---- a full context ----

@@ -1,8 +1,9 @@
 """R1 from three places: a stand-in for the registry, a folder in the Hub's form, and GGUF files on a real server."""
 
+import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import gguf
@@ -12,12 +13,13 @@ import yaml
 from tests.conftest import convert
 from tests.workflows.fake_ollama import Handler, fake_ollama
 from tests.workflows.r1_models import make_r1
+from workflows import export, plan
 from workflows.__main__ import main
 from workflows.deepseek import setup
 from workflows.errors import UserError
-from workflows.ollama.client import connect
+from workflows.ollama.client import connect, require_ours
 from workflows.ollama.gguf_writer import write_gguf
-from workflows.ollama.server import OllamaServer
+from workflows.ollama.server import Endpoint, OllamaServer
 
 # ---- pulled ----
 
@@ -103,6 +105,20 @@ def test_a_misspelt_name_is_told_with_the_nearest(model: str, monkeypatch, capsy
     assert repr(model) in error and "Did you mean deepseek-r1:1.5b" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("model", ["out/r1/grpo/final", "./r1", "../models/r1", "/models/r1", "models/r1/"])
+def test_a_misspelt_path_is_not_looked_for_elsewhere(model: str, monkeypatch, capsys) -> None:
+    with served(Registry(), monkeypatch) as requests:
+        assert main(["deepseek", "--model", model]) == 1
+    assert f"error: There is no folder {Path(model)}." in capsys.readouterr().err and requests == []
+
+
+@pytest.mark.parametrize("model", ["hf.co/org/name-GGUF", "registry.ollama.ai/library/r1"])
+def test_a_name_with_its_registry_is_pulled(model: str, monkeypatch) -> None:
+    with served(Registry(known=(model,)), monkeypatch) as requests:
+        setup(model, num_thread=2)
+    assert ("/api/pull", model) in [(path, body.get("model")) for path, body in requests]
+
+
 def test_a_registry_out_of_reach_is_told_with_the_other_ways(monkeypatch, capsys) -> None:
     reason = 'pull model manifest: Get "https://registry/v2/": dial tcp: lookup registry: no such host'
     registry = Registry(error=reason)
@@ -122,13 +138,64 @@ def test_another_model_of_that_name_is_left_alone(monkeypatch, capsys) -> None:
     assert "it is left alone" in capsys.readouterr().err and registry.created == []
 
 
+@pytest.mark.parametrize(
+    ("parent", "modelfile", "is_ours"),
+    [
+        ("deepseek-r1:1.5b", "FROM /blobs/sha256-1", True),
+        ("", "FROM /blobs/sha256-abc", True),
+        ("other", "FROM other\nSYSTEM you are not deepseek-r1:1.5b", False),
+        ("", '# abc\nFROM /blobs/sha256-1\nSYSTEM """\nFROM /blobs/sha256-abc\n"""', False),
+        ("", "FROM /blobs/sha256-1abc", False),
+    ],
+)
+def test_a_copy_is_known_by_what_it_is_made_from_and_not_by_its_text(parent, modelfile, is_ours, monkeypatch) -> None:
+    reply = {"details": {"parent_model": parent}, "model_info": {}, "modelfile": modelfile}
+    with fake_ollama({"/api/show": lambda handler, _: handler.send_json(reply)}) as (url, _):
+        server = OllamaServer(Endpoint(url, "0"))
+        made_from = "abc" if "sha256" in modelfile and not parent else "deepseek-r1:1.5b"
+        with nullcontext() if is_ours else pytest.raises(UserError, match="it is left alone"):
+            require_ours(server, "mine", made_from)
+
+
 def test_wrong_arguments_are_all_reported(capsys) -> None:
-    assert (
-        main(["deepseek", "--temperature", "-1", "--top_p", "0", "--num_ctx", "3", "--model", "a", "--name", "a"]) == 1
-    )
+    wrong = ["--temperature", "-1", "--top_p", "2", "--num_ctx", "3", "--num_thread", "-3", "--port", "99999"]
+    assert main(["deepseek", *wrong, "--model", " ", "--name", ""]) == 1
     error = capsys.readouterr().err
-    for part in ("4 problems", "--temperature", "--top_p", "--num_ctx", "--name"):
+    names = ("--temperature", "--top_p", "--num_ctx", "--num_thread", "--port", "--model ' ' is", "--name ''")
+    for part in ("7 problems", *names):
         assert part in error
+    assert main(["deepseek", "--model", "a", "--name", "a"]) == 1
+    assert "is the model's own name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (["export", "--checkpoint_dir", "{checkpoint}", "--create", "false", "--temperature", "11"], "--temperature"),
+        (["chat", "--prompt", "x", "--num_ctx", "63"], "--num_ctx must be from 64"),
+        (["ask", "--file", "q.jsonl", "--model", ""], "--model '' is no name"),
+        (["evaluate-ollama", "--model", "", "--tasks", "[]"], "--model '' is no name"),
+    ],
+)
+def test_all_steps_take_the_same_options(step: list[str], told: str, tiny_llama: Path, capsys) -> None:
+    assert main([part.format(checkpoint=tiny_llama) for part in step]) == 1
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_an_export_for_which_there_is_no_room_is_refused_before_it_begins(
+    tiny_llama: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    began: list[Path] = []
+    monkeypatch.setattr(plan, "memory_here", lambda _: 10**6)
+    export_setup = export.setup
+    monkeypatch.setattr(export, "setup", functools.wraps(export_setup)(lambda *_, **given: began.append(given)))
+    command = ["deepseek", "--model", str(tiny_llama), "--out_dir", str(tmp_path / "out")]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "The memory is too little: export needs" in told and "--ignore_plan true" in told and began == []
+    assert main([*command, "--ignore_plan", "true", "--verify_precision", "bf16-true"]) == 0
+    assert [(given["checkpoint_dir"], given["verify_precision"]) for given in began] == [(tiny_llama, "bf16-true")]
 
 
 # ---- on a real server ----
@@ -188,6 +255,11 @@ def test_a_gguf_file_of_somebody_elses(adds_bos: bool, to_it, tmp_path: Path, mo
     )
     setup(str(file), "tiny-file", system="S")  # the same file: ours to make anew
     assert (connect(to_it).show("tiny-file").modelfile or "").count("SYSTEM S") == 1
+    connect(to_it).create("tiny-copy", from_="tiny-file")  # as of a pulled model
+    require_ours(to_it, "tiny-copy", made_from="tiny-file")
+    with pytest.raises(UserError, match="it is left alone"):
+        require_ours(to_it, "tiny-copy", made_from="tiny")
+    connect(to_it).delete("tiny-copy")
     other = tmp_path / "other.gguf"
     write_gguf(checkpoint, other, "f16", "r1", "0" * 64)
     with pytest.raises(UserError, match="it is left alone"):
@@ -195,9 +267,9 @@ def test_a_gguf_file_of_somebody_elses(adds_bos: bool, to_it, tmp_path: Path, mo
     connect(to_it).delete("tiny-file")
 
 
-@pytest.mark.parametrize(("content", "why"), [(None, "There is no file"), (b"GGUF", "r1.gguf"), (b"", "r1.gguf")])
+@pytest.mark.parametrize(("content", "why"), [(None, "There is no file"), (b"GGUF", "R1.GGUF"), (b"", "R1.GGUF")])
 def test_a_gguf_file_that_is_none(content: bytes | None, why: str, monkeypatch, tmp_path: Path) -> None:
-    file = tmp_path / "r1.gguf"
+    file = tmp_path / "R1.GGUF"
     if content is not None:
         file.write_bytes(content)
     with served(Registry(), monkeypatch), pytest.raises(UserError, match=why):

@@ -1,13 +1,13 @@
 """Scores of what is served: equal to LitGPT's where the weights are, on a real server; and what goes wrong."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.workflows.fake_ollama import Handler, fake_ollama, show
+from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -77,25 +77,19 @@ def test_a_model_of_another_checkpoint_is_told(served: str, data: Path, tiny_lla
         setup(served, ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
 
 
-def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
-    data: Path, tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(
-        Handler,
-        "do_GET",
-        lambda handler: handler.send_json(
-            {"version": "0"} if handler.path == "/api/version" else {"models": [{"model": "m:latest", "digest": "d"}]}
-        ),
-    )
+def chats(requests: list) -> int:
+    return sum(path == "/api/chat" for path, _ in requests)
 
+
+def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
+    one_model: None, data: Path, tmp_path, monkeypatch, capsys
+) -> None:
     def choose(handler: Handler, body: dict) -> None:
         options = OPTIONS[int(body["messages"][-1]["content"].split()[-1].rstrip("?"))]
         assert body["format"] == {"type": "string", "enum": [option.replace('"', "'") for option in options]}
         assert body["options"]["temperature"] == 0.0
         said = json.dumps(body["format"]["enum"][0])
-        handler.begin_stream()
-        handler.send_part({"message": {"role": "assistant", "content": said}, "done": True, "done_reason": "stop"})
-        handler.end_stream()
+        speak(said, prompt_eval_count=9)(handler, body)
 
     def dies(handler: Handler, body: dict) -> None:
         if body["messages"][-1]["content"] == "Which finding is 9?":
@@ -121,10 +115,81 @@ def test_a_model_from_elsewhere_is_scored_and_goes_on_where_it_stopped(
     assert "reports: out of something" in capsys.readouterr().err and not (out / "metrics.json").exists()
     with fake_ollama({"/api/show": show(), "/api/chat": choose}) as (url, requests):
         monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main([*command, "--limit", "1"]) == 0  # its answers may be shorter, and this one is
+        assert chats(requests) == 0
         assert main(command) == 0
-    assert sum(path == "/api/chat" for path, _ in requests) == 7  # the first nine are kept
+    assert chats(requests) == 8  # eight of the first nine are kept: the finished run has used up its one
+    assert not list(out.glob("unfinished*"))
     (row,) = json.loads((out / "metrics.json").read_text())["metrics"]
     assert (row["name"], row["value"], row["n"], row["model"]) == ("acc", 0.25, 16, "m:latest")
+
+
+@pytest.fixture
+def one_model(monkeypatch) -> None:
+    listed = {"models": [{"model": "m:latest", "digest": "d"}]}
+    monkeypatch.setattr(
+        Handler,
+        "do_GET",
+        lambda handler: handler.send_json({"version": "0"} if handler.path == "/api/version" else listed),
+    )
+
+
+def answer_with(option: int, broken: Collection[int] = ()) -> Reply:
+    """Chooses that option; the broken questions end the model's runner."""
+
+    def reply(handler: Handler, body: dict) -> None:
+        if int(body["messages"][-1]["content"].split()[-1].rstrip("?")) in broken:
+            handler.send_json({"error": "llama runner process has terminated: signal: killed"}, 500)
+        else:
+            speak(json.dumps([*body["format"]["enum"], "none of them"][option]))(handler, body)
+
+    return reply
+
+
+def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate-ollama", "--model", "m", "--tasks", "[tiny_mcq]", "--data_dir", str(data)]
+    command += ["--out_dir", str(out)]
+    monkeypatch.setattr("workflows.status._lives", lambda *_: False)  # the process is this one, which goes on
+    for broken, n in ((range(3), 3), ((3, 7), 16)):
+        with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0, broken)}) as (url, _):
+            monkeypatch.setenv("OLLAMA_HOST", url)
+            assert main([*command, "--limit", str(n)]) == 1
+        captured = capsys.readouterr()
+        assert f"{len(broken)} of {n} questions have no answer" in captured.err and "signal: killed" in captured.err
+        assert f"line {broken[0] + 1} of the questions of tiny_mcq" in captured.err
+        assert "acc" not in captured.out and not (out / "metrics.json").exists()
+        assert len((out / "unfinished-tiny_mcq-m-latest.jsonl").read_text().splitlines()) == n
+        assert main(["status", "--out_dir", str(tmp_path)]) == 0
+        assert f"stopped (m:latest)  {n} of {n} answers" in (told := capsys.readouterr().out)
+        assert "out keeps what is answered:" in told
+    with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0)}) as (url, requests):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        assert main(command) == 0
+    assert not (out / "progress.json").exists()
+    assert chats(requests) == 2 and json.loads((out / "metrics.json").read_text())["metrics"][0]["value"] == 0.25
+
+
+def test_a_model_from_elsewhere_is_none_of_a_checkpoints(
+    one_model: None, data: Path, tiny_llama: Path, tmp_path, monkeypatch
+) -> None:
+    with fake_ollama({"/api/show": show()}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        with pytest.raises(UserError, match=r"^m:latest in Ollama was not made from .* score Ollama alone\.$"):
+            setup("m", ["tiny_mcq"], checkpoint_dir=tiny_llama, out_dir=tmp_path, data_dir=data)
+
+
+def test_answers_that_are_no_option_count_as_wrong_and_are_told(
+    one_model: None, data: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    with fake_ollama({"/api/show": show(), "/api/chat": answer_with(4)}) as (url, _):
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        setup("m", ["tiny_mcq"], out_dir=tmp_path / "out", data_dir=data)
+    told = capsys.readouterr().out
+    assert "m:latest, tiny_mcq: 16 of 16 answers are none of the options. The first, line 1:" in told
+    assert "'none of them' is not one of" in told
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["metrics"][0]["value"] == 0.0 and metrics["models"][0]["unanswered"] == 16
 
 
 def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:

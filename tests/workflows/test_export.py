@@ -21,7 +21,7 @@ from workflows.checkpoint import write_hyperparameters, write_provenance
 from workflows.errors import UserError
 from workflows.export import default_out_dir, held_out_prompts
 from workflows.hf_export import hf_tensors
-from workflows.ollama.client import OURS, connect, owner_sha256
+from workflows.ollama.client import OURS, connect, owner_sha256, require_ours
 from workflows.ollama.install import environment
 from workflows.ollama.server import OllamaServer, probe
 from workflows.ollama.verify import Reference, Verification, reference_answers
@@ -225,9 +225,11 @@ def test_somebody_elses_model_is_recognised() -> None:
         assert endpoint is not None
         server = OllamaServer(endpoint)
         assert owner_sha256(server, "mine") == "abc"
-        assert owner_sha256(server, "absent") is None
+        assert owner_sha256(server, "absent") is None and owner_sha256(server, "theirs") is None
+        for name in ("mine", "absent"):
+            require_ours(server, name)
         with pytest.raises(UserError, match=r"'theirs' that this project did not make.*--name"):
-            owner_sha256(server, "theirs")
+            require_ours(server, "theirs")
 
 
 @pytest.mark.ollama

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
+from workflows.progress import Bar
 from workflows.training.model import GPT
 
 _SPACES = (b" ", b"\n", b"\n ", b"\n\t", b"\n\n")
@@ -73,9 +73,8 @@ def choose_options(
     model.eval()
     vocabulary = token_bytes(template.tokenizer)
     chosen = []
-    for prompt, texts in tqdm(
-        list(zip(prompts, options, strict=True)), desc="LitGPT", leave=False, disable=not progress
-    ):
+    asked = list(zip(prompts, options, strict=True))
+    for prompt, texts in Bar(asked, desc="LitGPT", unit="question", leave=False, disable=not progress):
         ids = template.encode(prompt)
         left = {i: written(text).encode() for i, text in enumerate(texts)}  # what is still to be written of each
         if len(ids) + max(map(len, left.values())) > model.max_seq_length:

@@ -2,35 +2,41 @@
 
 What is in the file is not asked again: a batch that was stopped, or whose server ended, goes on when it is run again. A
 server that comes back in the middle is waited for. A line counts for a question if everything that decides its answer
-is the same (the model's weights, the conversation, the options, the schema); the hash of that is its `key`.
+is the same (the model's weights, the conversation, the options, the schema); the hash of that is its `key`. The limits
+on an answer's length are not in it: one that ended by itself is the same under another limit that leaves it room.
 """
 
 import json
+import math
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
-
-from tqdm import tqdm
 
 from data_prep.rows import parse_line
 from workflows.errors import UserError
 from workflows.evaluation.cache import request_key
 from workflows.files import no_room_explained, write_text
-from workflows.ollama.client import ContextFull, ServerGone, installed, rough_tokens, stream_chat
+from workflows.ollama.client import ContextFull, ServerGone, free_slot, installed, rough_tokens, stream_chat
 from workflows.ollama.schema import InvalidAnswer, validated
 from workflows.ollama.server import Endpoint, OllamaServer, probe
 from workflows.ollama.thoughts import Answer, Facts, ThoughtParser, answer_at_once, facts, without_thoughts
+from workflows.progress import Bar
 
 PATIENCE = 120.0
 """Seconds to wait for a server that has gone."""
 _ATTEMPTS = 3
 """How often a question may be in the air when a server goes; then it is taken for the cause."""
+_GOODBYE_SECONDS = 0.5
+"""How long a batch that ends before its time waits for the server to take that in."""
+_LIMITS = ("num_predict", "num_ctx")
+_NOT_IN_KEY = (*_LIMITS, "num_thread")
+"""Options that do not decide what an answer says: its line names the limits it was given."""
 
 Record = dict[str, Any]
 
@@ -60,6 +66,8 @@ class Batch:
     Attributes:
         records: For each question its line as an object; None where it has none yet.
         kept: How many were in the file already.
+        aside: The file beside it for lines of other questions, such as were left out or mended since: they are no part
+            of this batch's results, and still there when they are asked again.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Batch:
         file: Path,
         options: dict[str, Any],
         parallel: int = 1,
+        resume: bool = True,
         patience: float | None = None,
     ) -> None:
         """Read what the file holds.
@@ -81,10 +90,11 @@ class Batch:
             file: Where the answers go, a JSON line each.
             options: Ollama's parameters.
             parallel: Questions in the air at a time.
+            resume: Whether to keep what the file holds; false deletes it.
             patience: Seconds to wait for a server that has gone; `PATIENCE` if None.
 
         Raises:
-            UserError: If the server does not know the model, or the file holds answers to other questions.
+            UserError: If the server does not know the model, or the file holds answers to other questions only.
         """
         self.server, self.model, self.questions, self.file = server, model, questions, file
         self.options, self.parallel = options, parallel
@@ -93,17 +103,60 @@ class Batch:
         # The log of a server does not say which of several questions a line is about.
         quiet = OllamaServer(Endpoint(server.url, server.version))
         self._ask_from = server if parallel == 1 else quiet
+        self._limits = {name: options[name] for name in _LIMITS if name in options}
+        deciding = {name: value for name, value in options.items() if name not in _NOT_IN_KEY}
         digest, seen = installed(server, model).digest, Counter[str]()
         self.keys = []
         for question in questions:
-            key = request_key("ask", digest, question.messages, options, question.schema)
+            key = request_key("ask", digest, question.messages, deciding, question.schema)
             seen[key] += 1  # a file may hold the same question several times
             self.keys.append(key[:32] if seen[key] == 1 else f"{key[:32]}-{seen[key]}")
-        answered = _read_answers(file, set(self.keys))
+        self.aside = file.with_suffix(".others.jsonl")
+        if not resume:
+            file.unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
+        answered, self._others = self._read()
         self.records: list[Record | None] = [answered.get(key) for key in self.keys]
         self.kept = sum(record is not None for record in self.records)
         self._attempts = Counter[int]()
         self._stop = threading.Event()
+
+    def _read(self) -> tuple[dict[str, Record], list[str]]:
+        """The answers in the files by key, but for those that are to be asked again; and the lines of other questions.
+
+        A half-written last line, as a kill leaves behind, is cut off.
+
+        Raises:
+            UserError: If a line is not JSON, or the file holds no line of these questions.
+        """
+        keys, answers, others = set(self.keys), dict[str, Record](), dict[str, None]()
+        for file in (self.aside, self.file):  # what the file says goes before what was laid aside
+            lines, own = _whole_lines(file), 0
+            for number, line in enumerate(lines, start=1):
+                record = parse_line(file, number, line)
+                if not isinstance(record, dict) or record.get("key") not in keys:
+                    others[line.decode() + "\n"] = None
+                    continue
+                own += 1
+                if self._holds(record):
+                    answers[record["key"]] = record
+            if file == self.file and lines and not own:
+                raise UserError(
+                    f"{file} holds no answer to one of these questions by this model with these settings. "
+                    "Move that file away, or begin anew with --resume false."
+                )
+        return answers, list(others)
+
+    def _holds(self, record: Record) -> bool:
+        """Whether this is what the limits of now would give, too."""
+        if "error" in record:
+            return False
+        if all(record.get(name) == self._limits.get(name) for name in _LIMITS):
+            return True
+        written = record.get("eval_count", math.inf)
+        in_all = written + record.get("prompt_eval_count", math.inf)
+        room = [self._limits.get(name, math.inf) for name in _LIMITS]
+        return record.get("done_reason") == "stop" and written <= room[0] and in_all <= room[1]
 
     def run(self) -> list[Record]:
         """Ask what has no answer yet.
@@ -114,41 +167,74 @@ class Batch:
         Raises:
             UserError: If the server is gone and does not come back in time, or refuses a request.
         """
-        with tqdm(total=len(self.questions), initial=self.kept, unit="answer", desc=self.model) as bar:
+        with Bar(total=len(self.questions), initial=self.kept, unit="answer", desc=self.model) as bar:
             while gone := self._round(bar):
                 self._wait(gone)
         finished = [record for record in self.records if record is not None]
+        if self._others:
+            write_text(self.aside, "".join(self._others))
+            print(f"{self.aside}: {len(self._others)} lines of other questions, for when they are asked again")
         write_text(self.file, "".join(map(_line, finished)))  # in the order of the questions
+        if not self._others:
+            self.aside.unlink(missing_ok=True)  # all that it held is in the file now
         return finished
+
+    def require_answers(self, failed: list[Record], source: Path | str) -> None:
+        """Do not go on with questions that have no answer.
+
+        Args:
+            failed: Their records.
+            source: What their `line` is a line of.
+
+        Raises:
+            UserError: If there is one.
+        """
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(self.questions)} questions have no answer; their lines in {self.file} say why, "
+                f"and the same command asks them again. The first, line {failed[0]['line']} of {source}: "
+                f"{failed[0]['error']}"
+            )
 
     def _round(self, bar: Any) -> ServerGone | None:
         """Ask all that is left; ends early if the server goes."""
         self._stop.clear()
         left = [i for i, record in enumerate(self.records) if record is None]
+        shared, outcomes = iter(left), SimpleQueue[tuple[int, Record | Exception]]()
+
+        def work() -> None:
+            for i in shared:  # each thread takes the next
+                try:
+                    outcomes.put((i, self._ask(i)))
+                except Exception as e:
+                    outcomes.put((i, e))
+
         gone: ServerGone | None = None
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with no_room_explained(self.file), open(self.file, "ab") as f, ThreadPoolExecutor(self.parallel) as pool:
-            futures: dict[Future[Record], int] = {pool.submit(self._ask, i): i for i in left}
+        with no_room_explained(self.file), open(self.file, "ab") as f:
             try:
-                for future in as_completed(futures):
-                    i = futures[future]
-                    try:
-                        record = future.result()
-                    except _Stopped:
+                for _ in left[: self.parallel]:
+                    # A daemon, which nobody waits for: at Ctrl-C it may be waiting itself, for a server that is silent.
+                    threading.Thread(target=work, daemon=True).start()
+                for _ in left:
+                    i, record = outcomes.get()
+                    if isinstance(record, _Stopped):
                         continue
-                    except ServerGone as e:
+                    if isinstance(record, ServerGone):
                         self._attempts[i] += 1
-                        gone = e
+                        gone = record
                         if self._attempts[i] < _ATTEMPTS:
                             continue
-                        record = self._record(i, error=str(e))
+                        record = self._record(i, error=str(gone))
+                    if isinstance(record, Exception):
+                        raise record
                     self.records[i] = record
                     f.write(_line(record).encode())
                     f.flush()
                     bar.update()
             except BaseException:  # Ctrl-C, a full disk, a request that is refused: no more is begun
                 self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                free_slot(self.server, self.model, _GOODBYE_SECONDS)
                 raise
         return gone
 
@@ -201,7 +287,7 @@ class Batch:
         )
 
     def _record(self, i: int, **result: Any) -> Record:
-        return {**self.questions[i].about, "model": self.model, **result, "key": self.keys[i]}
+        return {**self.questions[i].about, "model": self.model, **result, **self._limits, "key": self.keys[i]}
 
     def _wait(self, gone: ServerGone) -> None:
         """Wait until the server answers again.
@@ -225,29 +311,11 @@ def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _read_answers(file: Path, keys: set[str]) -> dict[str, Record]:
-    """The answers that a file holds, by key; those with an error are to be asked again.
-
-    A half-written last line, as a kill leaves behind, is cut off.
-
-    Raises:
-        UserError: If a line is no answer, or one to another question or from another model.
-    """
-    if not file.is_file():
-        return {}
-    data = file.read_bytes()
+def _whole_lines(file: Path) -> list[bytes]:
+    """A file's lines; what stands after the last line break is cut off."""
+    data = file.read_bytes() if file.is_file() else b""
     whole = data.rfind(b"\n") + 1
-    answers: dict[str, Record] = {}
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        record = parse_line(file, number, line)
-        if not isinstance(record, dict) or record.get("key") not in keys:
-            raise UserError(
-                f"{file}, line {number}: not an answer to one of these questions by this model with these settings. "
-                "Move that file away, or begin anew with --resume false."
-            )
-        if "error" not in record:
-            answers[record["key"]] = record
     if whole < len(data):
         with open(file, "r+b") as f:
             f.truncate(whole)
-    return answers
+    return data[:whole].splitlines()

@@ -1,6 +1,7 @@
 """Talking to an Ollama server through its Python client, with failures told in one sentence each."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ _CUT = (b'msg="truncating input messages', b'msg="truncating input prompt')
 OURS = "own_language_model.checkpoint_sha256"
 """A key in the header of every GGUF that we write, shown by `/api/show`: a model without it is somebody else's, and is
 never overwritten or deleted by us."""
+FROM_LINE = re.compile(r"^FROM (.+)$", flags=re.MULTILINE)
+"""Where a Modelfile that `/api/show` gives says what the weights are: the first such line; others may be of a text."""
+NOT_TEXT = "What is to be asked is not UTF-8 text. Save the input as UTF-8, or set the terminal to it."
 _ANSWER_SECONDS = 1800.0
 _UNLOAD_SECONDS = 30.0
 
@@ -53,7 +57,7 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
     Raises:
         UnknownModel: If the server does not know the model.
         ServerGone: If it is gone.
-        UserError: If it reports an error.
+        UserError: If it reports an error, or what it is to be sent is no text.
     """
     try:
         yield
@@ -67,6 +71,8 @@ def explained(server: OllamaServer, model: str) -> Iterator[None]:
         if e.status_code in (-1, 500) and ("runner" in reason or "EOF" in reason):
             raise ServerGone(_died(server, reason)) from None
         raise UserError(f"Ollama at {server.url} reports: {reason}{_log_hint(server)}") from None
+    except UnicodeEncodeError:  # Python reads such bytes of a command line or a terminal as halves of characters
+        raise UserError(NOT_TEXT) from None
     except json.JSONDecodeError as e:
         raise ServerGone(_died(server, f"a cut line: {e.msg}")) from None
     except httpx.TimeoutException:
@@ -113,20 +119,25 @@ def stream_chat(
                 yield part
         except (GeneratorExit, KeyboardInterrupt, ContextFull):
             if not done:
-                _free_slot(server, model)
+                free_slot(server, model)
             raise
     if not done:
         raise ServerGone(_died(server, "the answer stops in the middle"))
 
 
-def _free_slot(server: OllamaServer, model: str) -> None:
+def free_slot(server: OllamaServer, model: str, seconds: float = _UNLOAD_SECONDS) -> None:
     """Unload a model whose answer was left in the middle; the next question loads it again.
 
     A client that hangs up while the server has a piece in hand makes it wait for ever for somebody to take that piece,
     and with it the model's slot (Ollama issue 17131): every later question would wait too. A new runner has a new slot.
+
+    Args:
+        server: The server.
+        model: The model's name.
+        seconds: How long to wait for its answer; it unloads the model all the same.
     """
     with suppress(ollama.ResponseError, ConnectionError, httpx.HTTPError):  # a server that is gone has no slots
-        connect(server, _UNLOAD_SECONDS).generate(model, keep_alive=0)
+        connect(server, seconds).generate(model, keep_alive=0)
 
 
 def _logged_cut(log: Path, mark: int) -> bool:
@@ -177,35 +188,49 @@ def installed(server: OllamaServer, model: str) -> ollama.ListResponse.Model:
         raise ollama.ResponseError("not found", 404)
 
 
-def owner_sha256(server: OllamaServer, name: str, made_from: str | None = None) -> str | None:
-    """The fingerprint of the checkpoint that a model of ours was made from.
+def owner_sha256(server: OllamaServer, name: str) -> str | None:
+    """The fingerprint of the checkpoint that a model was made from; None if it is absent or not marked as ours."""
+    return _mark(_shown(server, name))
+
+
+def require_ours(server: OllamaServer, name: str, made_from: str | None = None) -> None:
+    """Do not touch what is somebody else's.
 
     Args:
         server: The server.
-        name: The model's name.
+        name: The name that a model of ours is to have.
         made_from: What a model without our mark must be made from to be taken for ours: the SHA-256 of its GGUF file,
             or the name of the model that it is a copy of.
 
-    Returns:
-        None if there is no model of that name.
-
     Raises:
-        UserError: If there is one that this project did not make.
+        UserError: If there is a model of that name that this project did not make.
     """
+    shown = _shown(server, name)
+    if shown is None or _mark(shown) is not None:
+        return
+    parent = shown.details.parent_model if shown.details else None
+    weights = FROM_LINE.search(shown.modelfile or "")
+    if made_from and (
+        parent in (made_from, f"{made_from}:latest") or (weights and weights[1].endswith(f"/sha256-{made_from}"))
+    ):
+        return
+    raise UserError(
+        f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
+        "Choose another name with --name."
+    )
+
+
+def _shown(server: OllamaServer, name: str) -> ollama.ShowResponse | None:
     try:
         with explained(server, name):
-            shown = connect(server).show(name)
+            return connect(server).show(name)
     except UnknownModel:
         return None
-    info, parent = shown.modelinfo or {}, shown.details.parent_model if shown.details else None
-    if made_from and (made_from == parent or made_from in (shown.modelfile or "")):
-        return made_from
-    if not isinstance(info.get(OURS), str):
-        raise UserError(
-            f"Ollama already has a model {name!r} that this project did not make, and it is left alone. "
-            "Choose another name with --name."
-        )
-    return info[OURS]
+
+
+def _mark(shown: ollama.ShowResponse | None) -> str | None:
+    mark = ((shown and shown.modelinfo) or {}).get(OURS)
+    return mark if isinstance(mark, str) else None
 
 
 def create_model(
@@ -224,12 +249,12 @@ def create_model(
         gguf: The weights, with our mark in the header or `made_from`.
         modelfile: All else.
         quantize: A type that Ollama converts the weights to.
-        made_from: As in `owner_sha256`.
+        made_from: As in `require_ours`.
 
     Raises:
         UserError: If a model of that name is not ours, or the server fails.
     """
-    owner_sha256(server, name, made_from)
+    require_ours(server, name, made_from)
     client = connect(server)
     with explained(server, name):
         digest = client.create_blob(gguf)
