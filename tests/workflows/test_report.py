@@ -218,6 +218,7 @@ def test_a_run_that_goes_on_has_a_report_too(out, tmp_path):
     assert main(["report", "--runs", "[new]", "--out_dir", str(tmp_path)]) == 0
     text = Tags((tmp_path / "new" / "report.html").read_text()).text
     assert "stopped" in text and "Not exported yet" in text and "No stage was asked" in text
+    assert "Settings" not in text
 
 
 def test_values_that_are_no_numbers_are_gaps(tmp_path):
@@ -408,15 +409,17 @@ def test_dragging_zooms_the_charts_of_a_step_and_no_others(browser, page):
 
 def test_a_gap_parts_a_curve_and_its_mean(browser, tmp_path):
     (step := tmp_path / "odd" / "dpo").mkdir(parents=True)
-    rows = (f"{n},{'nan' if n == 40 else n / 80}\n" for n in range(1, 81))
-    (step / "metrics.csv").write_text("".join(["step,kl\n", *rows]))
+    rows = (f"{n},{'nan' if n == 40 else n / 80},1.7e9\n" for n in range(1, 81))
+    (step / "metrics.csv").write_text("".join(["step,kl,peak_bytes\n", *rows]))
     main(["report", "--runs", "[odd]", "--out_dir", str(tmp_path)])
     shown = opened(browser, tmp_path / "odd" / "report.html")
     title = shown.evaluate("document.querySelector('figcaption').textContent")
     assert title == "KL to the referencenatsgaps: 1 infinite or not a number"
-    assert shown.evaluate("document.querySelectorAll('path.js-line').length") == 4  # two parts of each
+    assert shown.evaluate("document.querySelector('.plot').querySelectorAll('path.js-line').length") == 4
     mean = shown.evaluate("document.querySelector('.plot').data[1].y")
     assert mean[39] is None and mean[38] == pytest.approx((37 + 38 + 39 + 41) / 4 / 80)
+    flat = shown.evaluate("document.querySelectorAll('.plot')[1].data.map((drawn) => drawn.y)")
+    assert flat[0] == flat[1]  # what does not change is drawn so, without rounding errors
     assert shown.complaints == []
     shown.context.close()
 
@@ -433,12 +436,22 @@ def test_charts_follow_when_the_system_turns_dark(browser, page):
 
 
 def test_runs_side_by_side_have_colours_of_their_own(browser, out):
-    main(["report", "--runs", "[tiny,again]", "--out_dir", str(out)])
-    shown = opened(browser, out / "report-tiny-again.html", 390, touch=True)
+    main(["report", "--runs", "[again,tiny]", "--out_dir", str(out)])
+    shown = opened(browser, out / "report-again-tiny.html", 390, touch=True)
     of = "([where, what]) => [...document.querySelectorAll(where)].map(e => getComputedStyle(e)[what])"
     names = shown.evaluate(of, ["h1 .key", "backgroundColor"])
     drawn = shown.evaluate(of, ["figure[data-chart='0,0'] path.js-line", "stroke"])
     assert len(set(names)) == 2 and set(drawn) == set(names)
+    assert shown.evaluate(of, ["#scores .run .key", "backgroundColor"]) == names[1:]  # the other one has no scores
+    assert shown.evaluate(of, ["figure[data-score='0'] figcaption .dots", "backgroundColor"]) == names[1:]
+    kinds = "[...document.querySelector('.plot').data].map(({ name, line }) => [name, line.dash])"
+    assert shown.evaluate(kinds) == [
+        [f"{run}, {name}", dash]
+        for run in ("again", "tiny")
+        for name, dash in (("training", "solid"), ("validation", "dot"))
+    ]
+    titles = shown.evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent)")
+    assert titles[0] == "Lossagaintinytrainingvalidation"
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
     assert shown.complaints == []
     shown.context.close()

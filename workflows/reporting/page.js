@@ -54,18 +54,19 @@ function legend(head, title, unit, entries) {
     const label = element(head, "span");
     const key = element(label, "i", "", entry.dots ? "dots" : "");
     if (entry.dots) key.style.background = entry.colour;
-    else key.style.borderTopColor = entry.colour;
+    else key.style.borderTop = `2px ${entry.line ?? "solid"} ${entry.colour}`;
     label.append(entry.name);
   }
 }
 
-// The mean of each point and its neighbours, half a window to either side; gaps stay.
+// The mean of each point and its neighbours, half a window to either side; gaps stay. Summed as differences from the
+// point, so that the mean of what never changes is exactly that, and the axis does not show rounding errors.
 function running(values) {
   const half = Math.max(2, Math.round(values.length / 40));
   return values.map((value, i) => {
     if (value === null) return null;
     const near = values.slice(Math.max(0, i - half), i + half + 1).filter((other) => other !== null);
-    return near.reduce((sum, other) => sum + other, 0) / near.length;
+    return value + near.reduce((sum, other) => sum + (other - value), 0) / near.length;
   });
 }
 
@@ -78,14 +79,28 @@ function curves(series, number, chart) {
   ];
 }
 
+// Of several runs each has a colour, and what a chart shows of each a kind of line: CSS's name for it, and plotly's.
+const lines = [["solid", "solid"], ["dotted", "dot"], ["dashed", "dash"]];
+const namesIn = (chart) => [...new Set(chart.series.map((series) => series.name))];
+
+// What stands beside a chart's title: its curves; of several runs the runs, then the kinds of lines.
+function entriesOf(chart) {
+  const names = namesIn(chart);
+  if (!several) return names.length > 1 ? chart.series.map((s, i) => ({ name: s.name, colour: colour(i), dots: s.sparse })) : [];
+  const runs = data.runs.filter((run) => chart.series.some((s) => s.run === run));
+  return [
+    ...runs.map((run) => ({ name: run, colour: colour(data.runs.indexOf(run)), dots: true })),
+    ...(names.length > 1 ? names.map((name, i) => ({ name, line: lines[i][0], colour: css("--soft") })) : []),
+  ];
+}
+
 function curve(series, number, chart) {
-  // One run: a colour for each column. Several: a colour for each run, and dots for what is measured now and then.
   const paint = colour(several ? data.runs.indexOf(series.run) : number);
   const marks = series.sparse || series.x.length < 3;
   return {
     x: series.x, y: series.y, type: "scatter", mode: marks ? "lines+markers" : "lines",
     name: several ? `${series.run}, ${series.name}` : series.name,
-    line: { color: paint, width: series.sparse ? 2 : 1.6, dash: several && series.sparse ? "dot" : "solid" },
+    line: { color: paint, width: series.sparse ? 2 : 1.6, dash: several ? lines[namesIn(chart).indexOf(series.name)][1] : "solid" },
     marker: { color: paint, size: 6 }, opacity: series.sparse || chart.series.length === 1 ? 1 : 0.85,
     hovertemplate: `%{y:.4~g} ${chart.unit}`,
   };
@@ -117,9 +132,7 @@ function drawCurves(figure) {
   const [group, number] = figure.dataset.chart.split(",").map(Number);
   const chart = data.groups[group].charts[number];
   const caption = (head) => {
-    legend(head, chart.title, chart.unit, several
-      ? data.runs.filter((run) => chart.series.some((s) => s.run === run)).map((run) => ({ name: run, colour: colour(data.runs.indexOf(run)) }))
-      : chart.series.length > 1 ? chart.series.map((s, i) => ({ name: s.name, colour: colour(i), dots: s.sparse })) : []);
+    legend(head, chart.title, chart.unit, entriesOf(chart));
     if (chart.gaps) element(head, "span", `gaps: ${chart.gaps} infinite or not a number`);
   };
   const plot = draw(figure, caption,
@@ -131,16 +144,18 @@ function drawCurves(figure) {
 function drawScores(figure) {
   const chart = data.scores[Number(figure.dataset.score)];
   const stages = [...chart.stages].reverse();
+  const runs = data.runs.filter((run) => chart.points.some((point) => point.run === run));
+  const paint = (run) => colour(data.runs.indexOf(run));
   const height = Math.max(120, (coarse ? 78 : 54) + 30 * stages.length * (several ? 1.3 : 1));
   const caption = (head) => legend(head, `${chart.task}, ${chart.metric}`, chart.unit, several
-    ? data.runs.map((run, i) => ({ name: run, colour: colour(i), dots: true })) : []);
-  const traces = () => data.runs.map((run, i) => {
+    ? runs.map((run) => ({ name: run, colour: paint(run), dots: true })) : []);
+  const traces = () => runs.map((run, i) => {
     const points = chart.points.filter((point) => point.run === run);
-    const shift = several ? ((data.runs.length - 1) / 2 - i) * (0.5 / data.runs.length) : 0;
+    const shift = ((runs.length - 1) / 2 - i) * (0.5 / runs.length);
     return {
       x: points.map((p) => p.value), y: points.map((p) => stages.indexOf(p.stage) + shift), type: "scatter", mode: "markers",
-      marker: { color: colour(i), size: 9 }, name: run, text: points.map((p) => p.stage),
-      error_x: { array: points.map((p) => p.margin ?? 0), color: colour(i), thickness: 1.6, width: 0 },
+      marker: { color: paint(run), size: 9 }, name: run, text: points.map((p) => p.stage),
+      error_x: { array: points.map((p) => p.margin ?? 0), color: paint(run), thickness: 1.6, width: 0 },
       customdata: points.map((p) => p.margin === null ? "" : ` ± ${p.margin.toFixed(1)}`),
       hovertemplate: `%{text}: %{x:.1f}%{customdata} ${chart.unit}<extra>${several ? "%{fullData.name}" : ""}</extra>`,
     };
