@@ -100,7 +100,7 @@ def test_what_is_no_size_is_told(text: str):
         ([], "Name the step to plan"),
         (["chat"], "There is no plan for 'chat'"),
         (["loar"], "There is no plan for 'loar'. Did you mean lora?"),
-        (["lora", "--checkpoint_dir", "smollm2-135", "--read_data", "false"], "near are: smollm2-135m"),
+        (["lora", "--checkpoint_dir", "smollm2-135", "--read_data", "false"], "Did you mean smollm2-135m"),
         (["lora", "--checkpoint_dir", "smollm2-135m", "--memory", "much"], "must be a size"),
         (["lora", "--checkpoint_dir", "smollm2-135m", "--tflops", "-1"], "--tflops must be positive"),
         (["lora", "--checkpoint_dir", "smollm2-135m", "--devices", "many"], "--devices must be a number or auto"),

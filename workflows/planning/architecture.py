@@ -4,7 +4,6 @@ The configuration is that of a checkpoint directory or, where there is none yet,
 `checkpoints/registry.yaml`, a Hub id, or a name that LitGPT knows.
 """
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from workflows.checkpoint import is_tied, load_config
 from workflows.download import registry
-from workflows.errors import UserError, first_line
+from workflows.errors import UserError, did_you_mean, first_line
 from workflows.files import read_json
 from workflows.training.model import GPT, LoRAArgs
 
@@ -124,14 +123,10 @@ def find_architecture(checkpoint: Path | str, lora: LoRAArgs | None = None) -> A
         entry["litgpt"] if entry and "litgpt" in entry else (entry["hub_id"] if entry else name).split("/")[-1]
     )
     if litgpt_name not in litgpt.config.name_to_config:
-        near = difflib.get_close_matches(
-            name.split("/")[-1], [*registry(), *litgpt.config.name_to_config], n=3, cutoff=0.5
-        )
+        near = did_you_mean(name.split("/")[-1], [*registry(), *litgpt.config.name_to_config], cutoff=0.5)
         raise UserError(
             f"There is no checkpoint at {name}, and neither checkpoints/registry.yaml nor LitGPT knows a model of that "
-            "name"
-            + (f"; near are: {', '.join(near)}" if near else "")
-            + ". A downloaded model is planned by its folder."
+            f"name.{near} A downloaded model is planned by its folder."
         )
     config = litgpt.lora.Config.from_name(litgpt_name, **lora.config_fields())
     stored_type = torch.float32 if entry and entry["hub_id"] == "embedded" else torch.bfloat16
