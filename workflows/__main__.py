@@ -220,9 +220,8 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
     if not args or args[0] in ("-h", "--help"):
         print(usage(steps, program))
         return 0 if args else 2
-    if other := [
-        ascii(arg) for arg in args if arg != arg.encode(errors="ignore").decode()
-    ]:  # surrogates stand for bytes
+    # surrogates stand for bytes
+    if other := [ascii(arg) for arg in args if arg != arg.encode(errors="ignore").decode()]:
         print(
             f"error: not UTF-8 text: {', '.join(other)}. Set the terminal to UTF-8, or rename the file.",
             file=sys.stderr,

@@ -263,7 +263,7 @@ def test_a_run_that_is_not_there_is_one_message(out, capsys, runs, told):
     [
         ("lora/metrics.csv", "step,loss\nx,1\n", "is not a log of training steps"),
         ("lora/metrics.csv", "step,loss\nnan,1\n", "is not a log of training steps"),
-        ("lora/final/metrics.json", '{"metrics": [], "seconds": 1e999}', "(seconds: input should be a finite number)"),
+        ("lora/final/metrics.json", '{"metrics": [], "seconds": 1e999}', ": not valid JSON (it has no 1e999)"),
         ("lora/final/provenance.json", '{"sources": {}, "versions": {}, "files": {}}', "(settings: field required)"),
         ("grpo/completions.jsonl", "nonsense\n", ", line 1: not valid JSON"),
         ("grpo/completions.jsonl", "{}\n", ", line 1 is not what a step writes (step: field required)"),

@@ -228,6 +228,7 @@ def test_what_cannot_be_is_told(data, tiny_t5, tmp_path):
 
 
 def test_its_environment_is_built_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(autotrain, "ROOM", 0)
     home, wheel = tmp_path / "home", tmp_path / "punkt.zip"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english/starters.txt", "the")
@@ -265,6 +266,7 @@ def test_its_environment_is_built_once(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes that their parent has ended")
 def test_what_autotrain_starts_ends_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(autotrain, "ROOM", 0)  # nothing large is installed
     home, wheel = tmp_path / "home", tmp_path / "punkt.zip"
     zipfile.ZipFile(wheel, "w").close()
     monkeypatch.setattr(autotrain, "open_wheel", lambda *_: zipfile.ZipFile(wheel))
