@@ -8,6 +8,7 @@ questions without an answer).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,23 @@ class SpanModel(nn.Module):
         """-log p(first token) - log p(last token), halved; the mean over the batch."""
         first, last = self(batch)  # (B, T) each
         return (F.cross_entropy(first, batch.spans[:, 0]) + F.cross_entropy(last, batch.spans[:, 1])) / 2
+
+
+@torch.no_grad()
+def begin_by_matching(encoder: Encoder) -> None:
+    """Let the first layer begin with an eye on equal tokens: those of a question and of its context find each other.
+
+    Queries and keys begin as the same random projection, and tokens weigh more than their places, so a token's score is
+    highest with its like, by some e^6 to any other. An answer stands where the words of its question are, and some
+    thousand questions are few to find that out from.
+
+    Args:
+        encoder: An untrained one.
+    """
+    attention: Any = encoder.layers[0].attention
+    torch.nn.init.normal_(attention.k.weight, std=encoder.config.width**-0.5)  # keys of the size of what is read
+    attention.q.weight.copy_(1.5 * attention.k.weight)  # (width, width)
+    encoder.tokens.weight.mul_(3.0)  # (vocabulary, width)
 
 
 def best_span(first: Tensor, last: Tensor, most: int) -> tuple[float, int, int]:

@@ -33,7 +33,7 @@ from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import LengthBatches, drawn
 from custom_models.projects.vocabulary import END, PAD, START, learn_vocabulary
-from custom_models.span_model import SpanBatch, SpanModel, batch_spans, best_span, stretches
+from custom_models.span_model import SpanBatch, SpanModel, batch_spans, begin_by_matching, best_span, stretches
 from custom_models.weights import fill
 from data_prep.rows import Row, read_rows
 from workflows.checkpoint import metric, share_metric, versions, write_metrics
@@ -330,7 +330,13 @@ def _reader_and_maker(
         config = shape.config(
             n_segment=2, pad_id=pad, norm_first=True, embedding_norm=False, pooler=False, norm_eps=1e-5
         )
-        return Reader(tokenizer, (start, end), shape.n_position), lambda: Encoder(config)
+
+        def untrained() -> Encoder:
+            encoder = Encoder(config)
+            begin_by_matching(encoder)
+            return encoder
+
+        return Reader(tokenizer, (start, end), shape.n_position), untrained
     directory = encoder_directory(encoder)
     tokenizer = tokenizer_of(directory)
     longest = load_encoder(directory).config.n_position

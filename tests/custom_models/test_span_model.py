@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from custom_models.encoder import Encoder, bert, distilbert
 from custom_models.encoder_checkpoint import split_names
-from custom_models.span_model import SpanModel, batch_spans, best_span, stretches
+from custom_models.span_model import SpanModel, batch_spans, begin_by_matching, best_span, stretches
 from custom_models.weights import fill
 from workflows.errors import UserError
 
@@ -100,3 +100,18 @@ def test_the_best_span_is_the_best_of_all_that_are_short_enough():
         every = {(i, j): float(first[i] + last[j]) for i in range(4, 12) for j in range(i, min(i + 3, 12))}
         assert (a, b) == max(every, key=every.__getitem__)
         assert score == pytest.approx(every[a, b] - float(first[0] + last[0]), abs=1e-5)
+
+
+def test_an_encoder_can_begin_by_looking_at_equal_tokens():
+    torch.manual_seed(0)
+    encoder = Encoder(bert(60, **(SHAPE | {"width": 128, "n_head": 4}), pooler=False)).eval()
+    ids = torch.randperm(56)[:20].repeat(2)[None] + 3  # (1, 40), each token twice
+    equal = ids[:, :, None] == ids[:, None, :]  # (1, 40, 40)
+
+    def on_equals() -> float:
+        _, weights = encoder.layers[0].attention(encoder.embed(ids), return_weights=True)  # (1, heads, 40, 40)
+        return float((weights.mean(dim=1) * equal).sum(dim=-1).mean())
+
+    before = on_equals()
+    begin_by_matching(encoder)
+    assert before < 0.1 and on_equals() > 0.8
