@@ -98,9 +98,9 @@ def small_data(source: Path, target: Path) -> Path:
     with atomic_dir(target) as folder:
         for split in ("train", "validation", "test"):
             rows: list[Any] = [row for _, row in iterate_jsonl(source / f"{split}.jsonl")]
-            write_rows(
-                folder / f"{split}.jsonl", [row for row in rows if source.name != "hpo" or row["kind"] == "name"][:ROWS]
-            )
+            if source.name == "hpo":
+                rows = [row for row in rows if row["kind"] == "name"]
+            write_rows(folder / f"{split}.jsonl", rows[:ROWS])
         write_json(folder / "manifest.json", read_json(source / "manifest.json"))
     return target
 

@@ -11,7 +11,6 @@ Each ends as a model NAME with the sampling and the context of the recipe.
 import dataclasses
 import inspect
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from workflows.files import sha256, write_json, write_text
 from workflows.gguf_reader import read_gguf
 from workflows.ollama.client import UnknownModel, connect, create_model, explained, installed, require_ours
 from workflows.ollama.modelfile import make_modelfile
-from workflows.ollama.options import chosen, option_problems
+from workflows.ollama.options import MODEL_NAME, chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import check_conversations
 from workflows.plan import require_room
@@ -37,7 +36,6 @@ from workflows.training.model import Precision
 
 TAGS = ("1.5b", "7b", "8b", "14b", "32b", "70b", "671b")
 """Sizes of deepseek-r1 in Ollama's registry (its library page), to suggest names with."""
-_OLLAMA_NAME = re.compile(r"[\w.-]+(/[\w.-]+)*(:[\w.-]+)?")
 
 
 def setup(
@@ -156,7 +154,7 @@ def pull(server: OllamaServer, model: str) -> None:
     Raises:
         UserError: If there is no such model, or the registry cannot be reached.
     """
-    if not _OLLAMA_NAME.fullmatch(model):
+    if not MODEL_NAME.fullmatch(model):
         raise UserError(f"{model!r} is no name of a model.{_known_models(server, model)}")
     try:
         print(f"{installed(server, model).model} is there already")

@@ -12,7 +12,8 @@ _RANGES = {
     "num_ctx": (64, 10**7),
     "num_thread": (1, 4096),
 }
-_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(:[\w.-]+)?")
+MODEL_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(:[\w.-]+)?")
+"""What Ollama can call a model: perhaps a host and an owner, the name, perhaps a tag."""
 
 
 def chosen(**options: Any) -> dict[str, Any]:
@@ -40,6 +41,6 @@ def option_problems(
         found.append(f"--port must be between 1 and 65535, not {port}.")
     if model is not None and not (model.strip() and model.isprintable()):
         found.append(f"--model {model!r} is no name of a model.")
-    if name is not None and not _NAME.fullmatch(name):
+    if name is not None and not MODEL_NAME.fullmatch(name):
         found.append(f"--name {name!r}: a model's name has letters, digits, '.', '_', '-', and perhaps a :tag.")
     return found
