@@ -156,7 +156,7 @@ TRAINING  := lora dpo reward ppo grpo
 PROJECTS  := sentiment pretrain distill predict attention-map gpt gpt-sample gpt-dpo expert-load lora-scratch \
   pretrain-t5 ner ner-predict ner-autotrain summarize qa answer translate translate-text
 TAKE_ARGS := download data $(TRAINING) merge evaluate evaluate-ollama export chat ask deepseek report status shrink teach distill-lm \
-  plan test test-fast test-slow soak \
+  plan test test-fast test-slow test-gpu soak \
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
@@ -198,7 +198,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-fast test-slow soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
+.PHONY: help setup demo test test-fast test-slow test-gpu soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
   ask deepseek evaluate-ollama report status shrink teach distill-lm plan $(PROJECTS) clean FORCE
 
 help:  ## list the targets
@@ -384,6 +384,9 @@ test-fast: $(INSTALLED)  ## most of the tests, in a minute: no checkpoint, no Ol
 
 test-slow: $(INSTALLED)  ## the long tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: $(INSTALLED)  ## what only a machine with an NVIDIA GPU can run
+	WORKFLOW_TEST_GPU=1 $(PY) -m pytest -m gpu $(ARGS)
 
 soak: $(INSTALLED)  ## kill the steps 100 times at random moments, and print what became of that
 	$(PY) -m tests.kills $(ARGS)

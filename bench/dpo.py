@@ -5,7 +5,6 @@ second of one epoch, the reference's log-probabilities included: ours computes t
 """
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, tell, write_report
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError, run_file
 from workflows.training.answers import encode_answers
 from workflows.training.batch import Tree
 
-BATCH = 8
 RATE = 2e-4
 BETA = 0.1
 Contender = Literal["ours", "trl"]
@@ -32,6 +30,7 @@ def setup(
     data: Path = Path("data/hpo_pairs"),
     pairs: int = 96,
     max_seq_length: int = 512,
+    batch: int = 8,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true"],  # noqa: B006
     row_tokens: int = 384,
@@ -43,28 +42,29 @@ def setup(
     Args:
         checkpoint_dir: The model.
         data: A data directory of pairs; the first ones of its training split are taken, sorted by length.
-        pairs: How many, a multiple of eight; one epoch is one run.
+        pairs: How many, a multiple of --batch; one epoch is one run.
         max_seq_length: Longest prompt with an answer in tokens.
+        batch: Pairs of an optimizer step.
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
         row_tokens: Capacity of our packed rows: 1,024 is a quarter faster and takes 0.3 GB more.
         trl_micro_batch: Pairs that TRL computes at once; gradients add up to the batch.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
-    if pairs % BATCH or BATCH % trl_micro_batch:
-        raise UserError(f"--pairs must be a multiple of {BATCH}, and {BATCH} one of --trl_micro_batch.")
+    if pairs % batch or batch % trl_micro_batch:
+        raise UserError(f"--pairs must be a multiple of --batch {batch}, and that one of --trl_micro_batch.")
     if contender is not None:
         trees = choose_pairs(checkpoint_dir, data, pairs, max_seq_length)
         with contextlib.redirect_stdout(sys.stderr):
             if contender == "ours":
-                seconds, loss = run_ours(checkpoint_dir, trees, precisions[0], max_seq_length, row_tokens)
+                seconds, loss = run_ours(checkpoint_dir, trees, precisions[0], max_seq_length, batch, row_tokens)
             else:
-                seconds, loss = run_trl(checkpoint_dir, trees, precisions[0], max_seq_length, trl_micro_batch)
-        print(json.dumps({"rate": len(trees) / seconds, "loss": loss}))
+                seconds, loss = run_trl(checkpoint_dir, trees, precisions[0], max_seq_length, batch, trl_micro_batch)
+        tell(rate=len(trees) / seconds, loss=loss)
         return
     hf_directory(checkpoint_dir)
     settings = {
-        "pairs": pairs, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": data.name,
+        "pairs": pairs, "max_seq_length": max_seq_length, "batch": batch, "rounds": rounds, "data": data.name,
         "beta": BETA, "row_tokens": row_tokens, "trl_micro_batch": trl_micro_batch,
     }  # fmt: skip
     reports: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def setup(
         arguments = [
             f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--pairs={pairs}",
             f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]", f"--row_tokens={row_tokens}",
-            f"--trl_micro_batch={trl_micro_batch}",
+            f"--trl_micro_batch={trl_micro_batch}", f"--batch={batch}",
         ]  # fmt: skip
         runs = alternate("bench.dpo", ["ours", "trl"], arguments, rounds)
         losses = {name: rounds_[0]["loss"] for name, rounds_ in runs.items()}
@@ -92,7 +92,7 @@ def choose_pairs(checkpoint_dir: Path, data: Path, pairs: int, max_seq_length: i
 
 
 def run_ours(
-    checkpoint_dir: Path, trees: list[Tree], precision: Any, max_seq_length: int, row_tokens: int
+    checkpoint_dir: Path, trees: list[Tree], precision: Any, max_seq_length: int, batch: int, row_tokens: int
 ) -> tuple[float, float]:
     """Our loop. Returns seconds of reference and training, and the mean loss of the steps."""
     from workflows.training.loop import TrainArgs, fit
@@ -107,11 +107,11 @@ def run_ours(
             reference.append(time.perf_counter() - began)
 
         def batches(self, step: int, rank: int, world_size: int) -> list[PairBatch]:
-            return self._packed(range(step * BATCH, (step + 1) * BATCH))
+            return self._packed(range(step * batch, (step + 1) * batch))
 
     reference: list[float] = []
     train = TrainArgs(
-        max_steps=len(trees) // BATCH, global_batch_size=BATCH, row_tokens=row_tokens, max_seq_length=max_seq_length,
+        max_steps=len(trees) // batch, global_batch_size=batch, row_tokens=row_tokens, max_seq_length=max_seq_length,
         learning_rate=RATE, lr_warmup_steps=0, lr_schedule="constant", max_norm=None,
         eval_interval=10**9, save_interval=10**9,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def run_ours(
 
 
 def run_trl(
-    checkpoint_dir: Path, trees: list[Tree], precision: Any, max_seq_length: int, micro_batch: int
+    checkpoint_dir: Path, trees: list[Tree], precision: Any, max_seq_length: int, batch: int, micro_batch: int
 ) -> tuple[float, float]:
     """TRL's DPOTrainer with PEFT, on the exported weights; likewise."""
     import datasets
@@ -158,7 +158,7 @@ def run_trl(
     with TemporaryDirectory() as out:
         config = DPOConfig(
             output_dir=out, num_train_epochs=1, learning_rate=RATE, beta=BETA,
-            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=BATCH // micro_batch,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=batch // micro_batch,
             lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, logging_steps=1, report_to=[],
             save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
             max_length=max_seq_length, disable_tqdm=True,

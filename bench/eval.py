@@ -5,13 +5,12 @@ evaluation, without loading. In float32 the accuracies must be equal and the log
 """
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.harness import alternate, by_precision, hf_directory, report, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, tell, write_report
 from workflows.errors import UserError, run_file
 
 TASK = "hpo_mcq"
@@ -42,7 +41,7 @@ def setup(
     if contender is not None:
         with contextlib.redirect_stdout(sys.stderr):
             measured = score(contender, checkpoint_dir, data_dir, questions, precisions[0], hf_batch_size)
-        print(json.dumps(measured))
+        tell(**measured)
         return
     hf_directory(checkpoint_dir)
     settings = {"task": TASK, "questions": questions, "rounds": rounds, "hf_batch_size": hf_batch_size}
@@ -73,6 +72,7 @@ def score(
     from workflows.chat_template import ChatTemplate
     from workflows.evaluate import quiet_lm_eval
     from workflows.evaluation.tasks import load_tasks
+    from workflows.training.processes import choose_accelerator
 
     quiet_lm_eval()
     template = ChatTemplate.from_checkpoint(checkpoint_dir)
@@ -80,12 +80,17 @@ def score(
     if contender == "ours":
         from workflows.evaluation.lm import LitGPTLM, load_for_evaluation
 
-        model = LitGPTLM(load_for_evaluation(checkpoint_dir, precision), template, progress=False)
+        model = LitGPTLM(load_for_evaluation(checkpoint_dir, precision, choose_accelerator()), template, progress=False)
     else:
         from lm_eval.models.huggingface import HFLM
 
         dtype = "bfloat16" if precision == "bf16-true" else "float32"
-        model = HFLM(pretrained=str(hf_directory(checkpoint_dir)), device="cpu", dtype=dtype, batch_size=hf_batch_size)
+        model = HFLM(
+            pretrained=str(hf_directory(checkpoint_dir)),
+            device=choose_accelerator(),
+            dtype=dtype,
+            batch_size=hf_batch_size,
+        )
     tasks = load_tasks([TASK], data_dir, template)
     began = time.perf_counter()
     results = simple_evaluate(

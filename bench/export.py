@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import REPORTS, alternate, report, spread, write_report
+from bench.harness import REPORTS, alternate, report, spread, tell, write_report
 from workflows.errors import UserError, run_file
 
 LIMIT_BYTES = 1_500_000_000
@@ -49,7 +49,7 @@ def setup(
     if contender is not None:
         with contextlib.redirect_stdout(sys.stderr):
             measured = export_once(contender)
-        print(json.dumps(measured))
+        tell(**measured)
         return
     large = random_checkpoint(checkpoint_dir, REPORTS / "llama-1b-shape", SHAPE_1B)
     sizes = {"135m": checkpoint_dir, "1b": large}

@@ -6,7 +6,6 @@ reference's log-probabilities and the update.
 """
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, tell, write_report
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError, run_file
 from workflows.training.questions import read_questions
@@ -36,6 +35,7 @@ def setup(
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true"],  # noqa: B006
     row_tokens: int = 2048,
+    sampling_batch: int = 64,
     trl_micro_batch: int = 8,
     contender: Contender | None = None,
 ) -> None:
@@ -51,6 +51,7 @@ def setup(
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
         row_tokens: Capacity of our packed rows.
+        sampling_batch: Answers that ours samples side by side; TRL samples all of a step at once.
         trl_micro_batch: Answers that TRL's update computes at once; gradients add up to the step's.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
@@ -63,15 +64,18 @@ def setup(
         with contextlib.redirect_stdout(sys.stderr):
             options = (steps, prompts, group_size, max_new_tokens)
             if contender == "ours":
-                seconds, reward = run_ours(checkpoint_dir, rows, rewards, precisions[0], row_tokens, *options)
+                seconds, reward = run_ours(
+                    checkpoint_dir, rows, rewards, precisions[0], row_tokens, sampling_batch, *options
+                )
             else:
                 seconds, reward = run_trl(checkpoint_dir, rows, precisions[0], trl_micro_batch, *options)
-        print(json.dumps({"rate": 60 * steps / seconds, "loss": reward}))
+        tell(rate=60 * steps / seconds, loss=reward)
         return
     hf_directory(checkpoint_dir)
     settings = {
         "steps": steps, "prompts": prompts, "group_size": group_size, "max_new_tokens": max_new_tokens,
-        "rounds": rounds, "data": data.name, "beta": BETA, "row_tokens": row_tokens, "trl_micro_batch": trl_micro_batch,
+        "rounds": rounds, "data": data.name, "beta": BETA, "row_tokens": row_tokens, "sampling_batch": sampling_batch,
+        "trl_micro_batch": trl_micro_batch,
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for precision in precisions:
@@ -99,6 +103,7 @@ def run_ours(
     rewards: Rewards,
     precision: Any,
     row_tokens: int,
+    sampling_batch: int,
     steps: int,
     prompts: int,
     group_size: int,
@@ -123,7 +128,8 @@ def run_ours(
         def batches(self, step: int, rank: int, world_size: int) -> Any:
             stamps.append(time.perf_counter())
             draws = self._draws(prompts * group_size, step)
-            found = self._sampled(questions[step * prompts : (step + 1) * prompts], step, draws)
+            with self._whole(self._model):
+                found = self._sampled(questions[step * prompts : (step + 1) * prompts], step, draws)
             given.append(self.step_metrics()["reward"])
             return found
 
@@ -133,7 +139,9 @@ def run_ours(
     )  # fmt: skip
     torch.manual_seed(0)
     model = load_model(checkpoint_dir, LoRAArgs(), precision, 1024)
-    settings = GroupSettings(group_size=group_size, max_new_tokens=max_new_tokens, beta=BETA)
+    settings = GroupSettings(
+        group_size=group_size, max_new_tokens=max_new_tokens, beta=BETA, sampling_batch=sampling_batch
+    )
     objective = InOrder(questions, questions[:1], template, rewards, train, 0, settings)
 
     def ended(model: Any) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What every bench shares: contenders run in turn, each in a process of its own, and the report in one shape.
 
-A contender is a command that does the work once and prints one line of JSON, {"rate": units per second, "loss": …}.
+A contender is a command that does the work once and prints one line of JSON, {"rate": units per second, "loss": …},
+by `tell`. Memory is that of its process tree, or where it computes on a GPU what torch took there.
 In each round all run, one after the other, so that a machine whose speed drifts is the same for all; what is compared
 is the ratio within a round.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from workflows import environment
 from workflows.checkpoint import versions
@@ -54,6 +56,13 @@ def run_watched(command: list[str], variables: dict[str, str]) -> tuple[subproce
             peak = max(peak, tree_bytes(watched))
 
 
+def tell(**measured: Any) -> None:
+    """Print what a contender measured, for `run_contender`; on a GPU with the peak of torch's memory there."""
+    if torch.cuda.is_available():
+        measured["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+    print(json.dumps(measured))
+
+
 def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any]:
     """Run one contender in a fresh process and watch its memory.
 
@@ -77,7 +86,8 @@ def run_contender(module: str, name: str, arguments: list[str]) -> dict[str, Any
     lines = [line for line in out.splitlines() if line.startswith('{"rate"')]
     if process.returncode != 0 or not lines:
         raise UserError(f"The contender {name} of {module} failed:\n{err[-2000:]}")
-    return {**json.loads(lines[-1]), "peak_bytes": peak}
+    told = json.loads(lines[-1])
+    return {**told, "peak_bytes": told.pop("gpu_peak_bytes", peak)}
 
 
 def alternate(

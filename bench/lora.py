@@ -6,7 +6,6 @@ of those tried (docs/performance.md); samples are sorted by length, so that whoe
 """
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from bench.harness import alternate, by_precision, hf_directory, report, write_report
+from bench.harness import alternate, by_precision, hf_directory, report, tell, write_report
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.errors import UserError, run_file
 from workflows.training.model import LoRAArgs
 
-BATCH = 8
 RATE = 2e-4
 CONTENDERS = ("ours", "litgpt", "trl")
 Contender = Literal["ours", "litgpt", "trl"]
@@ -32,6 +30,7 @@ def setup(
     data: Path = Path("data/hpo"),
     rows: int = 200,
     max_seq_length: int = 512,
+    batch: int = 8,
     rounds: int = 3,
     precisions: list[Literal["bf16-true", "32-true"]] = ["bf16-true", "32-true"],  # noqa: B006
     row_tokens: int = 2048,
@@ -45,8 +44,9 @@ def setup(
     Args:
         checkpoint_dir: The model.
         data: A data directory; rows of all lengths are taken from its training split.
-        rows: Samples, a multiple of eight; one epoch is one run.
+        rows: Samples, a multiple of --batch; one epoch is one run.
         max_seq_length: Longest sample in tokens.
+        batch: Samples of an optimizer step.
         rounds: How often each contender runs, in turn.
         precisions: What to measure.
         row_tokens: Capacity of our packed rows.
@@ -56,8 +56,8 @@ def setup(
         trl_micro_batch: Samples (rows where they are packed) that TRL computes at once; gradients add up to the batch.
         contender: Run only this one, once, in this process (used by the bench itself).
     """
-    if rows % BATCH:
-        raise UserError(f"--rows must be a multiple of {BATCH}, not {rows}.")
+    if rows % batch:
+        raise UserError(f"--rows must be a multiple of --batch {batch}, not {rows}.")
     if contender is not None:
         chats = choose_rows(checkpoint_dir, data, rows, max_seq_length)
         with contextlib.redirect_stdout(sys.stderr):
@@ -66,14 +66,16 @@ def setup(
                 "litgpt": {"micro_batch": litgpt_micro_batch},
                 "trl": {"batching": trl_batching, "micro_batch": trl_micro_batch},
             }
-            seconds, loss = _RUN[contender](checkpoint_dir, chats, precisions[0], max_seq_length, **options[contender])
+            seconds, loss = _RUN[contender](
+                checkpoint_dir, chats, precisions[0], max_seq_length, batch, **options[contender]
+            )
         tokens = sum(len(chat.prompt) + len(chat.completion) for chat in chats)
-        print(json.dumps({"rate": tokens / seconds, "loss": loss}))
+        tell(rate=tokens / seconds, loss=loss)
         return
 
     hf_directory(checkpoint_dir)
     settings = {
-        "rows": rows, "max_seq_length": max_seq_length, "batch": BATCH, "rounds": rounds, "data": data.name,
+        "rows": rows, "max_seq_length": max_seq_length, "batch": batch, "rounds": rounds, "data": data.name,
         "row_tokens": row_tokens, "litgpt_micro_batch": litgpt_micro_batch,
         "trl_batching": trl_batching, "trl_micro_batch": trl_micro_batch,
     }  # fmt: skip
@@ -81,7 +83,7 @@ def setup(
     for precision in precisions:
         arguments = [
             f"--checkpoint_dir={checkpoint_dir}", f"--data={data}", f"--rows={rows}",
-            f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]",
+            f"--max_seq_length={max_seq_length}", f"--precisions=[{precision}]", f"--batch={batch}",
             f"--row_tokens={row_tokens}", f"--litgpt_micro_batch={litgpt_micro_batch}",
             f"--trl_batching={trl_batching}", f"--trl_micro_batch={trl_micro_batch}",
         ]  # fmt: skip
@@ -114,7 +116,7 @@ def weighted_mean(losses: list[float], learned: list[int], samples: int) -> floa
 
 
 def run_ours(
-    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, row_tokens: int
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, batch: int, row_tokens: int
 ) -> tuple[float, float]:
     """Our loop. Returns seconds of training and the mean loss of the epoch's learned tokens."""
     from tempfile import TemporaryDirectory
@@ -128,11 +130,11 @@ def run_ours(
         def batches(self, step: int, rank: int, world_size: int) -> list[Any]:
             from workflows.training.batch import pack
 
-            return [b for _, b in pack(self.trees[step * BATCH : (step + 1) * BATCH], self.train.row_tokens)]
+            return [packed for _, packed in pack(self.trees[step * batch : (step + 1) * batch], self.train.row_tokens)]
 
-    steps = len(chats) // BATCH
+    steps = len(chats) // batch
     train = TrainArgs(
-        max_steps=steps, global_batch_size=BATCH, row_tokens=row_tokens, max_seq_length=max_seq_length,
+        max_steps=steps, global_batch_size=batch, row_tokens=row_tokens, max_seq_length=max_seq_length,
         learning_rate=RATE, lr_warmup_steps=0, lr_schedule="constant", max_norm=None,
         eval_interval=10**9, save_interval=10**9,
     )  # fmt: skip
@@ -141,11 +143,11 @@ def run_ours(
     with TemporaryDirectory() as out:
         result = fit(make_fabric(), model, InOrder(chats, chats[:1], train, 0), train, Path(out), seed=0, identity={})
     learned = [sum(chat.loss_mask) for chat in chats]
-    return result.seconds, weighted_mean(result.losses, learned, BATCH)
+    return result.seconds, weighted_mean(result.losses, learned, batch)
 
 
 def run_litgpt(
-    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, micro_batch: int
+    checkpoint_dir: Path, chats: list[EncodedChat], precision: Any, max_seq_length: int, batch: int, micro_batch: int
 ) -> tuple[float, float]:
     """LitGPT's own `finetune_lora`, its training loop timed from outside."""
     from tempfile import TemporaryDirectory
@@ -214,8 +216,8 @@ def run_litgpt(
         finetune.setup(
             checkpoint_dir=checkpoint_dir, out_dir=Path(out), precision=precision, data=InOrder(), seed=0,
             train=TrainArgs(
-                save_interval=10**9, log_interval=1, global_batch_size=BATCH, micro_batch_size=micro_batch,
-                lr_warmup_steps=1, epochs=2, max_steps=len(chats) // BATCH,
+                save_interval=10**9, log_interval=1, global_batch_size=batch, micro_batch_size=micro_batch,
+                lr_warmup_steps=1, epochs=2, max_steps=len(chats) // batch,
             ),
             eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
             optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": RATE, "weight_decay": 0.0}},
@@ -230,6 +232,7 @@ def run_trl(
     chats: list[EncodedChat],
     precision: Any,
     max_seq_length: int,
+    batch: int,
     batching: TRLBatching,
     micro_batch: int,
 ) -> tuple[float, float]:
@@ -258,7 +261,7 @@ def run_trl(
         {"input_ids": chat.prompt + chat.completion, "labels": [-100] * len(chat.prompt) + chat.completion}
         for chat in chats
     ]
-    a_step = BATCH // 2 if batching == "packed" else BATCH  # packed rows hold about two samples
+    a_step = batch // 2 if batching == "packed" else batch  # packed rows hold about two samples
     with TemporaryDirectory() as out:
         config = SFTConfig(
             output_dir=out, num_train_epochs=1, learning_rate=RATE,

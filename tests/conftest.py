@@ -11,6 +11,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m workflows` does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the commands they start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+if (
+    os.environ.get("WORKFLOW_TEST_GPU") != "1"
+):  # parity is a matter of the CPU's float32; `make test-gpu` tests the rest
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -19,6 +19,9 @@ def prepare(variables: MutableMapping[str, str] = os.environ) -> None:
     share_cores(variables)
     variables.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Rows differ in length: blocks that were freed for one do not fit the next, and a GPU fills with them.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in variables:
+        variables.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def share_cores(variables: MutableMapping[str, str] = os.environ) -> None:

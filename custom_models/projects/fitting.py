@@ -74,6 +74,11 @@ class FitArgs:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
+    return next(module.parameters()).device
+
+
 def fast_precision(accelerator: Accelerator) -> Literal["32-true", "bf16-mixed"]:
     """bfloat16 beside float32 weights where the device multiplies in it, else float32."""
     fast = default_precision(on_gpu=choose_accelerator(accelerator) == "cuda") != "32-true"
@@ -127,7 +132,7 @@ def fit_best(
     fit: FitArgs,
     monitor: str = "val_accuracy",
 ) -> list[dict[str, float]]:
-    """Train until epochs are no better any more; the task is left with the weights of its best epoch, on the CPU.
+    """Train until epochs are no better any more; the task is left with its best epoch's weights, where it was trained.
 
     Args:
         task: What is trained.
@@ -164,7 +169,7 @@ def fit_best(
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
         trainer.fit(task, train, validation)
     weights: dict[str, Tensor] = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
-    task.cpu().load_state_dict(weights)
-    task.eval()
+    task.load_state_dict(weights)
+    task.eval().to(trainer.strategy.root_device)  # what is scored now is scored there
     shutil.rmtree(folder)
     return history.epochs

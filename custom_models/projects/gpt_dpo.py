@@ -23,7 +23,7 @@ from torch import Tensor
 from custom_models.gpt import GPT, GPTConfig, modern
 from custom_models.gpt_checkpoint import Tokenizer, load_gpt, save_gpt
 from custom_models.projects import gpt
-from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.fitting import FitArgs, device_of, fit_best, seed_problems
 from custom_models.projects.gpt_answers import (
     Answered,
     Batch,
@@ -301,6 +301,6 @@ def scores(policy: GPT, pairs: list[Pair], at_once: int = 32) -> Tensor:
     policy.eval()
     found = torch.zeros(len(pairs), 2)  # (pairs, 2)
     for members in LengthBatches([len(pair) for pair in pairs], at_once, None):
-        batch = padded_pairs([pairs[i] for i in members])
-        found[members] = answer_logprobs(policy, batch).view(-1, 2)
+        batch = padded_pairs([pairs[i] for i in members]).to(device_of(policy))
+        found[members] = answer_logprobs(policy, batch).view(-1, 2).cpu()
     return found

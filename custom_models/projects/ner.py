@@ -55,6 +55,7 @@ from data_prep.rows import normalise
 from data_prep.splits import Phrases
 from workflows.errors import UserError, report_all
 from workflows.measure import step_began
+from workflows.training.processes import choose_accelerator
 
 SCRATCH = "scratch"
 _TELLING = 5
@@ -275,6 +276,7 @@ def _from_hf(
         some = {**splits, "validation": drawn(splits["validation"], validation_rows)}
         epochs = fine_tune(model, some, types, fit, asking, seed, folder, data.name)
         tagger, codec, _ = load_entity_model(folder)
+        tagger.to(choose_accelerator(fit.accelerator))
         if number:
             shutil.rmtree(folder)
         yield Round(tagger, codec, epochs, time.perf_counter() - started)

@@ -24,7 +24,7 @@ from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import load_encoder_decoder, read_own, save_encoder_decoder
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_text import Grammar, entities_in, list_of
-from custom_models.projects.fitting import FitArgs, no_shares, too_small
+from custom_models.projects.fitting import FitArgs, device_of, no_shares, too_small
 from custom_models.projects.seq2seq import PairBatch, padded, text_loss
 from custom_models.weights import fill
 from data_prep.iob import OUTSIDE, Entity, entities_of, tags_of
@@ -233,14 +233,14 @@ class EntityModel(nn.Module):
 
         Yields:
             In the order of their lengths each one's number, the log-probabilities of its words' classes,
-            (n_word, n_label), and the encoder's output, (1, T, width).
+            (n_word, n_label), on the CPU, and the encoder's output, (1, T, width), where the model is.
         """
         self.eval()
         for numbers in _by_length(sentences, batch_size):
             chosen = [sentences[i] for i in numbers]
-            batch = batch_of(chosen, self.t5.config.pad_id)
+            batch = batch_of(chosen, self.t5.config.pad_id).to(device_of(self))
             context = self.t5.encode(batch.source, batch.lengths)  # (B, Ts, width)
-            logprobs = self.tag_logits(context).log_softmax(dim=-1)  # (B, Ts, n_label)
+            logprobs = self.tag_logits(context).log_softmax(dim=-1).cpu()  # (B, Ts, n_label)
             for i, sentence, row, vectors in zip(numbers, chosen, logprobs, context, strict=True):
                 yield i, row[sentence.firsts], vectors[None, : len(sentence.source)]
 
@@ -284,8 +284,8 @@ def by_text(
     lists: dict[int, list[list[int]]] = {}
     for numbers in _by_length(sentences, batch_size):
         chosen = [sentences[i] for i in numbers]
-        lengths = torch.tensor([len(sentence.source) for sentence in chosen])  # (B,)
-        writer = model.writer(padded([sentence.source for sentence in chosen], model.config.pad_id), lengths)
+        batch = batch_of(chosen, model.config.pad_id).to(device_of(model))
+        writer = model.writer(batch.source, batch.lengths)
         grammars = [codec.grammar(sentence.words) for sentence in chosen] if constrained else []
         written = beam_search(
             writer,
@@ -326,9 +326,10 @@ def by_both(
         candidates = [codec.entities(ids, words)[0] for ids in written.lists[i]]
         candidates += [] if (tagged := model.tagged(tag_logprobs)) in candidates else [tagged]
         targets = padded([codec.target(words, each) for each in candidates], t5.config.pad_id)  # (N, T)
+        targets = targets.to(context.device)
         logits = t5.decode(t5.shift(targets), context.expand(len(targets), -1, -1))  # (N, T, vocab_size)
         of_tokens = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=t5.config.pad_id,
-                                     reduction="none").sum(dim=1)  # (N,)  # fmt: skip
+                                     reduction="none").sum(dim=1).cpu()  # (N,)  # fmt: skip
         tags = [[codec.labels.index(tag) for tag in tags_of(each, len(words))] for each in candidates]
         of_tags = tag_logprobs.gather(1, torch.tensor(tags, dtype=torch.long).T).sum(dim=0)  # (N,)
         found[i] = candidates[int(((1 - tag_share) * of_tokens + tag_share * of_tags).argmax())]

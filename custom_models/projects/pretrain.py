@@ -26,7 +26,7 @@ from custom_models.demo import read
 from custom_models.encoder import Encoder
 from custom_models.encoder_checkpoint import save_encoder
 from custom_models.masked_language_model import IGNORED, MaskedLanguageModel, mask_tokens
-from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.fitting import FitArgs, device_of, fit_best, seed_problems
 from custom_models.projects.shape import Shape
 from custom_models.projects.vocabulary import END, MASK, PAD, START, learn_vocabulary
 from custom_models.tokenization.words import sentences
@@ -286,8 +286,9 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, most:
     # Encoded apart: the spaces around the mask belong to words, and are no tokens of their own.
     before, after = (tokenizer.encode(part.strip()).ids if part.strip() else [] for part in parts)
     start, mask, end = (tokenizer.token_to_id(token) for token in (START, MASK, END))
+    ids = torch.tensor([[start, *before, mask, *after, end]], device=device_of(model))  # (1, T)
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([[start, *before, mask, *after, end]]))[0, len(before) + 1]  # (vocab_size,)
+        logits = model.eval()(ids)[0, len(before) + 1]  # (vocab_size,)
     return [tokenizer.decode([i]).strip() for i in logits.topk(most).indices.tolist()]
 
 

@@ -18,7 +18,7 @@ from custom_models.demo import read
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import save_encoder_decoder
 from custom_models.generation import generate
-from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.fitting import FitArgs, device_of, fit_best, seed_problems
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     Seq2SeqTask,
@@ -146,7 +146,8 @@ def examples(
         return tokenizer.decode([i for i in ids if i not in (config.pad_id, config.end_id)], skip_special_tokens=False)
 
     with torch.no_grad():
-        writer = model.eval().writer(batch.source[:most], batch.lengths[:most])
+        read = batch.to(device_of(model))
+        writer = model.eval().writer(read.source[:most], read.lengths[:most])
         written = generate(writer, writer.prompts, batch.target.shape[1] + 8, stop_ids=[config.end_id])
     return [
         (text(source), text(ids), text(target))

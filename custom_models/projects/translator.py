@@ -12,6 +12,7 @@ from custom_models.configuration import configured
 from custom_models.encoder_checkpoint import tokenizer_of
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import read_own, save_encoder_decoder
+from custom_models.projects.fitting import device_of
 from custom_models.projects.seq2seq import batch_of
 from custom_models.projects.translation_memory import Memory
 from custom_models.projects.translation_text import Codec
@@ -130,7 +131,7 @@ class Translator:
         for begin in range(0, len(order), batch_size):
             places = order[begin : begin + batch_size]
             sources = [read[i][0] for i in places]
-            batch = batch_of([Pair(ids, ids) for ids in sources], self.codec.pad_id)
+            batch = batch_of([Pair(ids, ids) for ids in sources], self.codec.pad_id).to(device_of(self.model))
             writer = self.model.writer(batch.source, batch.lengths)
             most = min(self.codec.longest, 2 * batch.source.shape[1] + 20)
             written = beam_search(

@@ -14,6 +14,7 @@ from workflows.planning.architecture import Architecture
 from workflows.planning.rows import RowShape
 from workflows.training.fused import CACHED_ROWS, HEAD_CHUNK
 from workflows.training.qlora import Quantize
+from workflows.training.segments import SegmentAttention
 
 KERNEL_BYTES = 700_000
 """One of oneDNN's compiled kernels for bfloat16, as measured on a CPU with AVX-512: 10 to 14 MB for the 17 products of
@@ -50,7 +51,7 @@ class Device:
 
     Attributes:
         dtype: The weights' and the arithmetic's type.
-        on_gpu: Whether it is a GPU; then the weights' copy there counts, and attention is LitGPT's own.
+        on_gpu: Whether it is a GPU; then the weights' copy there counts.
         quantize: 4-bit weights.
         processes: Devices of the whole run.
         sharded: Whether weights, gradients and optimizer are shared out among them (FSDP2).
@@ -138,7 +139,10 @@ def kept_per_token(model: Architecture, device: Device) -> int:
     kept += 2 * inner * size  # gate and up
     # inputs of layers that learn: query, key and value together; the output projection; gate and up together; down
     inputs = [width * qkv, query * projection, width * mlp, inner * mlp]
-    if device.on_gpu:  # LitGPT's attention: key and value repeated for every query head, the output, a log-sum a head
+    if by_segments(model, device):  # queries and keys rotated, the output, a log-sum a head; see `activations`
+        kept += (2 * query + key) * size + _FLOAT * config.n_head
+        inputs[1] = 0
+    elif device.on_gpu:  # LitGPT's attention: key and value repeated for every query head, likewise
         repeated = query if config.n_query_groups != config.n_head else key
         kept += (2 * query + 2 * repeated) * size + _FLOAT * config.n_head
         inputs[1] = 0
@@ -151,16 +155,27 @@ def kept_per_token(model: Architecture, device: Device) -> int:
     return kept + sum(inputs) * size
 
 
+def by_segments(model: Architecture, device: Device) -> bool:
+    """Whether a row's attention is `training/segments.py`'s."""
+    plain = device.on_gpu and model.module.has_plain_attention
+    return plain and SegmentAttention.computes(device.dtype, model.config.head_size)
+
+
 def activations(model: Architecture, device: Device, row: RowShape) -> dict[str, int]:
     """What a row's forward and backward pass takes beside weights and trained state."""
     config, size = model.config, device.dtype.itemsize
     parts = {"activations": config.n_layer * row.tokens * kept_per_token(model, device)}
     # the adapters in the arithmetic's type, the head's gradient by state, the last norm's input, the row's mask
     parts["activations"] += model.adapters * size * (device.dtype != torch.float32)
-    parts["activations"] += (row.learned + 2 * row.tokens) * config.n_embd * size + 2 * row.tokens**2
+    parts["activations"] += (row.learned + 2 * row.tokens) * config.n_embd * size
+    if by_segments(model, device):  # the values; with copies for several completions those, of keys, too
+        parts["keys and values"] = config.n_layer * (2 * row.copied_keys or row.tokens) * size
+        parts["keys and values"] *= config.n_query_groups * config.head_size
+    else:
+        parts["activations"] += 2 * row.tokens**2
     if not device.on_gpu:
         parts["attention's weights"] = config.n_layer * config.n_head * row.kept_pairs * size
-    elif row.tokens:
+    elif row.tokens and not by_segments(model, device):
         parts["attention's mask"] = row.tokens**2 * (1 + size)
     parts["logits of a chunk"] = _head_chunk(model, device, row.learned)
     block = row.tokens * (5 * config.intermediate_size + 4 * config.n_embd) * size  # a block's gradients
@@ -199,7 +214,7 @@ def forward_only(model: Architecture, device: Device, tokens: int, learned: int)
     config, size = model.config, device.dtype.itemsize
     block = tokens * (2 * config.n_embd + 3 * config.intermediate_size) * size
     logits = min(HEAD_CHUNK, learned) * config.padded_vocab_size * max(size + _FLOAT, 2 * _FLOAT)
-    return {"activations": block + 2 * tokens**2, "logits of a chunk": logits}
+    return {"activations": block + (0 if by_segments(model, device) else 2 * tokens**2), "logits of a chunk": logits}
 
 
 def sampling(

@@ -17,6 +17,7 @@ from workflows.training.attention import KEPT_PAIRS, STRETCH, RowAttention
 from workflows.training.batch import ROW_MULTIPLE, PackedBatch, Tree, pack
 from workflows.training.loop import TrainArgs, step_indices
 from workflows.training.questions import encode_questions, read_questions
+from workflows.training.segments import SegmentAttention
 
 READ_STEPS = 32
 """Steps whose rows are packed to see how long they get."""
@@ -30,6 +31,7 @@ class RowShape:
         tokens: Its input tokens, filled up.
         learned: Those of its tokens that are predicted and learned.
         kept_pairs: Query-key pairs whose softmax weights are kept for the backward pass (on a CPU).
+        copied_keys: Keys of all segments where some are copied for several of them (on a GPU); else 0.
         rows: Rows of a step on one device.
         step_tokens: Input tokens of a step, over all devices.
         lengths: Different lengths of rows in the run.
@@ -40,6 +42,7 @@ class RowShape:
     tokens: int
     learned: int
     kept_pairs: int
+    copied_keys: int
     rows: int
     step_tokens: int
     lengths: int
@@ -75,12 +78,13 @@ def find_rows(step: str, settings: dict[str, Any], vocabulary_dir: Path, process
         return _rows_of_data(trees, train, processes, 0, str(data))
     if asks:
         prompt = max(1, longest - new)
-        return _full_rows(prompt + group * new, max(longest, train.row_tokens), train, processes, prompt)
+        keys = group * (prompt + new) / (prompt + group * new)
+        return _full_rows(prompt + group * new, max(longest, train.row_tokens), train, processes, prompt, keys)
     sample = longest if step in ("lora", "distill-lm") else 2 * longest  # a pair's prompt is shared, but may be short
     return _full_rows(sample, max(sample, train.row_tokens), train, processes, 0)
 
 
-def _full_rows(sample: int, room: int, train: TrainArgs, processes: int, prompt: int) -> RowShape:
+def _full_rows(sample: int, room: int, train: TrainArgs, processes: int, prompt: int, keys: float = 1.0) -> RowShape:
     """Rows that are as full as the settings allow.
 
     Args:
@@ -89,6 +93,7 @@ def _full_rows(sample: int, room: int, train: TrainArgs, processes: int, prompt:
         train: Training settings.
         processes: How many share a step.
         prompt: The longest prompt that is answered.
+        keys: Keys of all segments by token: what several samples begin with is copied for each.
     """
     mine = math.ceil(train.global_batch_size / processes)
     tokens = _filled(min(room, mine * sample))
@@ -98,6 +103,7 @@ def _full_rows(sample: int, room: int, train: TrainArgs, processes: int, prompt:
         tokens=tokens,
         learned=tokens,
         kept_pairs=pairs if pairs <= KEPT_PAIRS else 0,
+        copied_keys=math.ceil(keys * tokens),
         rows=rows,
         step_tokens=train.global_batch_size * sample,
         lengths=min(train.max_steps * rows, max(1, tokens // ROW_MULTIPLE)),
@@ -184,6 +190,7 @@ def _rows_of_data(trees: list[Tree], train: TrainArgs, processes: int, prompt: i
         tokens=max(lengths),
         learned=largest.targets.numel(),
         kept_pairs=pairs if attention.kept else 0,
+        copied_keys=0 if (keys := SegmentAttention(largest).keys) is None else len(keys),
         rows=max(map(len, packed)),
         step_tokens=processes * sum(lengths) // len(steps),
         lengths=len(set(lengths)),

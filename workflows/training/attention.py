@@ -163,7 +163,7 @@ class _Attend(torch.autograd.Function):
     ) -> torch.Tensor:
         """qkv: (T, G * R + 2 * G, size). Returns (T, G * R, size)."""
         tokens, heads, size = qkv.shape
-        turned = _rotate(qkv[:, : heads - groups].transpose(0, 1), cos, sin)  # (G * R + G, T, size)
+        turned = rotate(qkv[:, : heads - groups].transpose(0, 1), cos, sin)  # (G * R + G, T, size)
         q, k = turned[:-groups].flatten(0, 1), turned[-groups:].flatten(0, 1)  # (G * R * T, size), (G * T, size)
         v = qkv[:, heads - groups :].transpose(0, 1).flatten(0, 1)  # (G * T, size)
         places, answers = row.places(groups, heads // groups - 2)
@@ -199,18 +199,24 @@ class _Attend(torch.autograd.Function):
             _add_keys(d_k, _scaled_bmm(d_scores.mT, queries, scale), piece, place)
         d_turned = torch.cat([torch.cat(found).index_select(0, answers), d_k]).view(-1, tokens, size)
         d_qkv = q.new_empty(tokens, n_head + 2 * groups, size)
-        d_qkv[:, :-groups] = _rotate(d_turned, cos, -sin).transpose(0, 1)
+        d_qkv[:, :-groups] = rotate(d_turned, cos, -sin).transpose(0, 1)
         d_qkv[:, -groups:] = d_v.view(groups, tokens, size).transpose(0, 1)
         return d_qkv, None, None, None, None, None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (heads, T, size) rotated by position (Su et al. 2021, arXiv 2104.09864, halves as in Llama); -sin undoes it."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (…, size) rotated by position (Su et al. 2021, arXiv 2104.09864, halves as in Llama); -sin undoes it.
+
+    Args:
+        x: Heads by token in any order, (…, size).
+        cos: Cosines, both halves alike, of a shape that goes with x's.
+        sin: Likewise.
+    """
     half = x.size(-1) // 2
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.mul(x, cos, out=y)
-    y[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin[:, half:])
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return y
 
 
@@ -222,10 +228,10 @@ class StepAttention:
         hidden: 0 where a token may look and -inf where it may not, (B * G, 1, S).
     """
 
-    def __init__(self, position: torch.Tensor, groups: int, dtype: torch.dtype) -> None:
-        """What all layers share; `groups` are the key heads."""
+    def __init__(self, position: torch.Tensor, groups: int, dtype: torch.dtype, length: int) -> None:
+        """What all layers share; `groups` are the key heads, `length` is S, more than any position."""
         self.position, self.rows = position, torch.arange(len(position), device=position.device)
-        seen = torch.arange(int(position.max()) + 1, device=position.device)  # (S,)
+        seen = torch.arange(length, device=position.device)  # (S,)
         hidden = torch.zeros(len(position), len(seen), dtype=dtype, device=position.device)
         hidden.masked_fill_(seen > position[:, None], -torch.inf)
         self.hidden = hidden.repeat_interleave(groups, dim=0)[:, None]
@@ -256,7 +262,7 @@ class StepAttention:
         """
         count, size = len(qkv), cos.size(-1)
         heads = qkv.view(count, n_head + 2 * groups, size)
-        turned = _rotate(heads[:, :-groups].transpose(0, 1), cos[:, 0], sin[:, 0])  # (n_head + groups, B, size)
+        turned = rotate(heads[:, :-groups].transpose(0, 1), cos[:, 0], sin[:, 0])  # (n_head + groups, B, size)
         cache.k[self.rows, :, self.position] = turned[n_head:].transpose(0, 1)
         cache.v[self.rows, :, self.position] = heads[:, -groups:]
         seen = self.hidden.size(-1)

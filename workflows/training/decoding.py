@@ -1,11 +1,15 @@
-"""Decoding's matrix products: a few rows at a time, so that they cost what reading the weights costs.
+"""Decoding's steps: a few rows at a time, so that they cost what reading the weights costs.
 
 On a CPU oneDNN reads weights that it has laid out itself half as fast again as torch's, and an adapter's A matrix,
 stacked below the weights, is read along with them. The copies are made for one call of `rollouts.generate`, since
 training changes the adapters, and let go after it.
+
+On a GPU a step is a thousand small kernels, which take less time than Python takes to launch them; so they are recorded
+once, and played again.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +17,11 @@ import litgpt.lora
 import torch
 
 WORTH_STEPS = 12
-"""Decoding steps from which on laying out pays."""
+"""Decoding steps from which on laying out pays, or recording."""
+SEEN_MULTIPLE = 128
+"""A recorded step looks at so many positions of the cache, or a multiple of it."""
+Decode = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Tokens (B,), their positions (B,) and how much of the cache is looked at -> logits (B, padded_vocab_size)."""
 
 
 class PackedLinear:
@@ -65,3 +73,73 @@ def _is_plain(layer: Any) -> bool:
         return False
     dtype = layer.linear.weight.dtype
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Steps:
+    """Decoding steps of one batch, whose rows get fewer and whose positions grow.
+
+    A recording has one shape: so many rows, so much of the cache. What it has more than a step needs is computed for
+    nothing (rows that are done write where nobody looks); it is made anew where the cache's part is used up or half of
+    its rows are done.
+    """
+
+    def __init__(self, decode: Decode, device: torch.device, length: int) -> None:
+        """Nothing is run yet.
+
+        Args:
+            decode: One step.
+            device: Where the model is; steps are recorded on a GPU only.
+            length: The cache's.
+        """
+        self._decode, self._device, self._length = decode, device, length
+        self._replay: Callable[[], None] | None = None
+        self._rows = self._seen = 0
+        self._warm = False
+
+    def __call__(self, tokens: torch.Tensor, position: torch.Tensor, left: int) -> torch.Tensor:
+        """Run a step.
+
+        Args:
+            tokens: One for each row, (B,).
+            position: Theirs, on the CPU, (B,).
+            left: How many steps may come, this one included.
+
+        Returns:
+            Logits, (B, padded_vocab_size), which the next step may overwrite.
+        """
+        rows, needed = len(tokens), int(position.max()) + 1
+        tokens, position = tokens.to(self._device), position.to(self._device)
+        usable = self._replay is not None and rows <= self._rows and needed <= self._seen
+        worth = self._warm and left >= WORTH_STEPS and can_record(self._device)
+        if worth and not (usable and 2 * rows > self._rows):
+            self._record(tokens, position, min(self._length, math.ceil(needed / SEEN_MULTIPLE) * SEEN_MULTIPLE))
+        elif not usable:
+            self._warm = True  # what libraries set up at first use is not recorded
+            return self._decode(tokens, position, needed)
+        assert self._replay is not None
+        self._tokens[:rows], self._position[:rows] = tokens, position
+        self._replay()
+        return self._logits[:rows]
+
+    def _record(self, tokens: torch.Tensor, position: torch.Tensor, seen: int) -> None:
+        self._replay = None  # lets the memory of the last one go
+        self._rows, self._seen = len(tokens), seen
+        self._tokens, self._position = tokens.clone(), position.clone()
+
+        def run() -> None:
+            self._logits = self._decode(self._tokens, self._position, seen)
+
+        self._replay = record(run)
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether `record` works there."""
+    return device.type == "cuda"
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """Record what a function does on the GPU; what is returned does it again, with the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

@@ -27,6 +27,7 @@ from workflows.training.attention import RowAttention, StepAttention
 from workflows.training.batch import PackedBatch
 from workflows.training.decoding import PackedLinear
 from workflows.training.fused import HEAD_CHUNK, head_logprobs, lora_linear, rms_norm, swiglu
+from workflows.training.segments import SegmentAttention
 
 Precision = Literal["32-true", "bf16-true", "16-true"]
 DTYPES: dict[str, torch.dtype] = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -116,13 +117,14 @@ def _adapted(layer: litgpt.lora.LoRALinear, x: torch.Tensor, lora_B: torch.Tenso
 
 
 class CausalSelfAttention(litgpt.lora.CausalSelfAttention):
-    """LitGPT's attention, which also takes `RowAttention` (a packed row) or `StepAttention` (decoding) as its mask."""
+    """LitGPT's attention, which also takes `RowAttention` or `SegmentAttention` (a packed row) or `StepAttention`
+    (decoding) as its mask."""
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """x: (B, T, n_embd). Returns the same shape."""
-        if not isinstance(mask, RowAttention | StepAttention):
+        if not isinstance(mask, RowAttention | SegmentAttention | StepAttention):
             return super().forward(x, cos, sin, mask, *args, **kwargs)
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
         parts = (self.qkv(x), cos, sin, self.config.n_head, self.config.n_query_groups, scale)
@@ -174,17 +176,27 @@ class GPT(litgpt.lora.GPT):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of a packed row, shape (1, T, n_embd), norm applied."""
-        # by pieces on a CPU; else LitGPT's own attention with a mask of (1, 1, T, T), or None where it is causal
-        by_pieces = self.has_plain_attention and batch.input_ids.device.type == "cpu"
-        mask: Any = RowAttention(batch) if by_pieces else batch.attention_mask()
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # (1, T, rope_n_elem)
         x = self.transformer.wte(batch.input_ids)  # (1, T, n_embd)
+        mask = self._attention(batch, x.dtype)
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # (1, T, rope_n_elem)
         if self.config.scale_embeddings:
             x = x * self.config.n_embd**0.5
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.transformer.h:
             x = block(x, cos, sin, mask)  # (1, T, n_embd)
         return self.transformer.ln_f(x)
+
+    def _attention(
+        self, batch: PackedBatch, dtype: torch.dtype
+    ) -> RowAttention | SegmentAttention | torch.Tensor | None:
+        """How the row's tokens see each other: by pieces on a CPU, by segments on a GPU; where neither is possible
+        LitGPT's own attention gets a mask of (1, 1, T, T), or None where that is causal."""
+        device = batch.input_ids.device
+        if self.has_plain_attention and device.type == "cpu":
+            return RowAttention(batch)
+        if self.has_plain_attention and SegmentAttention.works_on(device, dtype, self.config.head_size):
+            return SegmentAttention(batch)
+        return batch.attention_mask()
 
     def token_logprobs(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
         """log p(token | what it sees) of every learned token.

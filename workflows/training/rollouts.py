@@ -13,6 +13,7 @@ the same answers whatever the batch size (up to float rounding of the logits).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from litgpt.model import do_softcapping
 
 from workflows.errors import UserError
 from workflows.training.attention import StepAttention
-from workflows.training.decoding import laid_out
+from workflows.training.decoding import Steps, laid_out
 from workflows.training.model import GPT
 from workflows.training.sampling import choose
 
@@ -95,19 +96,22 @@ def generate(
         for begin in range(0, len(prompts), batch_size):
             rows = longest_first[begin : begin + batch_size]
             position = torch.tensor([len(prompts[row]) for row in rows])  # of the next token, (B,)
-            _make_caches(model, len(rows), int(position.max()) + max_new_tokens)
+            length = int(position.max()) + max_new_tokens
+            _make_caches(model, len(rows), length)
             logits = _prefill(model, [prompts[row] for row in rows])  # (B, padded_vocab_size)
+            step = Steps(partial(_decode, model), logits.device, length)
             while True:
-                step = torch.tensor([len(rollouts[row].ids) for row in rows])
-                tokens, logprobs = choose(logits, draws[rows, step], temperature, top_k, top_p)
+                drawn = draws[rows, torch.tensor([len(rollouts[row].ids) for row in rows])]  # (B,)
+                tokens, logprobs = choose(logits, drawn, temperature, top_k, top_p)
                 picked = zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
                 done = [accept(*each) for each in picked]  # every row, whatever the others say
                 slots = _keep_unfinished(model, done)
                 if not slots:
                     break
                 rows = [rows[slot] for slot in slots]
-                position, tokens = position[slots], tokens[slots]
-                logits = _decode(model, tokens, position)
+                position = position[slots]
+                left = max_new_tokens - min(len(rollouts[row].ids) for row in rows)
+                logits = step(tokens[slots], position, left)
                 position = position + 1
     return rollouts
 
@@ -157,7 +161,9 @@ def _prefill(model: GPT, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # U different ones
     lengths = torch.tensor([len(prompt) for prompt in number])  # (U,)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in number], batch_first=True)  # (U, T)
-    logits = _forward(model, padded, torch.arange(padded.size(1)), mask=None, last=lengths - 1)  # (U, V)
+    device = model.transformer.wte.weight.device
+    positions = torch.arange(padded.size(1), device=device)  # (T,)
+    logits = _forward(model, padded.to(device), positions, None, lengths.to(device) - 1, padded.size(1))  # (U, V)
     if len(number) == len(prompts):
         return logits
     row = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=logits.device)  # (B,)
@@ -167,33 +173,42 @@ def _prefill(model: GPT, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     return logits[row]
 
 
-def _decode(model: GPT, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Feed one token a row, tokens (B,) at position (B,). Returns the next logits, float32, (B, padded_vocab_size)."""
-    weight = model.transformer.wte.weight
-    if model.has_plain_attention:
-        mask: Any = StepAttention(position.to(weight.device), model.config.n_query_groups, weight.dtype)
-    else:
-        mask = (torch.arange(int(position.max()) + 1) <= position[:, None])[:, None, None].to(weight.device)
-    return _forward(model, tokens[:, None], position[:, None], mask, last=torch.zeros(len(tokens)).long())
-
-
-def _forward(model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: Any, last: torch.Tensor) -> torch.Tensor:
-    """LitGPT's cached forward, but with the language-model head only where the next token is predicted.
+def _decode(model: GPT, tokens: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+    """Feed one token a row.
 
     Args:
         model: With a cache in every layer.
+        tokens: On the model's device, (B,).
+        position: Likewise, (B,).
+        length: How much of the cache is looked at: more than any position.
+
+    Returns:
+        The next logits, float32, (B, padded_vocab_size).
+    """
+    if model.has_plain_attention:
+        mask: Any = StepAttention(position, model.config.n_query_groups, model.transformer.wte.weight.dtype, length)
+    else:
+        mask = (torch.arange(length, device=position.device) <= position[:, None])[:, None, None]  # (B, 1, 1, S)
+    return _forward(model, tokens[:, None], position[:, None], mask, torch.zeros_like(tokens), length)
+
+
+def _forward(
+    model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: Any, last: torch.Tensor, length: int
+) -> torch.Tensor:
+    """LitGPT's cached forward, but with the language-model head only where the next token is predicted.
+
+    Args:
+        model: With a cache in every layer; all tensors are on its device.
         ids: Token ids, (B, T).
         input_pos: Their positions, (T,) or (B, T).
         mask: A `StepAttention`, or a tensor that is true where a token may look, (B, 1, T, S); None for plain causal
             attention over positions 0..T-1.
         last: For each row the index in 0..T-1 whose output is wanted, (B,).
+        length: S, how much of the cache is looked at.
 
     Returns:
         float32 logits, (B, padded_vocab_size).
     """
-    device = model.transformer.wte.weight.device
-    seen = int(input_pos.max()) + 1
-    ids, input_pos = ids.to(device), input_pos.to(device)
     x = model.transformer.wte(ids)  # (B, T, n_embd)
     if model.config.scale_embeddings:
         x = x * model.config.n_embd**0.5
@@ -201,8 +216,8 @@ def _forward(model: GPT, ids: torch.Tensor, input_pos: torch.Tensor, mask: Any, 
     if input_pos.dim() == 1:
         cos, sin = cos[None], sin[None]
     for block in model.transformer.h:
-        x = block(x, cos, sin, mask, input_pos, seen)  # (B, T, n_embd)
-    x = model.transformer.ln_f(x[torch.arange(len(x), device=device), last.to(device)])  # (B, n_embd)
+        x = block(x, cos, sin, mask, input_pos, length)  # (B, T, n_embd)
+    x = model.transformer.ln_f(x[torch.arange(len(x), device=x.device), last])  # (B, n_embd)
     logits = model.lm_head(x[:, None])[:, 0].float()  # (B, padded_vocab_size)
     if model.config.final_logit_softcapping is not None:
         logits = do_softcapping(logits, model.config.final_logit_softcapping)

@@ -26,7 +26,10 @@ from workflows.training.rollouts import _make_caches
 
 FULL = LoRAArgs(r=0)
 CPU, GPU = Device(torch.bfloat16), Device(torch.bfloat16, on_gpu=True)
-ROW = RowShape(tokens=2048, learned=512, kept_pairs=0, rows=2, step_tokens=4096, lengths=4, prompt=64, source="made up")
+ROW = RowShape(
+    tokens=2048, learned=512, kept_pairs=0, copied_keys=2048, rows=2, step_tokens=4096, lengths=4, prompt=64,
+    source="made up",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", registry())

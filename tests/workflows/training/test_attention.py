@@ -1,13 +1,15 @@
-"""Attention by pieces equals masked attention over the whole row: values and gradients, whatever the row's shape."""
+"""Attention by pieces, and by segments, equals masked attention over the whole row: values and gradients, whatever the
+row's shape. What the segments' kernel does on a GPU is done segment by segment (the kernel: tests/test_gpu.py)."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflows.training import attention
+from workflows.training import attention, segments
 from workflows.training.attention import RowAttention
 from workflows.training.batch import PackedBatch, Tree, pack_row
+from workflows.training.segments import SegmentAttention
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 
@@ -43,12 +45,26 @@ def plain(batch: PackedBatch, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return y.transpose(1, 2).flatten(2)
 
 
-def largest_difference(batch: PackedBatch, dtype: torch.dtype = torch.float32) -> float:
+def one_by_one(q, k, v, query_ends, key_ends, longest, scale) -> torch.Tensor:
+    """What `segments.flash` says of itself, written out."""
+    found = []
+    for number in range(len(query_ends) - 1):
+        asks = q[query_ends[number] : query_ends[number + 1]].transpose(0, 1)  # (heads, L, size)
+        seen = slice(key_ends[number], key_ends[number + 1])
+        keys, values = (x[seen].transpose(0, 1).repeat_interleave(HEADS // GROUPS, dim=0) for x in (k, v))
+        scores = asks @ keys.mT * scale  # (heads, L, K)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(keys.size(1) - asks.size(1) + 1)
+        assert asks.size(1) <= longest[0] and keys.size(1) <= longest[1]
+        found.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(found)
+
+
+def largest_difference(batch: PackedBatch, dtype: torch.dtype = torch.float32, attend: type = RowAttention) -> float:
     """Of values and gradients from the plain ones in float64, each relative to its largest entry."""
     qkv, cos, sin, weight = inputs_of(batch, dtype)
     mine = qkv.clone().requires_grad_()
     exact = qkv.double().requires_grad_()
-    y = RowAttention(batch)(mine, cos, sin, HEADS, GROUPS, 0.3)
+    y = attend(batch)(mine, cos, sin, HEADS, GROUPS, 0.3)
     expected = plain(batch, exact, cos.double(), sin.double(), 0.3)
     (gradient,) = torch.autograd.grad(y, mine, weight.to(dtype))
     (reference,) = torch.autograd.grad(expected, exact, weight.double())
@@ -74,6 +90,26 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_pieces_equal_the_masked_row(name):
     assert largest_difference(row_of(*ROWS[name])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_segments_equal_the_masked_row(name, monkeypatch):
+    monkeypatch.setattr(segments, "flash", one_by_one)
+    assert largest_difference(row_of(*ROWS[name]), attend=SegmentAttention) < 1e-5
+
+
+def test_a_prompt_and_its_first_completion_are_one_segment():
+    alone = SegmentAttention(row_of(*ROWS["short samples"]))
+    assert alone.keys is None and alone.longest == [8, 8] and alone.query_ends.tolist() == alone.key_ends.tolist()
+    groups = SegmentAttention(row_of(9, [(5, [3, 4, 2]), (2, [6, 6])]))
+    assert groups.query_ends.diff().tolist() == [
+        9 + 5 + 2,
+        3,
+        1,
+        2 + 5,
+        5,
+    ]  # what all share, and the first tree with it
+    assert groups.key_ends.diff().tolist() == [16, 14 + 3, 14 + 1, 9 + 7, 11 + 5]
 
 
 @pytest.mark.parametrize("name", ["one long sample", "long and short"])
@@ -107,7 +143,9 @@ def test_any_row_any_stretch(system, trees, stretch, multiple):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "STRETCH", stretch)
         batch = row_of(system, trees, multiple)
+        patch.setattr(segments, "flash", one_by_one)
         assert largest_difference(batch) < 1e-5
+        assert largest_difference(batch, attend=SegmentAttention) < 1e-5
         asked = torch.cat([piece.queries[piece.asks] for piece in RowAttention(batch).pieces])
         assert torch.equal(asked.sort().values, torch.arange(batch.input_ids.size(1)))  # each token asks once
 

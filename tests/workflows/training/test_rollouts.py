@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
-from workflows.training import rollouts
+from workflows.training import decoding, rollouts
 from workflows.training.model import LoRAArgs, load_model
 from workflows.training.rollouts import generate
 from workflows.training.sampling import choose
@@ -83,6 +83,30 @@ def test_a_shared_prompt_is_computed_once_and_each_row_goes_its_own_way(model, p
     assert len({tuple(r.ids) for r in together}) > 6
     for one, other in zip(together, alone, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("seen_multiple", [8, 128])
+def test_recorded_steps_give_what_steps_give(model, prompts, monkeypatch, seen_multiple):
+    """Recording is a GPU's; here what it does with shapes, rows that are done and the cache is done step by step."""
+    stop = frequent_stop(model, prompts, 40)
+    settings = {"max_new_tokens": 40, "stop_ids": [stop], "temperature": 1.0, "seed": 5}
+    expected = generate(model, prompts, **settings)
+    made: list[int] = []
+    played: list[int] = []
+
+    def record(run):
+        run()
+        made.append(1)
+        return lambda: (played.append(1), run())
+
+    monkeypatch.setattr(decoding, "can_record", lambda device: True)
+    monkeypatch.setattr(decoding, "record", record)
+    monkeypatch.setattr(decoding, "SEEN_MULTIPLE", seen_multiple)
+    found = generate(model, prompts, **settings)
+    assert [r.ids for r in found] == [r.ids for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert len(made) >= (1 if seen_multiple == 128 else 4) and len(played) > 3 * len(made)
 
 
 def test_sampling_is_a_function_of_the_seed_and_gives_untruncated_logprobs(model, prompts):
