@@ -36,9 +36,28 @@ class Bar(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         """Count n more units as done."""
         shown = super().update(n)
-        if _current is not None and not self.disable:
-            _current.note(self)
+        if not self.disable:
+            note(self.n, self.total, unit=self.unit, what=self.desc.removesuffix(": "), first=self.initial,
+                 began=self.start_t, told=self.postfix or "")  # fmt: skip
         return shown
+
+
+def note(
+    done: float, total: float | None, *, unit: str, first: float, began: float, what: str = "", told: str = ""
+) -> None:
+    """Let `status` see how far the step is, where it is `watched`.
+
+    Args:
+        done: Units that are done.
+        total: Units in all.
+        unit: What is counted.
+        first: Units that were done before this process.
+        began: When it began, in seconds since the epoch.
+        what: What it is doing, if that is not its main work.
+        told: Further numbers, in words.
+    """
+    if _current is not None:
+        _current.note(done, total, unit=unit, what=what, first=first, began=began, told=told)
 
 
 def brief(items: Collection[T], what: str, unit: str) -> Iterator[T]:
@@ -60,14 +79,12 @@ class _Watch:
         self._written = 0.0
         self._noted = False
 
-    def note(self, bar: tqdm) -> None:
-        """Keep a bar's numbers."""
+    def note(self, done: float, total: float | None, **facts: Any) -> None:
+        """Keep how far the step is, if that is the end, or it was not written a moment ago."""
         now = time.time()
-        done = bar.total is not None and bar.n >= bar.total
-        if done or not self._noted or now - self._written >= _INTERVAL:
+        if (total is not None and done >= total) or not self._noted or now - self._written >= _INTERVAL:
             self._noted = True
-            facts = {"what": bar.desc.removesuffix(": "), "unit": bar.unit, "done": bar.n, "total": bar.total}
-            self.write({**facts, "first": bar.initial, "began": bar.start_t, "updated": now, "told": bar.postfix or ""})
+            self.write({**facts, "done": done, "total": total, "updated": now})
 
     def write(self, numbers: dict[str, Any]) -> None:
         """Write the file whole. It is not flushed to the disk, and no run ends because there is no room for it."""

@@ -31,6 +31,7 @@ from custom_models.projects.classifier import (
     steps_of,
 )
 from custom_models.projects.fitting import FitArgs, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.texts import Batch, read_labelled
 from workflows.checkpoint import metric, share_metric, versions, write_metrics
@@ -129,7 +130,7 @@ def setup(
 
     found: dict[str, list[float]] = {"distilled": [], "alone": []}
     curves, kept = [], None
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         of_teacher = share_right(confusion(teacher, rows["test"]))
         for seed in seeds:
             for name in found:

@@ -1,7 +1,6 @@
 """Training by Lightning's Trainer: early stopping, the best epoch kept, what each epoch gave."""
 
 import math
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from custom_models.projects.keeping import Keeper, Resumable, folder_of, keep_done, read_done, restore_chances
 from workflows.errors import UserError
 from workflows.training.processes import Accelerator, choose_accelerator, default_precision
 
@@ -112,6 +112,12 @@ class _History(Callback):
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = state_dict["epochs"]
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
         # A score may be finite where the weights are not: an answer is found among scores that are no numbers, too.
@@ -134,11 +140,13 @@ def fit_best(
 ) -> list[dict[str, float]]:
     """Train until epochs are no better any more; the task is left with its best epoch's weights, where it was trained.
 
+    A training that was stopped goes on, and one that is done already is not repeated (`keeping.py`).
+
     Args:
         task: What is trained.
-        train: Training batches.
+        train: Training batches, all drawn in this process.
         validation: Validation batches.
-        out_dir: Where Lightning keeps its checkpoint meanwhile.
+        out_dir: The project's folder, which keeps it until `kept_until_done` ends.
         fit: How.
         monitor: The number that decides, to fall if it is a loss and else to rise.
 
@@ -148,12 +156,22 @@ def fit_best(
     Raises:
         UserError: If the training diverges.
     """
+    device = choose_accelerator(fit.accelerator)
+    folder = folder_of(task, [train, validation], (fit, monitor), out_dir)
+    if (done := read_done(folder)) is not None:
+        task.load_state_dict(done["weights"])
+        restore_chances(done["chances"])
+        task.eval().to(device)
+        epochs: list[dict[str, float]] = done["epochs"]
+        return epochs
     mode = "min" if "loss" in monitor else "max"
-    history, folder = _History(), out_dir / ".fitting"  # a name that nothing of a user has
-    shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
+    history, batches = _History(), Resumable(train)
+    keeper = Keeper(folder, batches)
+    checkpoint = keeper.checkpoint()
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
     callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]
     callbacks += [EMAWeightAveraging(decay=fit.ema_decay)] if fit.ema_decay else []
+    callbacks += [keeper]
     trainer = L.Trainer(
         max_epochs=fit.max_epochs,
         callbacks=callbacks,
@@ -166,10 +184,15 @@ def fit_best(
         num_sanity_val_steps=0,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
-        trainer.fit(task, train, validation)
+        warnings.filterwarnings(
+            "ignore", ".*does not have many workers.*|.*LeafSpec.*|.*not resumable.*|.*is not empty.*"
+        )
+        try:
+            trainer.fit(task, batches, validation, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
     weights: dict[str, Tensor] = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     task.load_state_dict(weights)
-    task.eval().to(trainer.strategy.root_device)  # what is scored now is scored there
-    shutil.rmtree(folder)
+    task.eval().to(device)  # what is scored now is scored there
+    keep_done(folder, weights, history.epochs)
     return history.epochs

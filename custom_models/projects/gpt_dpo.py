@@ -38,6 +38,7 @@ from custom_models.projects.gpt_answers import (
     token_logprobs,
 )
 from custom_models.projects.gpt_training import GPTFit
+from custom_models.projects.keeping import folder_named, kept_until_done
 from custom_models.projects.texts import LengthBatches
 from custom_models.tokenization.bpe import SpecialBPE
 from data_prep.rows import Row, read_rows
@@ -143,7 +144,7 @@ def setup(
         max_test_rows: At most so many held-out pairs are counted.
         max_new_tokens: Of the answers that are shown.
         seed: Of weights, order and exchanged answers.
-        resume: Whether the base goes on from a checkpoint of its own, see `gpt.setup`; what comes after begins anew.
+        resume: Whether the base goes on from a checkpoint of its own, see `gpt.setup`.
 
     Raises:
         UserError: If an argument, the data or the base is not usable.
@@ -165,7 +166,7 @@ def setup(
             split: read_rows(pairs / f"{split}.jsonl", "preference") for split in ("train", "validation", "test")
         }
     L.seed_everything(seed, verbose=False)
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         if base_dir is None:
             base_dir = str(pretrain_base(rows["train"], out_dir, model, pretrain, seed, resume))
         policy, tokenizer = load_gpt(base_dir)
@@ -212,10 +213,16 @@ def of_kinds(rows: list[Row], kinds: list[str]) -> list[Row]:
 def pretrain_base(rows: list[Row], out_dir: Path, model: GPTConfig, fit: GPTFit, seed: int, resume: Resume) -> Path:
     """Train a base on the answers of training rows, each once, in their order; returns its folder."""
     answers = dict.fromkeys(row["messages"][-1]["content"] for row in rows)
-    text = out_dir / "base" / "answers.txt"
-    write_text(text, "".join(f"{answer}\n" for answer in answers))
+    text, final = out_dir / "base" / "answers.txt", out_dir / "base" / "final"
+    written = "".join(f"{answer}\n" for answer in answers)
+    done = folder_named([repr((model, fit, seed)).encode(), written.encode()], out_dir) / "base"
+    if done.is_file() and final.is_dir() and resume:
+        print(f"{final}: trained before")
+        return final
+    write_text(text, written)
     gpt.setup(str(text), "bpe", out_dir / "base" / "tokens", out_dir / "base", model, fit, seed=seed, resume=resume)
-    return out_dir / "base" / "final"
+    write_text(done, "")  # not again, if what comes after it is stopped
+    return final
 
 
 def reply(model: GPT, tokenizer: Tokenizer, row: Row, max_new_tokens: int) -> str:

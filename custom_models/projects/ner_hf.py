@@ -3,7 +3,7 @@
 What it leaves is a folder of transformers' form, which `ner_model.load_entity_model` reads into our T5.
 """
 
-import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,12 @@ from custom_models.encoder_decoder_checkpoint import t5_directory
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.fitting import FitArgs, fast_precision
+from custom_models.projects.keeping import folder_named
 from custom_models.projects.ner_model import Asking, Codec, Sentence
 from custom_models.projects.seq2seq import padded
 from workflows.files import atomic_dir
+from workflows.progress import note
+from workflows.training.stopping import Stopping
 
 
 def fine_tune(
@@ -55,8 +58,10 @@ def fine_tune(
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
         T5ForConditionalGeneration,
+        TrainerCallback,
         set_seed,
     )
+    from transformers.trainer_utils import get_last_checkpoint
 
     directory = t5_directory(place)
     set_seed(seed)
@@ -83,7 +88,19 @@ def fine_tune(
         real = found.label_ids != IGNORED  # (rows, T)
         return {"accuracy": float((found.predictions == found.label_ids)[real].mean())}
 
-    runs = folder.with_name(f".{folder.name}.runs")
+    settings = (fit, asking, list(types), seed, str(directory), rows)
+    runs = folder_named([repr(settings).encode()], folder.parent)
+    stop = Stopping()
+
+    class Interrupted(TrainerCallback):
+        """Lets Ctrl-C end the training after a step, with a checkpoint."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            note(state.global_step, state.max_steps, unit="step", first=0, began=began)
+            if stop.asked():
+                control.should_save = control.should_training_stop = True
+
+    began = time.time()
     trainer = Seq2SeqTrainer(
         model,
         Seq2SeqTrainingArguments(
@@ -112,13 +129,15 @@ def fine_tune(
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],  # type: ignore[arg-type]
         compute_metrics=right,
-        callbacks=[EarlyStoppingCallback(fit.patience)],
+        callbacks=[EarlyStoppingCallback(fit.patience), Interrupted()],
         preprocess_logits_for_metrics=lambda logits, labels: (
             logits[0] if isinstance(logits, tuple) else logits
         ).argmax(-1),
     )
-    trainer.train()
-    shutil.rmtree(runs, ignore_errors=True)
+    with stop:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(runs)) if runs.is_dir() else None)
+        if stop.asked():
+            raise KeyboardInterrupt
     save_entity_t5(model.cpu(), tokenizer, types, asking, data, folder)
     return _epochs(trainer.state.log_history)
 

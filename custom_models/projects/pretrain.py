@@ -27,6 +27,7 @@ from custom_models.encoder import Encoder
 from custom_models.encoder_checkpoint import save_encoder
 from custom_models.masked_language_model import IGNORED, MaskedLanguageModel, mask_tokens
 from custom_models.projects.fitting import FitArgs, device_of, fit_best, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.shape import Shape
 from custom_models.projects.vocabulary import END, MASK, PAD, START, learn_vocabulary
 from custom_models.tokenization.words import sentences
@@ -247,7 +248,7 @@ def setup(
     print(f"{len(kept):,} texts, {train.batches():,} batches an epoch; {len(held):,} texts held out")
     if style == "bert":
         print(f"{train.cut + validation.cut:,} pairs of sentences cut: over {shape.n_position} tokens")
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         train_loader, validation_loader = (DataLoader(texts, batch_size=None) for texts in (train, validation))
         epochs = fit_best(task, train_loader, validation_loader, out_dir, fit, monitor="val_loss")
     save_encoder(

@@ -19,6 +19,7 @@ from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_checkpoint import save_encoder_decoder
 from custom_models.generation import generate
 from custom_models.projects.fitting import FitArgs, device_of, fit_best, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.seq2seq import (
     Seq2SeqTask,
@@ -85,7 +86,7 @@ def setup(
         loaders.append(corruption_loader(pieces, tokenizer, size, seed, fixed=name == "held out"))
     model = EncoderDecoder(shape.config(tokenizer))
     task = Seq2SeqTask(model, fit, len(loaders[0]) * fit.max_epochs)
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit, monitor="val_loss")
     save_encoder_decoder(model, model.config, tokenizer, out_dir / "final")
     draw_curves([epochs], out_dir / "curves.png", "span corruption")

@@ -30,6 +30,7 @@ from custom_models.encoder_checkpoint import (
 from custom_models.projects.answers import commonest, exact, f1, first_phrase_of_likest_sentence, likest_phrase
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import LengthBatches, drawn
 from custom_models.projects.vocabulary import END, PAD, START, learn_vocabulary
@@ -258,7 +259,7 @@ def setup(
     train, validation, test = (read_questions(data, split, reader, most) for split, most in (
         ("train", max_rows), ("validation", max_test_rows), ("test", max_test_rows)))  # fmt: skip
     runs, times, kept = [], [], None
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model, started = SpanModel(make()), time.perf_counter()

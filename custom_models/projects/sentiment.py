@@ -28,6 +28,7 @@ from custom_models.projects.classifier import (
     steps_of,
 )
 from custom_models.projects.fitting import FitArgs, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.pictures import draw_confusion, draw_curves
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import read_labelled
@@ -80,7 +81,7 @@ def setup(
     rows = encode_splits(data, texts, tokenizer, make().config.n_position)
 
     runs, tables, times, kept = [], [], [], None
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model = TextClassifier(make(), labels)

@@ -35,6 +35,7 @@ from custom_models.projects import abstractive
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.documents import Batch, Document, encode_documents, loader, read_documents, with_oracle
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.rouge import baselines, choose, joined, rouge, rouge_metrics, table
 from custom_models.weights import fill
 from workflows.checkpoint import versions, write_metrics
@@ -170,7 +171,7 @@ def setup(
     if not train:
         raise UserError(f"{data}/train.jsonl has no document of two sentences or more: there is nothing to choose.")
     runs, kept, times = [], None, []
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model = BertSum(load_encoder(directory), n_layer, pooling)

@@ -22,6 +22,7 @@ from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.encoder_decoder_config import EncoderDecoderConfig, transformer
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.fitting import FitArgs, fit_best, seed_problems
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.pictures import draw_curves
 from custom_models.projects.program_runs import find_node
 from custom_models.projects.seq2seq import (
@@ -144,7 +145,7 @@ def setup(
     sources = [row["source"] for row in rows[scored]]
     epochs, runs, times = [], [], []
     kept: tuple[Translator, Written] | None = None
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, kept_until_done(out_dir):
         for seed in seeds:
             begin = time.perf_counter()
             L.seed_everything(seed, verbose=False)

@@ -18,11 +18,11 @@ class Stopping:
     A run of several processes stops at the same step in all of them, whichever was told.
     """
 
-    def __init__(self, fabric: L.Fabric) -> None:
+    def __init__(self, fabric: L.Fabric | None = None) -> None:
         """Nothing is changed before the block is entered.
 
         Args:
-            fabric: A launched Fabric.
+            fabric: A launched Fabric; None if there is no other process.
         """
         self._fabric, self._told = fabric, False
         self._before: Any = None
@@ -44,12 +44,12 @@ class Stopping:
         if self._told:
             raise KeyboardInterrupt
         self._told = True
-        if self._fabric.global_rank == 0:
+        if self._fabric is None or self._fabric.global_rank == 0:
             os.write(2, _TOLD)  # print may be interrupted by this very signal
 
     def asked(self) -> bool:
         """Whether Ctrl-C was pressed, here or in another process of the run; all of them are to ask together."""
-        if self._fabric.world_size == 1:
+        if self._fabric is None or self._fabric.world_size == 1:
             return self._told
         told: Any = self._fabric.all_reduce(
             torch.tensor(float(self._told), device=self._fabric.device), reduce_op="sum"

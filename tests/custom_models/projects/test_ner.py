@@ -1,6 +1,7 @@
 """Naming entities: ids and back, both heads, a T5 of transformers', the command line, bad input."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from custom_models.__main__ import PROJECTS
@@ -219,6 +221,34 @@ def test_a_t5_of_transformers_is_taught_by_its_own_trainer(data, tiny_t5, tmp_pa
     assert model.t5.config.tied and not (tmp_path / ".final.runs").exists()
     config = json.loads((tmp_path / "final" / "config.json").read_text())
     assert config["model_type"] == "t5" and config["entity_types"] == codec.types
+
+
+@pytest.mark.long
+def test_that_trainer_goes_on_after_ctrl_c_to_the_same_end(data, tiny_t5, tmp_path, capsys, monkeypatch):
+    import transformers
+
+    pressed: list[int] = []
+
+    class Pressing(transformers.Seq2SeqTrainer):
+        def training_step(self, *args, **kwargs):
+            pressed.append(self.state.global_step)
+            if len(pressed) == 8:
+                signal.raise_signal(signal.SIGINT)
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(transformers, "Seq2SeqTrainer", Pressing)
+    scores = []
+    for folder, code in (("stopped", 130), ("stopped", 0), ("undisturbed", 0)):
+        out = tmp_path / folder
+        assert main(["ner", "--data", str(data), "--model", str(tiny_t5), "--out_dir", str(out), "--max_rows", "40",
+                     "--fit.max_epochs", "3", "--fit.learning_rate", "1e-2", "--fit.batch_size", "8",
+                     "--fit.accelerator", "cpu", "--longest", "200"],
+                    steps=PROJECTS, program="custom_models") == code  # fmt: skip
+        assert (out / ".fitting").is_dir() == (code == 130)
+        if code == 0:
+            scores.append(load_file(out / "final" / "model.safetensors"))
+    assert pressed == [*range(15), *range(15)]  # none twice: five steps an epoch
+    assert all(torch.equal(tensor, scores[1][name]) for name, tensor in scores[0].items())
 
 
 def test_what_cannot_be_is_told(codec, data, tmp_path, tiny_t5):
