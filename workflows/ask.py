@@ -1,5 +1,6 @@
 """`make ask FILE=questions.jsonl`: have a file of questions answered by a model in Ollama, a JSON line per answer."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from workflows.ollama.batch import Batch, Question
 from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.schema import read_schema
 from workflows.ollama.server import open_server
+from workflows.progress import watched
 
 SHAPES = '{"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]}'
 _MOST_TOLD = 10
@@ -91,7 +93,11 @@ def setup(
         batch = Batch(server, model, questions, target, options, parallel, resume)
         if batch.kept:
             print(f"{batch.kept} of {len(questions)} answers are in {target} already")
-        records = batch.run()
+        told = Path("out/ask") / target.stem  # where `make status` looks for what runs
+        with watched(told, keeps="keeps what is answered"):
+            records = batch.run()
+    with contextlib.suppress(OSError):  # answers to another file of this name may be under way
+        told.rmdir()
     failed = [record for record in records if "error" in record]
     print(f"{len(records) - len(failed)} answers: {target}")
     batch.require_answers(failed, file)

@@ -68,9 +68,10 @@ def brief(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 class _Watch:
     """The file of the step that this process runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keeps: str) -> None:
         self.file = folder / PROGRESS
         self.facts: dict[str, Any] = {
+            "keeps": keeps,
             "command": command(),
             "host": HOST,
             "pid": os.getpid(),
@@ -102,19 +103,20 @@ _current: _Watch | None = None
 
 
 @contextlib.contextmanager
-def watched(folder: Path, active: bool = True) -> Iterator[None]:
+def watched(folder: Path, active: bool = True, keeps: str = "") -> Iterator[None]:
     """Let `status` see the bars of the body.
 
     Args:
         folder: The step's folder; made if needed.
         active: Whether this process is the one that tells (the first of several).
+        keeps: What the step goes on from when it was stopped, in words, where its folder does not show it.
     """
     global _current
     if not active:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    before, _current = _current, _Watch(folder)
+    before, _current = _current, _Watch(folder, keeps)
     _current.write({"updated": time.time()})
     try:
         yield

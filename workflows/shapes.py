@@ -40,6 +40,7 @@ class Progress(Shape):
     total: Count | None = None
     unit: str = "step"
     what: str = ""
+    keeps: str = ""
 
 
 class Row(Shape):

@@ -146,7 +146,7 @@ def _unfinished(name: str, folder: Path, told: Progress, facts: dict[str, Any]) 
             facts["left"] = max(0.0, seconds / done * (told.total - told.done) - age)
     if state == "stopped" and facts["checkpoint"] is not None:
         facts["done"] = facts["checkpoint"]
-    keeps = _keeps(folder, facts["checkpoint"]) if state == "stopped" else ""
+    keeps = (told.keeps or _keeps(folder, facts["checkpoint"])) if state == "stopped" else ""
     return StepStatus(name, state, **facts, age=age, command=told.command, keeps=keeps)
 
 

@@ -45,7 +45,7 @@ def kept_until_done(out_dir: Path) -> Iterator[None]:
     Args:
         out_dir: The project's folder, in which `status` sees how far it is.
     """
-    with watched(out_dir):
+    with watched(out_dir, keeps="goes on from its last checkpoint"):
         yield
     shutil.rmtree(out_dir / KEPT, ignore_errors=True)
 

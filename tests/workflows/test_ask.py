@@ -26,6 +26,7 @@ from workflows.ollama.install import install, is_supported
 from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.schema import InvalidAnswer, read_schema, validated
 from workflows.ollama.server import OllamaServer, probe
+from workflows.status import status_of, step_folders
 
 R1_TEMPLATE = "{{ if $last }}<|Assistant|><think>\n{{ else }}<|Assistant|>{{ end }}"
 
@@ -265,16 +266,21 @@ def test_ctrl_c_keeps_what_is_answered(replies: dict, file: Path, monkeypatch, c
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         echo(handler, body)
 
+    monkeypatch.chdir(file.parent)
     command = ["ask", "--file", str(file), "--model", "m", "--parallel", "1"]
     with fake_ollama({**replies, "/api/chat": talk}) as (url, _):
         monkeypatch.setenv("OLLAMA_HOST", url)
         assert main(command) == 130
     assert "run the same command again" in capsys.readouterr().err
+    (status,) = map(status_of, step_folders(Path("out")), [Path("out")])
+    assert (status.name, status.state, status.total) == ("ask/q.answers", "stopped", 6)
+    assert status.keeps == "keeps what is answered" and 2 <= status.done < 6
     assert [row["answer"] for row in answers(file)][:2] == ["q0!", "q1!"] and len(answers(file)) < 6
     with fake_ollama(replies) as (url, requests):
         monkeypatch.setenv("OLLAMA_HOST", url)
         assert main(command) == 0
     assert len(answers(file)) == 6 and "q0" not in chats(requests)
+    assert list(step_folders(Path("out"))) == []
 
 
 def test_ctrl_c_does_not_wait_for_a_silent_server(replies: dict, file: Path, monkeypatch, capsys) -> None:

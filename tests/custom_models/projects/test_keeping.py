@@ -16,6 +16,7 @@ from custom_models.projects import keeping
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.keeping import DONE, KEPT, LAST, kept_until_done
 from custom_models.projects.texts import LengthBatches
+from workflows.status import status_of
 
 ROWS = [[i % 7, i % 5, i % 3] for i in range(44)]
 
@@ -151,7 +152,9 @@ def test_a_project_keeps_its_trainings_until_it_ends_well(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), kept_until_done(tmp_path):
         train(tmp_path)
         os.kill(os.getpid(), signal.SIGINT)
-    assert (tmp_path / KEPT).is_dir() and (tmp_path / "progress.json").is_file()
+    status = status_of(tmp_path, tmp_path)
+    assert (status.state, status.done, status.total, status.unit) == ("running", 44, 44, "step")
+    assert (tmp_path / KEPT).is_dir() and "goes on from its last checkpoint" in (tmp_path / "progress.json").read_text()
     with kept_until_done(tmp_path):
         assert train(tmp_path)[0].seen == []
     assert list(tmp_path.iterdir()) == []
