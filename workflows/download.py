@@ -125,6 +125,8 @@ def find_model(model: str, revision: str | None = None, hub_id: str | None = Non
             problems.append(f"There is no file {path}.")
         origin = _Origin("gguf", str(path), "local", path.stem)
     elif _HUB_ID.fullmatch(model):
+        if path.parent.is_dir() and path.parent != Path():
+            print(f"There is no folder {path} here, so {model} is taken for an id on the Hugging Face Hub.")
         origin = _from_hub(model)
     else:
         raise UserError(

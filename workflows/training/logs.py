@@ -31,10 +31,19 @@ class MetricsLog:
         self.others = [_make_logger(name, out_dir) for name in loggers] if self.active else []
         rows = []
         if self.active and self.path.is_file() and start:
-            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may leave half a line
-            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= start]
+            try:
+                rows = self._rows_until(start)
+            except (ValueError, TypeError, KeyError, csv.Error):  # of a run that can go on all the same
+                fabric.print(f"{self.path} is damaged: the steps before step {start} are missing in it from now on")
         if self.active:
             self._rewrite(rows)
+
+    def _rows_until(self, step: int) -> list[dict[str, str]]:
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may leave half a line
+        rows = list(csv.DictReader(whole.splitlines(), strict=True))
+        if not all(isinstance(value, str) for row in rows for value in row.values()):
+            raise ValueError("a row has more or fewer cells than there are columns")
+        return [row for row in rows if int(row["step"]) <= step]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add one row; the file is rewritten only when a column is new."""

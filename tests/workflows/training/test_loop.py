@@ -159,6 +159,15 @@ def test_only_the_newest_two_checkpoints_are_kept_and_no_parts(tmp_path):
     assert names == ["step-00000004.pth", "step-00000006.pth"]
 
 
+@pytest.mark.parametrize("damage", [b"step,loss\nx,1\n", b"step,loss\n1,2,3\n2\n", b"\xff\xfe\n\n", b"loss\n3\n"])
+def test_a_damaged_log_is_told_and_the_run_goes_on(damage, tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_bytes(damage)
+    with MetricsLog(make_fabric(), tmp_path, 5, ()) as log:
+        log.write(6, {"loss": 1.0})
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "6,1"]
+    assert "is damaged: the steps before step 5" in capsys.readouterr().out
+
+
 def test_metrics_csv_has_loss_extras_and_validation(tmp_path):
     run(tmp_path, train=replace(TRAIN, max_norm=1.0))
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
