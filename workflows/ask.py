@@ -1,6 +1,7 @@
 """`make ask FILE=questions.jsonl`: have a file of questions answered by a model in Ollama, a JSON line per answer."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from workflows.ollama.schema import read_schema
 from workflows.ollama.server import open_server
 from workflows.progress import watched
 
+STATUS = Path("out/ask")
 SHAPES = '{"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]}'
 _MOST_TOLD = 10
 
@@ -93,14 +95,29 @@ def setup(
         batch = Batch(server, model, questions, target, options, parallel, resume)
         if batch.kept:
             print(f"{batch.kept} of {len(questions)} answers are in {target} already")
-        told = Path("out/ask") / target.stem  # where `make status` looks for what runs
-        with watched(told, keeps="keeps what is answered"):
+        with _seen_by_status(target):
             records = batch.run()
-    with contextlib.suppress(OSError):  # answers to another file of this name may be under way
-        told.rmdir()
     failed = [record for record in records if "error" in record]
     print(f"{len(records) - len(failed)} answers: {target}")
     batch.require_answers(failed, file)
+
+
+@contextlib.contextmanager
+def _seen_by_status(target: Path) -> Iterator[None]:
+    """Let `make status`, which looks under out/, see how far the answers are, where that can be written to."""
+    place = target.resolve().with_suffix("")
+    place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place.relative_to(place.anchor)
+    folder = STATUS / "-".join(place.parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        yield
+        return
+    with watched(folder, keeps="keeps what is answered"):
+        yield
+    with contextlib.suppress(OSError):  # other answers may be under way
+        folder.rmdir()
+        STATUS.rmdir()
 
 
 def read_questions(

@@ -138,7 +138,7 @@ def status_of(folder: Path, out_dir: Path) -> StepStatus:
 
 def _unfinished(name: str, folder: Path, told: Progress, facts: dict[str, Any]) -> StepStatus:
     age = time.time() - told.updated
-    state: State = "running" if _lives(told, age) else "stopped"
+    state: State = "running" if lives(told, age) else "stopped"
     if told.total is not None:
         facts |= {"done": told.done, "total": told.total, "unit": told.unit, "what": told.what}
         seconds, done = told.updated - told.began, told.done - told.first
@@ -150,8 +150,8 @@ def _unfinished(name: str, folder: Path, told: Progress, facts: dict[str, Any]) 
     return StepStatus(name, state, **facts, age=age, command=told.command, keeps=keeps)
 
 
-def _lives(told: Progress, age: float) -> bool:
-    """Whether the process that wrote this lives; numbers of processes are given out anew."""
+def lives(told: Progress, age: float) -> bool:
+    """Whether the process that wrote this, so many seconds ago, lives; numbers of processes are given out anew."""
     if told.host != HOST:
         return abs(age) < _SILENT  # clocks may differ
     try:

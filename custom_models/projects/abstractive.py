@@ -26,7 +26,6 @@ from custom_models.encoder_checkpoint import frame_of, tokenizer_of
 from custom_models.masked_language_model import IGNORED
 from custom_models.projects.documents import Document, encode_documents, read_documents
 from custom_models.projects.fitting import FitArgs, fit_best
-from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.rouge import baselines, joined, rouge, rouge_metrics, table
 from custom_models.projects.seq2seq import padded
 from custom_models.projects.texts import LengthBatches
@@ -282,7 +281,7 @@ def train(
               f"without their ends: over {decoding.max_length} tokens")  # fmt: skip
     steps = -(-len(pairs["train"]) // fit.batch_size) * fit.max_epochs
     started = time.perf_counter()
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         task = AbstractiveTask(model, fit, steps)
         train_loader = _loader(pairs["train"], pad_id, fit.batch_size, seed)
         epochs = fit_best(task, train_loader, _loader(pairs["validation"], pad_id, fit.batch_size, None), out_dir, fit,

@@ -89,6 +89,7 @@ class DistillationTask(ClassifierTask):
         )
 
 
+@kept_until_done
 def setup(
     teacher_dir: Path = Path("out/sentiment/movie_snippets/minilm/final"),
     data: Path = Path("data/movie_snippets"),
@@ -130,7 +131,7 @@ def setup(
 
     found: dict[str, list[float]] = {"distilled": [], "alone": []}
     curves, kept = [], None
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         of_teacher = share_right(confusion(teacher, rows["test"]))
         for seed in seeds:
             for name in found:

@@ -146,7 +146,7 @@ def fit_best(
         task: What is trained.
         train: Training batches, all drawn in this process.
         validation: Validation batches.
-        out_dir: The project's folder, which keeps it until `kept_until_done` ends.
+        out_dir: The project's folder, which keeps it until the project is done.
         fit: How.
         monitor: The number that decides, to fall if it is a loss and else to rise.
 
@@ -157,7 +157,7 @@ def fit_best(
         UserError: If the training diverges.
     """
     device = choose_accelerator(fit.accelerator)
-    folder = folder_of(task, [train, validation], (fit, monitor), out_dir)
+    folder = folder_of(task, [train, validation], out_dir)
     if (done := read_done(folder)) is not None:
         task.load_state_dict(done["weights"])
         restore_chances(done["chances"])
@@ -168,7 +168,9 @@ def fit_best(
     history, batches = _History(), Resumable(train)
     keeper = Keeper(folder, batches)
     checkpoint = keeper.checkpoint()
-    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True)
+    # before the epoch's end, where the keeper's checkpoint is to know of it
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, save_weights_only=True,
+                           save_on_train_epoch_end=False)  # fmt: skip
     callbacks = [history, best, EarlyStopping(monitor, patience=fit.patience, mode=mode), TQDMProgressBar()]
     callbacks += [EMAWeightAveraging(decay=fit.ema_decay)] if fit.ema_decay else []
     callbacks += [keeper]
@@ -195,4 +197,6 @@ def fit_best(
     task.load_state_dict(weights)
     task.eval().to(device)  # what is scored now is scored there
     keep_done(folder, weights, history.epochs)
+    if keeper.asked():  # in the last moments
+        raise KeyboardInterrupt
     return history.epochs

@@ -38,7 +38,7 @@ from custom_models.projects.gpt_answers import (
     token_logprobs,
 )
 from custom_models.projects.gpt_training import GPTFit
-from custom_models.projects.keeping import folder_named, kept_until_done
+from custom_models.projects.keeping import KEPT, folder_named, kept_until_done
 from custom_models.projects.texts import LengthBatches
 from custom_models.tokenization.bpe import SpecialBPE
 from data_prep.rows import Row, read_rows
@@ -107,6 +107,7 @@ class DPOTask(L.LightningModule):
         return self.fit_args.optimizer(self, self.total_steps)
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/hpo"),
     pairs: Path | None = None,
@@ -166,7 +167,7 @@ def setup(
             split: read_rows(pairs / f"{split}.jsonl", "preference") for split in ("train", "validation", "test")
         }
     L.seed_everything(seed, verbose=False)
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         if base_dir is None:
             base_dir = str(pretrain_base(rows["train"], out_dir, model, pretrain, seed, resume))
         policy, tokenizer = load_gpt(base_dir)
@@ -215,13 +216,15 @@ def pretrain_base(rows: list[Row], out_dir: Path, model: GPTConfig, fit: GPTFit,
     answers = dict.fromkeys(row["messages"][-1]["content"] for row in rows)
     text, final = out_dir / "base" / "answers.txt", out_dir / "base" / "final"
     written = "".join(f"{answer}\n" for answer in answers)
-    done = folder_named([repr((model, fit, seed)).encode(), written.encode()], out_dir) / "base"
-    if done.is_file() and final.is_dir() and resume:
+    # One file, so that it speaks of the base that is there, and of no other that was there before.
+    made, now = out_dir / KEPT / "base.txt", folder_named([written.encode()], out_dir).name
+    if resume and final.is_dir() and made.is_file() and made.read_text(encoding="utf-8") == now:
         print(f"{final}: trained before")
         return final
+    made.unlink(missing_ok=True)
     write_text(text, written)
     gpt.setup(str(text), "bpe", out_dir / "base" / "tokens", out_dir / "base", model, fit, seed=seed, resume=resume)
-    write_text(done, "")  # not again, if what comes after it is stopped
+    write_text(made, now)
     return final
 
 

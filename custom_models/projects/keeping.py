@@ -3,22 +3,26 @@
 A checkpoint is written when Ctrl-C is pressed, and every minute: Lightning's, with the state of random numbers in it.
 What it does not hold is how far the data is; the batches that were learned from are drawn again, and thrown away, so
 that whatever a loader draws from (an order, words in ever other pieces) is where it was. So weights and validation end
-bit-identical to those of a training that was never interrupted; only the mean training loss of the epoch it happened in
-is that of its second part.
+bit-identical to those of a training that was never interrupted. What `metrics.json` says of time and memory is the last
+session's, and the mean training loss of the epoch that was interrupted that of its second part.
 
 A project may train several times (for each seed; first this, then that): each training has a folder of its own, named
 by what decides it, and keeps its result there until the whole project is done.
 """
 
 import hashlib
+import inspect
 import math
+import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -26,9 +30,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from workflows.errors import first_line
+from workflows.errors import UserError, first_line
 from workflows.files import atomic_file
-from workflows.progress import note, watched
+from workflows.measure import gigabytes
+from workflows.progress import PROGRESS, note, watched
+from workflows.shapes import Progress, read_shape
+from workflows.status import lives
 from workflows.training.stopping import Stopping
 
 KEPT = ".fitting"
@@ -37,41 +44,122 @@ LAST, DONE = "last.ckpt", "done.pt"
 INTERVAL = 60.0
 """Seconds between checkpoints: what a crash may cost."""
 
+F = TypeVar("F", bound=Callable[..., None])
 
-@contextmanager
-def kept_until_done(out_dir: Path) -> Iterator[None]:
-    """A project's trainings, and what it does with them: kept when it is stopped, deleted when it ends well.
+
+@dataclass
+class _Project:
+    """The project that runs.
+
+    Attributes:
+        settings: All that it was asked for, in words.
+        watching: Lets `status` see it, from its first training on.
+        trainings: How many have begun; they come in the same order each time.
+    """
+
+    settings: str
+    watching: Callable[[], None]
+    trainings: int = 0
+
+
+_current: _Project | None = None
+
+
+def kept_until_done(setup: F) -> F:
+    """Let a project's trainings be kept when it is stopped, and deleted when it has ended well.
 
     Args:
-        out_dir: The project's folder, in which `status` sees how far it is.
+        setup: The project, with an argument `out_dir`: its folder, in which `status` sees how far it is.
     """
-    with watched(out_dir, keeps="goes on from its last checkpoint"):
-        yield
+    signature = inspect.signature(setup)
+
+    @wraps(setup)
+    def keeping(*args: Any, **options: Any) -> None:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        with project(Path(bound.arguments["out_dir"]), repr(bound.arguments)):
+            setup(*args, **options)
+
+    return keeping  # type: ignore[return-value]
+
+
+@contextmanager
+def project(out_dir: Path, settings: str) -> Iterator[None]:
+    """What `kept_until_done` puts around a project.
+
+    Args:
+        out_dir: Its folder.
+        settings: All that it was asked for, in words.
+
+    Raises:
+        UserError: If another process is at work in that folder.
+    """
+    global _current
+    _require_alone(out_dir)
+    kept = [path for path in (out_dir / KEPT).glob("**/*") if path.is_file()]
+    if kept:
+        size = gigabytes(sum(path.stat().st_size for path in kept))
+        print(f"{out_dir / KEPT} keeps what was trained before ({size}); delete it to begin anew")
+    with ExitStack() as stack:
+        watch = watched(out_dir, keeps="goes on from its last checkpoint")
+        before, _current = _current, _Project(settings, lambda: stack.enter_context(watch))
+        try:
+            yield
+        finally:
+            _current = before
     shutil.rmtree(out_dir / KEPT, ignore_errors=True)
 
 
-def folder_of(task: L.LightningModule, loaders: list[DataLoader[Any]], settings: Any, out_dir: Path) -> Path:
-    """Where a training is kept: in a folder named by its weights before it, its data and its settings."""
+def _require_alone(out_dir: Path) -> None:
+    file = out_dir / PROGRESS
+    if not file.is_file():
+        return
+    try:
+        told = read_shape(file, Progress)
+    except UserError:  # it is damaged, so its process does not write it any more
+        return
+    if told.pid != os.getpid() and lives(told, time.time() - told.updated):
+        raise UserError(f"Process {told.pid} is at work in {out_dir}. Wait for it, or give another --out_dir.")
+
+
+def folder_of(task: L.LightningModule, loaders: list[DataLoader[Any]], out_dir: Path) -> Path:
+    """Where a training is kept: in a folder named by all that the project was asked for, which of its trainings this
+    is, its weights before it, and its data."""
 
     def deciding() -> Iterator[bytes]:
-        yield repr(settings).encode()
         for name, tensor in task.state_dict().items():
             yield name.encode()
             yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         for loader in loaders:
             data: Any = loader.dataset
             for row in data.documents if hasattr(data, "documents") else (data[i] for i in range(len(data))):
-                yield repr(row).encode()
+                yield repr(_given(row)).encode()
 
     return folder_named(deciding(), out_dir)
 
 
 def folder_named(deciding: Iterable[bytes], out_dir: Path) -> Path:
-    """The folder, in a project's own, of a training that all this decides."""
+    """The folder of the project's next training, which all this decides beside the project's settings."""
     digest = hashlib.sha256()
+    if _current is not None:
+        if not _current.trainings:
+            _current.watching()
+        _current.trainings += 1
+        digest.update(f"{_current.settings} {_current.trainings}".encode())
     for part in deciding:
         digest.update(part)
     return out_dir / KEPT / digest.hexdigest()[:16]
+
+
+def _given(row: Any) -> Any:
+    """A row of data without its tensors: those were computed, and may differ in a last digit."""
+    if isinstance(row, torch.Tensor):
+        return None
+    if is_dataclass(row):
+        return [_given(getattr(row, field.name)) for field in fields(row)]
+    if isinstance(row, list | tuple):
+        return [_given(part) for part in row]
+    return row
 
 
 def keep_done(folder: Path, weights: dict[str, torch.Tensor], epochs: list[dict[str, float]]) -> None:
@@ -104,10 +192,11 @@ class Resumable:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader, self.epochs, self.batches = loader, 0, 0
+        self.chances: dict[str, Any] | None = None
 
-    def begin_at(self, epoch: int, batch: int) -> None:
-        """Let the next epoch that is drawn be this one, from this batch on."""
-        self.epochs, self.batches = epoch, batch
+    def begin_at(self, epoch: int, batch: int, chances: dict[str, Any]) -> None:
+        """Let the next epoch that is drawn be this one, from this batch on, with random numbers as they were there."""
+        self.epochs, self.batches, self.chances = epoch, batch, chances
 
     def __len__(self) -> int:
         return len(self.loader)  # which may not know it, and says so
@@ -116,11 +205,19 @@ class Resumable:
         for _ in range(self.epochs):
             for _ in self.loader:
                 pass
+        if not self.batches:  # an epoch begins by drawing a number
+            self._restore()
         batches = iter(self.loader)
         for _ in range(self.batches):
             next(batches)
+        self._restore()
         self.epochs = self.batches = 0
         yield from batches
+
+    def _restore(self) -> None:
+        if self.chances is not None:
+            restore_chances(self.chances)
+        self.chances = None
 
 
 class Keeper(Callback):
@@ -133,7 +230,7 @@ class Keeper(Callback):
 
     def __init__(self, folder: Path, loader: Resumable) -> None:
         self.folder, self.loader = folder, loader
-        self._chances: dict[str, Any] | None = None
+        self._stop = Stopping()
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one that is whole; the loader is told where that is."""
@@ -142,17 +239,17 @@ class Keeper(Callback):
             return None
         try:
             kept = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["kept"]
-            epoch, batch = int(kept["epoch"]), int(kept["batch"])
+            epoch, batch, drawn = int(kept["epoch"]), int(kept["batch"]), kept["chances"]
         except Exception as e:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for what is none
             print(f"{file} is damaged ({first_line(e)}); the training begins anew")
             file.unlink()
             return None
-        self.loader.begin_at(epoch, batch)
+        self.loader.begin_at(epoch, batch, drawn)
         print(f"going on from epoch {epoch}, batch {batch}, of a training that was stopped")
         return file
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop = Stopping().__enter__()
+        self._stop.__enter__()
         self._saved = self._began = time.time()
         self._first = trainer.global_step
         steps = trainer.estimated_stepping_batches  # infinite, where a loader does not know its length
@@ -162,15 +259,7 @@ class Keeper(Callback):
         self._stop.__exit__(None, None, None)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_stop"):
-            self._stop.__exit__(None, None, None)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._chances is not None:
-            restore_chances(self._chances)
-            self._chances = None
+        self._stop.__exit__(None, None, None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -178,22 +267,31 @@ class Keeper(Callback):
         told = ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items()
                          if isinstance(value, float))  # fmt: skip
         note(trainer.global_step, self._total, unit="step", first=self._first, began=self._began, told=told)
-        if trainer.is_last_batch:
-            return  # the epoch's validation comes first
-        if self._stop.asked() or time.time() - self._saved >= INTERVAL:
-            self._saved = time.time()
-            self._place = {"epoch": trainer.current_epoch, "batch": batch_idx + 1}
-            with atomic_file(self.folder / LAST) as file:
-                trainer.save_checkpoint(file)
-            if self._stop.asked():
-                raise KeyboardInterrupt
+        if not trainer.is_last_batch:  # after that one the epoch's validation comes first
+            self._keep(trainer, trainer.current_epoch, batch_idx + 1)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.should_stop and trainer.current_epoch + 1 != trainer.max_epochs:
+            self._keep(trainer, trainer.current_epoch + 1, 0)
+
+    def asked(self) -> bool:
+        """Whether Ctrl-C was pressed, maybe in the training's last moments."""
+        return self._stop.asked()
+
+    def _keep(self, trainer: L.Trainer, epoch: int, batch: int) -> None:
+        """Write a checkpoint from which this batch comes next, if it is time for one; then stop, if Ctrl-C asked."""
+        if not self.asked() and time.time() - self._saved < INTERVAL:
+            return
+        self._saved = time.time()
+        self._place = {"epoch": epoch, "batch": batch}
+        with atomic_file(self.folder / LAST) as file:
+            trainer.save_checkpoint(file, weights_only=False)
+        if self.asked():
+            raise KeyboardInterrupt
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if hasattr(self, "_place"):
             checkpoint["kept"] = {**self._place, "chances": chances()}
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._chances = checkpoint["kept"]["chances"]
 
 
 def chances() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from custom_models import demo
 from custom_models.encoder_decoder import EncoderDecoder
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.fitting import FitArgs, fit_best, no_shares, seed_problems, too_small
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.ner_model import (
     Asking,
     Codec,
@@ -62,6 +63,7 @@ _TELLING = 5
 """A held-out sentence of so many words may not stand in any text that is pretrained on, shorter ones may."""
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/hpo_entities"),
     model: str = SCRATCH,

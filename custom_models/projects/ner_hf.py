@@ -3,6 +3,7 @@
 What it leaves is a folder of transformers' form, which `ner_model.load_entity_model` reads into our T5.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 from custom_models.encoder_checkpoint import save_tokenizer, tokenizer_of
 from custom_models.encoder_decoder_checkpoint import t5_directory
@@ -19,7 +21,7 @@ from custom_models.projects.fitting import FitArgs, fast_precision
 from custom_models.projects.keeping import folder_named
 from custom_models.projects.ner_model import Asking, Codec, Sentence
 from custom_models.projects.seq2seq import padded
-from workflows.files import atomic_dir
+from workflows.files import atomic_dir, read_json, write_json
 from workflows.progress import note
 from workflows.training.stopping import Stopping
 
@@ -61,7 +63,6 @@ def fine_tune(
         TrainerCallback,
         set_seed,
     )
-    from transformers.trainer_utils import get_last_checkpoint
 
     directory = t5_directory(place)
     set_seed(seed)
@@ -90,17 +91,28 @@ def fine_tune(
 
     settings = (fit, asking, list(types), seed, str(directory), rows)
     runs = folder_named([repr(settings).encode()], folder.parent)
+    done, told = runs / "done", runs / "epochs.json"
+    if told.is_file():
+        print(f"trained before: {len(read_json(told)['epochs'])} epochs")
+        _copy(done, folder)
+        return read_json(told)["epochs"]
     stop = Stopping()
 
     class Interrupted(TrainerCallback):
         """Lets Ctrl-C end the training after a step, with a checkpoint."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            note(state.global_step, state.max_steps, unit="step", first=0, began=began)
-            if stop.asked():
-                control.should_save = control.should_training_stop = True
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.first, self.began = state.global_step, time.time()
 
-    began = time.time()
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            note(state.global_step, state.max_steps, unit="step", first=self.first, began=self.began)
+            if stop.asked():
+                control.should_save = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked():
+                raise KeyboardInterrupt
+
     trainer = Seq2SeqTrainer(
         model,
         Seq2SeqTrainingArguments(
@@ -117,7 +129,8 @@ def fine_tune(
             eval_strategy="epoch",
             save_strategy="epoch",
             logging_strategy="epoch",
-            save_total_limit=1,
+            save_total_limit=2,
+            restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=True,
             metric_for_best_model="accuracy",
             remove_unused_columns=False,
@@ -135,11 +148,28 @@ def fine_tune(
         ).argmax(-1),
     )
     with stop:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(runs)) if runs.is_dir() else None)
-        if stop.asked():
-            raise KeyboardInterrupt
-    save_entity_t5(model.cpu(), tokenizer, types, asking, data, folder)
-    return _epochs(trainer.state.log_history)
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(runs))
+    save_entity_t5(model.cpu(), tokenizer, types, asking, data, done)
+    epochs = _epochs(trainer.state.log_history)
+    for checkpoint in runs.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    write_json(told, {"epochs": epochs})
+    _copy(done, folder)
+    return epochs
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_dir(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def _last_whole_checkpoint(runs: Path) -> str | None:
+    """The trainer's newest checkpoint that has all its files; those that have not are deleted."""
+    for checkpoint in runs.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # what is written last
+            print(f"{checkpoint} was not written to its end, and is deleted")
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(str(runs)) if runs.is_dir() else None
 
 
 def save_entity_t5(

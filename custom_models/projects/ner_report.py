@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from custom_models.projects.classifier import over_seeds
 from custom_models.projects.entity_scores import Scores, Tagged, majority_dictionary, score
-from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.ner_model import Asking, Codec, EntityModel, Sentence, Written, by_both, by_text
 from custom_models.projects.texts import drawn
 from data_prep.iob import OUTSIDE, Entity
@@ -111,7 +110,7 @@ def report(
     rounds: list[Round] = []
     results: list[tuple[Scores, Written]] = []
     beside: list[dict[str, float]] = []
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         for seed, done in zip(seeds, trained, strict=True):
             test, cut = encode(splits["test"], done.codec, asking.longest)
             written = find(done.model, done.codec, test, asking)

@@ -193,6 +193,7 @@ class PretrainingTask(L.LightningModule):
         return self.fit_args.optimizer(self, self.total_steps)
 
 
+@kept_until_done
 def setup(
     file: Path | None = None,
     style: Style = "roberta",
@@ -248,7 +249,7 @@ def setup(
     print(f"{len(kept):,} texts, {train.batches():,} batches an epoch; {len(held):,} texts held out")
     if style == "bert":
         print(f"{train.cut + validation.cut:,} pairs of sentences cut: over {shape.n_position} tokens")
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         train_loader, validation_loader = (DataLoader(texts, batch_size=None) for texts in (train, validation))
         epochs = fit_best(task, train_loader, validation_loader, out_dir, fit, monitor="val_loss")
     save_encoder(

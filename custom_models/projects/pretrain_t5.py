@@ -34,6 +34,7 @@ from workflows.errors import UserError, report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
 
+@kept_until_done
 def setup(
     file: Path | None = None,
     out_dir: Path = Path("out/pretrain-t5"),
@@ -86,7 +87,7 @@ def setup(
         loaders.append(corruption_loader(pieces, tokenizer, size, seed, fixed=name == "held out"))
     model = EncoderDecoder(shape.config(tokenizer))
     task = Seq2SeqTask(model, fit, len(loaders[0]) * fit.max_epochs)
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit, monitor="val_loss")
     save_encoder_decoder(model, model.config, tokenizer, out_dir / "final")
     draw_curves([epochs], out_dir / "curves.png", "span corruption")

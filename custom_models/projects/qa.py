@@ -221,6 +221,7 @@ class SpanTask(L.LightningModule):
         return self.fit_args.optimizer(self, self.total_steps)
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/hpo_spans"),
     encoder: str = SCRATCH,
@@ -259,7 +260,7 @@ def setup(
     train, validation, test = (read_questions(data, split, reader, most) for split, most in (
         ("train", max_rows), ("validation", max_test_rows), ("test", max_test_rows)))  # fmt: skip
     runs, times, kept = [], [], None
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model, started = SpanModel(make()), time.perf_counter()

@@ -6,6 +6,7 @@ Beside it a linear classifier of words and pairs of words, trained in the same r
 """
 
 import statistics
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 SCRATCH = "scratch"
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/movie_snippets"),
     encoder: str = SCRATCH,
@@ -81,7 +83,7 @@ def setup(
     rows = encode_splits(data, texts, tokenizer, make().config.n_position)
 
     runs, tables, times, kept = [], [], [], None
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model = TextClassifier(make(), labels)
@@ -126,20 +128,26 @@ def setup(
         hardware=hardware(),
         versions=versions(),
     )
-    _tell(encoder, accuracies, linear, kept, tokenizer, out_dir)
+    _tell(encoder, accuracies, linear, kept, tokenizer, out_dir, texts["test"][:: n // 2][:2])
 
 
 def _tell(
-    encoder: str, accuracies: list[float], linear: float, model: TextClassifier, tokenizer: Tokenizer, out_dir: Path
+    encoder: str,
+    accuracies: list[float],
+    linear: float,
+    model: TextClassifier,
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    examples: list[tuple[str, int]],
 ) -> None:
     spread = (
         f" (from {min(accuracies):.1%} to {max(accuracies):.1%}, {len(accuracies)} seeds)" if accuracies[1:] else ""
     )
     print(f"\ntest accuracy: {encoder} {statistics.fmean(accuracies):.1%}{spread}; bag of bigrams {linear:.1%}")
-    for text in ("a film of rare warmth and wit .", "two hours that i will never get back ."):
+    for text, label in examples:
         (found,), _ = model.predict([text], tokenizer)
         best = max(found, key=found.__getitem__)
-        print(f"  {text}  ->  {best} ({found[best]:.0%})")
+        print(f"  {textwrap.shorten(text, 100)}  ->  {best} ({found[best]:.0%}); it is {model.labels[label]}")
     print(f"{out_dir}/final, curves.png, confusion.png, metrics.json")
 
 

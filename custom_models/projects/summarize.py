@@ -109,6 +109,7 @@ def chosen_of(logits: Tensor, documents: Sequence[Document], most: int) -> list[
             for document, row in zip(documents, logits.tolist(), strict=True)]  # fmt: skip
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/docstrings"),
     method: Literal["extractive", "abstractive"] = "extractive",
@@ -171,7 +172,7 @@ def setup(
     if not train:
         raise UserError(f"{data}/train.jsonl has no document of two sentences or more: there is nothing to choose.")
     runs, kept, times = [], None, []
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         for seed in seeds:
             L.seed_everything(seed, verbose=False)
             model = BertSum(load_encoder(directory), n_layer, pooling)

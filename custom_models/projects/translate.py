@@ -86,6 +86,7 @@ class TranslatorShape(T5Shape):
         )
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/catalogues_fr"),
     out_dir: Path = Path("out/translate/catalogues_fr"),
@@ -145,7 +146,7 @@ def setup(
     sources = [row["source"] for row in rows[scored]]
     epochs, runs, times = [], [], []
     kept: tuple[Translator, Written] | None = None
-    with PeakMemory() as peak, kept_until_done(out_dir):
+    with PeakMemory() as peak:
         for seed in seeds:
             begin = time.perf_counter()
             L.seed_everything(seed, verbose=False)

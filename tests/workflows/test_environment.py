@@ -16,7 +16,11 @@ def test_threads_wait_briefly_where_something_else_runs(busy, looks, monkeypatch
 
 
 def test_what_the_user_has_set_stays():
-    own = {"GOMP_SPINCOUNT": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "TOKENIZERS_PARALLELISM": "true"}
+    own = {"GOMP_SPINCOUNT": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "TOKENIZERS_PARALLELISM": "true",
+           "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}  # fmt: skip
     variables = dict(own)
     environment.prepare(variables)
     assert variables == own
+    older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # its name in older torch, which is still read
+    environment.prepare(older)
+    assert "PYTORCH_ALLOC_CONF" not in older

@@ -93,7 +93,8 @@ def _full_rows(sample: int, room: int, train: TrainArgs, processes: int, prompt:
         train: Training settings.
         processes: How many share a step.
         prompt: The longest prompt that is answered.
-        keys: Keys of all segments by token: what several samples begin with is copied for each.
+        keys: Keys of all segments by token: what several samples begin with (a chat template's first words, at least)
+            is copied for each.
     """
     mine = math.ceil(train.global_batch_size / processes)
     tokens = _filled(min(room, mine * sample))

@@ -140,6 +140,6 @@ def can_record(device: torch.device) -> bool:
 def record(run: Callable[[], None]) -> Callable[[], None]:
     """Record what a function does on the GPU; what is returned does it again, with the same tensors."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may ask the GPU something
         run()
     return graph.replay

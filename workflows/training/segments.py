@@ -16,7 +16,8 @@ from workflows.training.batch import PackedBatch
 
 DTYPES = (torch.float16, torch.bfloat16)
 """What the kernel computes in."""
-LARGEST_HEAD = 256
+LARGEST_HEAD = 192
+"""Beyond it, not every GPU has the kernel's backward pass."""
 
 
 class SegmentAttention:

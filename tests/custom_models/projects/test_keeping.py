@@ -1,21 +1,26 @@
 """A training that is stopped ends as one that nothing stopped; one that is done is not repeated."""
 
 import contextlib
+import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from custom_models.projects import keeping
 from custom_models.projects.fitting import FitArgs, fit_best
-from custom_models.projects.keeping import DONE, KEPT, LAST, kept_until_done
+from custom_models.projects.keeping import DONE, KEPT, LAST, folder_of, kept_until_done, project
 from custom_models.projects.texts import LengthBatches
+from workflows.errors import UserError
+from workflows.progress import HOST
 from workflows.status import status_of
 
 ROWS = [[i % 7, i % 5, i % 3] for i in range(44)]
@@ -66,19 +71,49 @@ def assert_same(one: tuple[Toy, Any], other: tuple[Toy, Any]) -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize("before", [0, 5, 9, 10, 11, 30, 43])
+@pytest.mark.parametrize("before", [0, 5, 9, 10, 11, 30, 32, 43])
 def test_after_ctrl_c_it_goes_on_to_the_same_end(before: int, ema_decay: float, tmp_path: Path):
-    """An epoch has eleven batches: in the first one, in the middle, in the last one, whose validation comes first."""
+    """An epoch has eleven batches: in the first one, in the middle, in the last one, whose validation comes first, and
+    in the very last one, after which the training is done."""
     fit = FitArgs(**{**vars(FIT), "ema_decay": ema_decay})
     undisturbed = train(tmp_path / "undisturbed", fit)
-    if before < 43:
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "stopped", fit, ctrl_c_before=before)
-    again = train(tmp_path / "stopped", fit, ctrl_c_before=None if before < 43 else 43)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", fit, ctrl_c_before=before)
+    again = train(tmp_path / "stopped", fit)
     assert_same(undisturbed, again)
-    done = before + 1 + (before % 11 == 10)  # after an epoch's last batch the next one's first is learned from, too
-    assert again[0].seen == undisturbed[0].seen[done if before < 43 else 0 :]
+    assert again[0].seen == undisturbed[0].seen[before + 1 :]
     assert callable(signal.getsignal(signal.SIGINT))
+
+
+def test_with_one_batch_an_epoch_ctrl_c_is_heard_too(tmp_path: Path):
+    rows = ROWS[:4]
+    undisturbed = train(tmp_path / "undisturbed", rows=rows)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", ctrl_c_before=1, rows=rows)
+    again = train(tmp_path / "stopped", rows=rows)
+    assert_same(undisturbed, again)
+    assert len(again[0].seen) == 2
+
+
+@pytest.mark.parametrize("before", [5, 16, 21])
+def test_early_stopping_comes_when_it_would_have_come(before: int, tmp_path: Path):
+    fit = FitArgs(max_epochs=20, batch_size=4, patience=1, accelerator="cpu")
+    scores = [5.0, 4.0, 6.0, 7.0]
+
+    class Worse(Toy):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_loss", scores[self.current_epoch])
+
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            pass
+
+    found = []
+    for out_dir, ctrl_c_before in (("undisturbed", None), ("stopped", before), ("stopped", None)):
+        with contextlib.suppress(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "Toy", Worse)
+            found.append(train(tmp_path / out_dir, fit, ctrl_c_before=ctrl_c_before))
+    assert len(found) == 2 and [row["epoch"] for row in found[1][1]] == [0, 1, 2]
+    assert_same(*found)
 
 
 class Stream(IterableDataset[torch.Tensor]):
@@ -118,7 +153,7 @@ def test_after_a_crash_it_goes_on_from_the_last_minute(tmp_path: Path, monkeypat
     assert len(again[0].seen) == 34  # ten of the first epoch's eleven batches were kept
 
 
-def test_what_is_done_is_not_repeated_and_other_settings_or_data_are_another_training(
+def test_what_is_done_is_not_repeated_and_other_data_are_another_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     first = train(tmp_path)
@@ -129,9 +164,64 @@ def test_what_is_done_is_not_repeated_and_other_settings_or_data_are_another_tra
     assert torch.equal(torch.rand(1), after)  # what is drawn after it is the same, too
     assert_same(first, again)
     assert again[0].seen == [] and "trained before: 4 epochs" in capsys.readouterr().out
-    assert len(train(tmp_path, FitArgs(**{**vars(FIT), "learning_rate": 1e-3}))[0].seen) == 44
     assert len(train(tmp_path, rows=[*ROWS[:-1], [6, 6, 6]])[0].seen) == 44
-    assert len(list((tmp_path / KEPT).iterdir())) == 3
+    assert len(list((tmp_path / KEPT).iterdir())) == 2
+
+
+def test_trainings_of_one_project_and_of_other_settings_are_kept_apart(tmp_path: Path):
+    """They may begin at the same weights and read the same data: two students of one teacher, say."""
+    for settings, trained in (("a", [44, 44]), ("a", [0, 0]), ("b", [44, 44]), ("a", [0, 0])):
+        with contextlib.suppress(KeyboardInterrupt), project(tmp_path, settings):
+            assert [len(train(tmp_path)[0].seen) for _ in range(2)] == trained
+            raise KeyboardInterrupt
+    assert len(list((tmp_path / KEPT).iterdir())) == 4
+
+
+def test_all_arguments_of_a_project_are_its_settings(tmp_path: Path):
+    trained = []
+
+    @kept_until_done
+    def setup(out_dir: Path, mixup: float = 0.2, fit: FitArgs = FIT) -> None:
+        trained.append(len(train(out_dir, fit)[0].seen))
+        if mixup < 1:
+            raise KeyboardInterrupt
+
+    for mixup in (0.2, 0.2, 0.1):
+        with pytest.raises(KeyboardInterrupt):
+            setup(tmp_path, mixup=mixup)
+    assert trained == [44, 0, 44] and (tmp_path / KEPT).is_dir()
+    setup(tmp_path, 1.0)
+    assert not (tmp_path / KEPT).exists()
+
+
+def test_what_ends_before_it_trains_leaves_nothing(tmp_path: Path):
+    with pytest.raises(UserError), project(tmp_path / "out", ""):
+        raise UserError("--seeds needs at least one.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_where_another_process_is_at_work_is_left_alone(tmp_path: Path):
+    other = psutil.Process(os.getppid())
+    told = {"command": "make", "host": HOST, "pid": other.pid, "born": other.create_time(), "updated": time.time()}
+    (tmp_path / "progress.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=f"Process {other.pid} is at work"), project(tmp_path, ""):
+        raise AssertionError
+    (tmp_path / "progress.json").write_text("{")
+    with project(tmp_path, ""):
+        pass
+
+
+def test_what_was_computed_of_a_row_does_not_decide(tmp_path: Path):
+    class Pair(NamedTuple):
+        text: list[int]
+        reference: torch.Tensor
+
+    def folder(text: int, reference: float) -> Path:
+        loader: Any = DataLoader([Pair([text], torch.tensor(reference))])  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        return folder_of(Toy(), [loader], tmp_path)
+
+    assert folder(1, -103.27285) == folder(1, -103.27284) != folder(2, -103.27285)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nothing", None])
@@ -148,13 +238,13 @@ def test_a_damaged_file_is_told_and_the_training_begins_anew(
         assert "is damaged" in capsys.readouterr().out
 
 
-def test_a_project_keeps_its_trainings_until_it_ends_well(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), kept_until_done(tmp_path):
+def test_a_project_keeps_its_trainings_until_it_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(KeyboardInterrupt), project(tmp_path, "settings"):
         train(tmp_path)
         os.kill(os.getpid(), signal.SIGINT)
     status = status_of(tmp_path, tmp_path)
     assert (status.state, status.done, status.total, status.unit) == ("running", 44, 44, "step")
     assert (tmp_path / KEPT).is_dir() and "goes on from its last checkpoint" in (tmp_path / "progress.json").read_text()
-    with kept_until_done(tmp_path):
+    with project(tmp_path, "settings"):
         assert train(tmp_path)[0].seen == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "delete it to begin anew" in capsys.readouterr().out

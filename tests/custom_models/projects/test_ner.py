@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -225,30 +226,45 @@ def test_a_t5_of_transformers_is_taught_by_its_own_trainer(data, tiny_t5, tmp_pa
 
 @pytest.mark.long
 def test_that_trainer_goes_on_after_ctrl_c_to_the_same_end(data, tiny_t5, tmp_path, capsys, monkeypatch):
-    import transformers
-
-    pressed: list[int] = []
+    """Two seeds of five steps an epoch; Ctrl-C within the second epoch of each, the last checkpoint cut off once."""
+    steps: list[int] = []
+    at: set[int] = set()
 
     class Pressing(transformers.Seq2SeqTrainer):
         def training_step(self, *args, **kwargs):
-            pressed.append(self.state.global_step)
-            if len(pressed) == 8:
+            steps.append(self.state.global_step)
+            if len(steps) in at:
                 signal.raise_signal(signal.SIGINT)
             return super().training_step(*args, **kwargs)
 
     monkeypatch.setattr(transformers, "Seq2SeqTrainer", Pressing)
-    scores = []
-    for folder, code in (("stopped", 130), ("stopped", 0), ("undisturbed", 0)):
-        out = tmp_path / folder
-        assert main(["ner", "--data", str(data), "--model", str(tiny_t5), "--out_dir", str(out), "--max_rows", "40",
-                     "--fit.max_epochs", "3", "--fit.learning_rate", "1e-2", "--fit.batch_size", "8",
-                     "--fit.accelerator", "cpu", "--longest", "200"],
-                    steps=PROJECTS, program="custom_models") == code  # fmt: skip
-        assert (out / ".fitting").is_dir() == (code == 130)
-        if code == 0:
-            scores.append(load_file(out / "final" / "model.safetensors"))
-    assert pressed == [*range(15), *range(15)]  # none twice: five steps an epoch
-    assert all(torch.equal(tensor, scores[1][name]) for name, tensor in scores[0].items())
+
+    def run(folder: str) -> int:
+        return main(["ner", "--data", str(data), "--model", str(tiny_t5), "--out_dir", str(tmp_path / folder),
+                     "--max_rows", "40", "--fit.max_epochs", "3", "--fit.patience", "1", "--fit.learning_rate", "1e-2",
+                     "--fit.batch_size", "8", "--fit.accelerator", "cpu", "--longest", "200", "--seeds", "[1,2]"],
+                    steps=PROJECTS, program="custom_models")  # fmt: skip
+
+    assert run("undisturbed") == 0
+    expected = list(steps)
+    first = expected.index(0, 1)  # steps of the first seed
+    steps.clear()
+    at |= {7, first + 7}
+    assert (run("stopped"), run("stopped")) == (130, 130)
+    kept = tmp_path / "stopped" / ".fitting"
+    newest = max(kept.glob("*/checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    torn = newest.with_name("checkpoint-999")
+    torn.mkdir()
+    assert run("stopped") == 0
+    assert steps == expected and not kept.exists()
+    told = capsys.readouterr().out
+    assert "trained before" in told and "checkpoint-999 was not written to its end" in told
+    found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("undisturbed", "stopped")]
+    for made in found:  # but for the mean training loss, which is that of an epoch's second part
+        made["looks"] = [[{**epoch, "train_loss": None} for epoch in epochs] for epochs in made["epochs"]]
+    assert found[0]["looks"] == found[1]["looks"] and found[0]["metrics"] == found[1]["metrics"]
+    one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("undisturbed", "stopped"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_what_cannot_be_is_told(codec, data, tmp_path, tiny_t5):

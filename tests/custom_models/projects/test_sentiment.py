@@ -103,10 +103,11 @@ def test_weights_of_a_pretrained_encoder_are_where_training_begins(reviews, tmp_
     assert load_classifier(tmp_path / "out" / "final")[0].encoder.config == encoder.config
 
 
-def test_a_student_learns_from_its_teacher(trained, reviews, tmp_path):
+def test_a_student_learns_from_its_teacher(trained, reviews, tmp_path, capsys):
     fit = FitArgs(16, learning_rate=1e-3, max_epochs=2)
     distill.setup(trained / "final", reviews, tmp_path, fit=fit)
     found = numbers(tmp_path)
+    assert "trained before" not in capsys.readouterr().out  # with the teacher and without are two trainings
     assert found["accuracy"] > 0.9 * found["accuracy_teacher"] and 0 <= found["accuracy_without_teacher"] <= 1
     assert found["fewer_non_embedding_parameters"] == pytest.approx(0.5, abs=0.01)  # the last norm stays
     student, _ = load_classifier(tmp_path / "final")
