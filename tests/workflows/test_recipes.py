@@ -22,7 +22,9 @@ REGISTRY = yaml.safe_load(Path("checkpoints/registry.yaml").read_text())
 TRAINING = ("lora", "dpo", "grpo", "ppo", "reward", "distill-lm")
 LITGPT = {"smollm2-135m": "SmolLM2-135M-Instruct", "deepseek-r1-distill-llama-8b": "R1-Distill-Llama-8B"}
 """LitGPT's names where they are not the Hub's."""
-LARGE = ("llama-3.1-8b-instruct", "deepseek-r1-distill-llama-8b")
+LARGE = (
+    "llama-3.1-8b-instruct", "deepseek-r1-distill-llama-8b", "llama-3.2-3b-instruct", "llama-3.2-1b-instruct"
+)  # fmt: skip
 
 
 def step_of(recipe: Path) -> str:
@@ -87,7 +89,7 @@ def test_a_rows_answers_fit_into_it():
     """A longer tree gets a row of its own, which takes more memory than the recipe says."""
     for path in RECIPES.glob("*/*.yaml"):
         train = yaml.safe_load(path.read_text()).get("train")
-        if train is not None and path.parent.name in (*LARGE, "llama-3.2-3b-instruct", "llama-3.2-1b-instruct"):
+        if train is not None and path.parent.name in LARGE:
             longest = train["max_seq_length"] * (2 if step_of(path) == "dpo" else 1)
             assert longest <= train["row_tokens"], path
 
