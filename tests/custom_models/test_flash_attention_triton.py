@@ -53,7 +53,7 @@ def test_what_the_kernels_cannot_do_is_told(interpreted):
     assert "torch.float64" in told["dtype"] and 'Take the backend "flash"' in told["dtype"]
 
 
-@pytest.mark.long
+@pytest.mark.slow  # and tests/test_gpu.py runs them
 def test_the_kernels_compile_for_a_gpu_within_its_shared_memory(tmp_path):
     result = run("compile", TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]

@@ -163,7 +163,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(teacher, student, data, tmp_path,
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the loop is the one of training/test_processes.py
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_follow_one(teacher, student, data, tmp_path, strategy):
     train = replace(FULL, row_tokens=64)  # several rows a step
     one = learn(student, data, tmp_path / "one", teacher_dir=teacher, train=train)

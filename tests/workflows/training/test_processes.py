@@ -75,7 +75,11 @@ def start(checkpoint: Path, data: Path, out_dir: Path, strategy: str) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "second"), ("fsdp", "first")])
+SHARDED = pytest.mark.slow
+"""Sharded runs have quick tests of their own, on a Llama (test_sharded.py)."""
+
+
+@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "second"), pytest.param("fsdp", "first", marks=SHARDED)])
 def test_a_process_dies_and_one_process_goes_on(strategy, victim, alone, tiny_llama, data, tmp_path):
     run = start(tiny_llama, data, tmp_path, strategy)
     until = time.monotonic() + 120
@@ -122,10 +126,6 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny
     assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
 
 
-SHARDED = pytest.mark.slow
-"""Sharded runs have quick tests of their own, on a Llama (test_sharded.py)."""
-
-
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, tiny_llama, data, tmp_path):
     run = start(tiny_llama, data, tmp_path, strategy)
@@ -139,7 +139,7 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
 @pytest.mark.parametrize(
     ("step", "strategy"),
     [
-        ("dpo", "ddp"),
+        pytest.param("dpo", "ddp", marks=pytest.mark.slow),  # rows of pairs are shared out as grpo's are
         pytest.param("dpo", "fsdp", marks=SHARDED),
         pytest.param("reward", "fsdp", marks=SHARDED),
         ("grpo", "ddp"),
