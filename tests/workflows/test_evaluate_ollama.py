@@ -150,7 +150,7 @@ def test_a_request_that_failed_is_no_wrong_answer(one_model: None, data: Path, t
     out = tmp_path / "out"
     command = ["evaluate-ollama", "--model", "m", "--tasks", "[tiny_mcq]", "--data_dir", str(data)]
     command += ["--out_dir", str(out)]
-    monkeypatch.setattr("workflows.status._lives", lambda *_: False)  # the process is this one, which goes on
+    monkeypatch.setattr("workflows.status.lives", lambda *_: False)  # the process is this one, which goes on
     for broken, n in ((range(3), 3), ((3, 7), 16)):
         with fake_ollama({"/api/show": show(), "/api/chat": answer_with(0, broken)}) as (url, _):
             monkeypatch.setenv("OLLAMA_HOST", url)
