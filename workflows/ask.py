@@ -14,6 +14,7 @@ from workflows.ollama.server import open_server
 from workflows.progress import watched
 
 STATUS = Path("out/ask")
+"""Where `make status` sees how far answers are."""
 SHAPES = '{"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]}'
 _MOST_TOLD = 10
 

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from custom_models.generation import Generated, generate
 from custom_models.gpt import GPT, GPTConfig, count_parameters, modern
 from custom_models.gpt_checkpoint import Tokenizer, load_gpt, save_gpt
-from custom_models.projects.fitting import fast_precision, seed_problems
+from custom_models.projects.fitting import device_of, fast_precision, seed_problems
 from custom_models.projects.gpt_data import Kind, TokenData, TokenFiles, encoder_of, read_corpus, token_files
 from custom_models.projects.gpt_training import GPTFit, GPTTask
 from custom_models.tokenization.bpe import SpecialBPE
@@ -330,7 +330,7 @@ def write(
     # A text begins where another has ended: after the token for that, or, of characters, after a line's end.
     ids = encoder_of(tokenizer)(prompt) or ends or [_line_end(tokenizer)]
     most = max(1, model.max_length - len(ids)) if max_new_tokens is None else max_new_tokens
-    device = next(model.parameters()).device
+    device = device_of(model)
     made = generate(model, torch.tensor([ids], device=device), most, stop_ids=ends, **settings)
     return tokenizer.decode([token for token in made.ids[0] if token not in ends]), made
 

@@ -173,17 +173,22 @@ def keep_done(folder: Path, weights: dict[str, torch.Tensor], epochs: list[dict[
 
 def read_done(folder: Path) -> dict[str, Any] | None:
     """What `keep_done` kept of a training, or None if it was never done."""
-    file = folder / DONE
+    found = _read(folder / DONE)
+    if found is not None:
+        print(f"trained before: {len(found['epochs'])} epochs")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A file that this module wrote; None if there is none, or if it is damaged, which is said: then it is deleted."""
     if not file.is_file():
         return None
     try:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        found["weights"], found["epochs"], found["chances"]
-    except Exception as e:  # as in `Keeper.checkpoint`
+    except Exception as e:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for what is none
         print(f"{file} is damaged ({first_line(e)}); the training begins anew")
         file.unlink()
         return None
-    print(f"trained before: {len(found['epochs'])} epochs")
     return found
 
 
@@ -234,19 +239,12 @@ class Keeper(Callback):
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if there is one that is whole; the loader is told where that is."""
-        file = self.folder / LAST
-        if not file.is_file():
+        found = _read(self.folder / LAST)
+        if found is None:
             return None
-        try:
-            kept = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["kept"]
-            epoch, batch, drawn = int(kept["epoch"]), int(kept["batch"]), kept["chances"]
-        except Exception as e:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for what is none
-            print(f"{file} is damaged ({first_line(e)}); the training begins anew")
-            file.unlink()
-            return None
-        self.loader.begin_at(epoch, batch, drawn)
-        print(f"going on from epoch {epoch}, batch {batch}, of a training that was stopped")
-        return file
+        self.loader.begin_at(**found["kept"])
+        print("going on from epoch {epoch}, batch {batch}, of a training that was stopped".format(**found["kept"]))
+        return self.folder / LAST
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop.__enter__()

@@ -93,9 +93,10 @@ def fine_tune(
     runs = folder_named([repr(settings).encode()], folder.parent)
     done, told = runs / "done", runs / "epochs.json"
     if told.is_file():
-        print(f"trained before: {len(read_json(told)['epochs'])} epochs")
+        kept: list[dict[str, float]] = read_json(told)["epochs"]
+        print(f"trained before: {len(kept)} epochs")
         _copy(done, folder)
-        return read_json(told)["epochs"]
+        return kept
     stop = Stopping()
 
     class Interrupted(TrainerCallback):

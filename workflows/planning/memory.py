@@ -173,10 +173,10 @@ def activations(model: Architecture, device: Device, row: RowShape) -> dict[str,
         parts["keys and values"] *= config.n_query_groups * config.head_size
     else:
         parts["activations"] += 2 * row.tokens**2
-    if not device.on_gpu:
-        parts["attention's weights"] = config.n_layer * config.n_head * row.kept_pairs * size
-    elif row.tokens and not by_segments(model, device):
-        parts["attention's mask"] = row.tokens**2 * (1 + size)
+        if not device.on_gpu:
+            parts["attention's weights"] = config.n_layer * config.n_head * row.kept_pairs * size
+        elif row.tokens:
+            parts["attention's mask"] = row.tokens**2 * (1 + size)
     parts["logits of a chunk"] = _head_chunk(model, device, row.learned)
     block = row.tokens * (5 * config.intermediate_size + 4 * config.n_embd) * size  # a block's gradients
     parts["working memory"] = max(0, block - parts["logits of a chunk"])
