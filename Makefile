@@ -67,9 +67,12 @@ FILE      ?=
 # What a project makes: each model has its folder in that of the data that it learned from.
 CLASSIFIER = out/sentiment/$(REVIEWS)/$(call filename,$(ENCODER))
 TAGGER     = out/ner/$(ENTITIES)/$(call filename,$(T5))
+AUTOTRAIN  = out/ner-autotrain/$(ENTITIES)/$(call filename,$(T5))
 READER     = out/qa/$(QUESTIONS)/$(call filename,$(ENCODER))
 SUMMARIZER = out/summarize/$(DOCUMENTS)/$(call filename,$(pretrained))$(if $(filter extractive,$(METHOD)),,-$(METHOD))
 TRANSLATOR = out/translate/$(PARALLEL)
+# The figures of a project's latest model are out/PROJECT/metrics.json, too: $(call latest,its folder) at the command's end.
+latest     = && if test -f $(1)/metrics.json; then ln -sfn $(patsubst out/$@/%,%,$(1))/metrics.json out/$@/metrics.json; fi
 # The encoder of projects that begin at pretrained weights.
 pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
@@ -284,14 +287,14 @@ deepseek: $(if $(or $(findstring :,$(R1)),$(filter %.gguf,$(R1))),$(INSTALLED),d
 ##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
 sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub
 	@$(PROJECT) sentiment --config $(call project_recipe,sentiment-$(ENCODER),sentiment-pretrained) --data data/$(REVIEWS) \
-	  --encoder $(call quoted,$(ENCODER)) --out_dir $(CLASSIFIER) $(ARGS)
+	  --encoder $(call quoted,$(ENCODER)) --out_dir $(CLASSIFIER) $(ARGS) $(call latest,$(CLASSIFIER))
 
 predict: $(CLASSIFIER)/final/config.json  ## name the class of TEXT by that classifier
 	@$(PROJECT) predict --checkpoint_dir $(CLASSIFIER)/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 distill: out/sentiment/$(REVIEWS)/minilm/final/config.json data/$(REVIEWS)/manifest.json  ## distil the fine-tuned MiniLM into a student of half its layers
 	@$(PROJECT) distill --config custom_models/recipes/distill.yaml --data data/$(REVIEWS) \
-	  --teacher_dir out/sentiment/$(REVIEWS)/minilm/final --out_dir out/distill/$(REVIEWS) $(ARGS)
+	  --teacher_dir out/sentiment/$(REVIEWS)/minilm/final --out_dir out/distill/$(REVIEWS) $(ARGS) $(call latest,out/distill/$(REVIEWS))
 
 # A model that is asked for, and not there yet, is trained first.
 out/sentiment/$(REVIEWS)/%/final/config.json:
@@ -315,7 +318,8 @@ gpt-dpo: $(INSTALLED)  ## a GPT of our own learns to answer, and by DPO to prefe
 	@$(PROJECT) gpt-dpo --config custom_models/recipes/gpt-dpo.yaml --out_dir out/gpt-dpo $(ARGS)
 
 summarize: $(if $(TEXT),$(SUMMARIZER)/final/config.json,data/$(DOCUMENTS)/manifest.json)  ## train a summariser of documents; TEXT=file: summarise it (METHOD=abstractive: in own words)
-	@$(PROJECT) $(if $(TEXT),summary --checkpoint_dir $(SUMMARIZER)/final --file $(call quoted,$(TEXT)),$(train_summarizer)) $(ARGS)
+	@$(PROJECT) $(if $(TEXT),summary --checkpoint_dir $(SUMMARIZER)/final --file $(call quoted,$(TEXT)),$(train_summarizer)) $(ARGS) \
+	  $(if $(TEXT),,$(call latest,$(SUMMARIZER)))
 
 summarize_recipe = $(if $(filter extractive,$(METHOD)),$(call project_recipe,summarize-$(pretrained),summarize-pretrained),\
   custom_models/recipes/summarize-$(METHOD).yaml)
@@ -327,7 +331,7 @@ $(SUMMARIZER)/final/config.json:
 
 qa: data/$(QUESTIONS)/manifest.json  ## train a model that finds answers in texts: ENCODER=scratch, minilm, or a BERT from the Hub
 	@$(PROJECT) qa --config $(call project_recipe,qa-$(ENCODER),qa-pretrained) --data data/$(QUESTIONS) \
-	  --encoder $(call quoted,$(ENCODER)) --out_dir $(READER) $(ARGS)
+	  --encoder $(call quoted,$(ENCODER)) --out_dir $(READER) $(ARGS) $(call latest,$(READER))
 
 answer: $(READER)/final/config.json  ## let it answer TEXT, a question, from CONTEXT, a file
 	@$(PROJECT) answer --checkpoint_dir $(READER)/final --question $(call quoted,$(TEXT)) \
@@ -351,22 +355,22 @@ pretrain-t5: $(INSTALLED)  ## pretrain a small T5 by span corruption on definiti
 
 ner: data/$(ENTITIES)/manifest.json  ## name the entities of sentences by a T5 of our own (ARGS="--head tokens": by its encoder), or by T5=google-t5/t5-small
 	@$(PROJECT) ner --config $(call project_recipe,ner-$(T5),ner-pretrained) --data data/$(ENTITIES) --model $(call quoted,$(T5)) \
-	  --out_dir $(TAGGER) $(ARGS)
+	  --out_dir $(TAGGER) $(ARGS) $(call latest,$(TAGGER))
 
 ner-predict: $(TAGGER)/final/config.json  ## name the entities of TEXT by that model
 	@$(PROJECT) ner-predict --checkpoint_dir $(TAGGER)/final --text $(call quoted,$(TEXT)) $(ARGS)
 
 ner-autotrain: data/$(ENTITIES)/manifest.json  ## the same T5 (or T5=google-t5/t5-small) taught by Hugging Face's AutoTrain, in an environment of its own
 	@$(PROJECT) ner-autotrain --config $(call project_recipe,ner-autotrain-$(T5),ner-autotrain-pretrained) --data data/$(ENTITIES) \
-	  --model $(call quoted,$(T5)) --out_dir out/ner-autotrain/$(ENTITIES)/$(call filename,$(T5)) \
-	  $(if $(PIP_ARGS),--pip_args=$(call quoted,$(PIP_ARGS))) $(ARGS)
+	  --model $(call quoted,$(T5)) --out_dir $(AUTOTRAIN) \
+	  $(if $(PIP_ARGS),--pip_args=$(call quoted,$(PIP_ARGS))) $(ARGS) $(call latest,$(AUTOTRAIN))
 
 $(TAGGER)/final/config.json:
 	@$(MAKE) --no-print-directory ner ARGS=
 
 translate: data/$(PARALLEL)/manifest.json  ## train a translator: PARALLEL=catalogues_fr, catalogues_de, python_javascript, opus_books_fr
 	@$(PROJECT) translate --config $(call project_recipe,translate-$(patsubst opus_books_%,opus_books,$(PARALLEL)),translate) \
-	  --data data/$(PARALLEL) --out_dir $(TRANSLATOR) $(ARGS)
+	  --data data/$(PARALLEL) --out_dir $(TRANSLATOR) $(ARGS) $(call latest,$(TRANSLATOR))
 
 $(TRANSLATOR)/final/config.json:
 	@$(MAKE) --no-print-directory translate ARGS=

@@ -17,7 +17,8 @@ made = {
     ),
     "teach": ("--out_dir", "manifest.json"),
     **dict.fromkeys(
-        ["sentiment", "gpt", "gpt-dpo", "summarize", "qa", "ner", "translate"], ("--out_dir", "final/config.json")
+        ["sentiment", "distill", "gpt", "gpt-dpo", "summarize", "qa", "ner", "ner-autotrain", "translate"],
+        ("--out_dir", "final/config.json"),
     ),
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
@@ -38,3 +39,5 @@ else:
     sys.exit(0)
 file.parent.mkdir(parents=True, exist_ok=True)
 file.write_text("checkpoints/made/up")
+if sys.argv[2] == "custom_models":
+    Path(args[args.index("--out_dir") + 1], "metrics.json").write_text(" ".join(args))

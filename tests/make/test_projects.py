@@ -206,3 +206,23 @@ def test_a_projects_data_that_is_not_there_is_asked_for(project: Project, goal, 
 def test_pictures_are_drawn_with_the_options_that_were_given(project):
     assert project.calls("attention-map", "TEXT=it's") == [["attention-map", "--text", "it's"]]
     assert project.calls("expert-load", "ARGS=--steps 5") == [["expert-load", "--steps", "5"]]
+
+
+@pytest.mark.parametrize(
+    ("goal", "variable", "others"),
+    [
+        ("sentiment", "ENCODER", "minilm"),
+        ("distill", "REVIEWS", "pubmedqa_decisions"),
+        ("qa", "QUESTIONS", "squad"),
+        ("ner", "ENTITIES", "wnut_17"),
+        ("ner-autotrain", "ENTITIES", "wnut_17"),
+        ("summarize", "METHOD", "abstractive"),
+        ("translate", "PARALLEL", "catalogues_de"),
+    ],
+)
+def test_a_projects_folder_shows_the_figures_of_its_latest_model(project: Project, goal, variable, others):
+    for variables in ([], [f"{variable}={others}"], []):
+        *_, call = project.calls(goal, *variables)
+        shown = project.root / "out" / goal / "metrics.json"
+        assert shown.read_text() == (project.root / option(call, "--out_dir") / "metrics.json").read_text()
+        assert shown.read_text() == " ".join(call[1:])
