@@ -146,9 +146,13 @@ PLANNED   ?= lora
 MEMORY    ?=
 TFLOPS    ?=
 planned_model = $(or $(wildcard $(shell cat $(BASE) 2>/dev/null)),$(KNOWN_AS))
-planned_options = $(if $(wildcard $(call recipe,$(1))),--config $(call recipe,$(1))) --checkpoint_dir $(call quoted,$(planned_model)) \
+# A student is that of the run, if it was made; MODEL stands for it, and for its teacher, if not.
+student = $(if $(filter distill-lm,$(1)),$(wildcard $(OUT)/shrink/final))
+planned_options = $(if $(wildcard $(call recipe,$(1))),--config $(call recipe,$(1))) \
+  --checkpoint_dir $(call quoted,$(or $(call student,$(1)),$(planned_model))) \
   $(if $(filter $(TRAINING) distill-lm,$(1)),--data $(call rows_of,$(1)) --devices $(DEVICES) --num_nodes $(NODES)) \
-  $(if $(filter ppo,$(1)),$(options_of_ppo)) $(if $(MEMORY),--memory $(call quoted,$(MEMORY))) $(if $(TFLOPS),--tflops $(TFLOPS))
+  $(if $(or $(filter $(TRAINING),$(1)),$(call student,$(1))),$(options_of_$(1)),$(if $(filter distill-lm,$(1)),$(asked_kinds))) \
+  $(if $(filter evaluate,$(1)),--tasks $(call list,$(TASKS))) $(if $(MEMORY),--memory $(call quoted,$(MEMORY))) $(if $(TFLOPS),--tflops $(TFLOPS))
 
 BENCHES   := bench-lora bench-eval bench-export bench-dpo bench-grpo bench-bpe bench-flash bench-distill bench-gpt bench-plan
 # Long samples for the training bench: MedQuAD where its raw files are, else what the default data set has.
@@ -282,7 +286,7 @@ evaluate-ollama: data/$(DATA)/manifest.json  ## score what Ollama serves under N
 
 deepseek: $(if $(or $(findstring :,$(R1)),$(filter %.gguf,$(R1))),$(INSTALLED),data/$(DATA)/manifest.json)  ## get DeepSeek-R1 into Ollama: MODEL=deepseek-r1:7b (a tag), a model of the Hub, a checkpoint or a .gguf file
 	@$(STEP) deepseek --config $(call recipe,deepseek) --model $(call quoted,$(R1)) \
-	  --name $(if $(filter command%,$(origin NAME)),$(NAME),deepseek) $(ARGS)
+	  --data data/$(DATA) --name $(if $(filter command%,$(origin NAME)),$(NAME),deepseek) $(ARGS)
 
 ##@ From scratch: what custom_models/ is about (custom_models/README.md has the reading order)
 sentiment: data/$(REVIEWS)/manifest.json  ## train a classifier of film reviews: ENCODER=scratch, minilm, or a BERT from the Hub
@@ -381,7 +385,7 @@ translate-text: $(TRANSLATOR)/final/config.json  ## translate TEXT, or a FILE, b
 
 ##@ Quality
 test: $(INSTALLED)  ## all that a fresh machine can run
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED)  ## most of the tests, in a minute: no checkpoint, no Ollama, nothing trained
 	$(PY) -m pytest -m "not checkpoint and not ollama and not slow and not rough and not long" $(ARGS)

@@ -46,8 +46,8 @@ TEXT = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked slow run only when asked for by `-m slow`; the summary shows them as deselected.
 
-    Where several processes share the tests, a file stays whole for its fixtures' sake, all that starts Ollama stays in
-    one process, and the files that take long come first, so that no process is left with one of them at the end.
+    Where several processes share the tests, a file stays whole for its fixtures' sake (`--dist loadfile`), and the files
+    that take long come first, so that no process is left with one of them at the end.
     """
     if "slow" not in (config.getoption("-m") or ""):
         slow = [item for item in items if item.get_closest_marker("slow")]
@@ -56,9 +56,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         takes_long = {item.path for item in items for mark in LONG if item.get_closest_marker(mark)}
         items.sort(key=lambda item: item.path not in takes_long)
-        with_ollama = {item.path for item in items if item.get_closest_marker("ollama")}
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ollama" if item.path in with_ollama else str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,9 +5,6 @@ The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +24,7 @@ from workflows.checkpoint import (
 )
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir
-from workflows.lifetime import end_with_parent
+from workflows.lifetime import run_child
 from workflows.measure import seconds_of_step, step_began
 from workflows.prompt_style import replace_chat_template
 from workflows.training.batch import PackedBatch, Tree, pack
@@ -207,9 +204,7 @@ def run_litgpt(settings: dict[str, Any]) -> None:
         command += ["--data.chat_template", str(settings["chat_template"])]
     if settings["kinds"]:
         command += ["--data.kinds", yaml.safe_dump(settings["kinds"], default_flow_style=True).strip()]
-    # Killed here, it must not go on writing beside the run that is started again.
-    end = end_with_parent(signal.SIGKILL) if os.name == "posix" else None
-    if subprocess.run(command, preexec_fn=end).returncode != 0:
+    if run_child(command) != 0:
         raise UserError("`litgpt finetune_lora` failed; its message stands above.")
     with atomic_dir(final) as temporary:
         for path in (unfinished / "final").iterdir():

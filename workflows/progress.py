@@ -38,12 +38,19 @@ class Bar(tqdm):
         shown = super().update(n)
         if not self.disable:
             note(self.n, self.total, unit=self.unit, what=self.desc.removesuffix(": "), first=self.initial,
-                 began=self.start_t, told=self.postfix or "")  # fmt: skip
+                 began=self.start_t)  # fmt: skip
         return shown
 
 
 def note(
-    done: float, total: float | None, *, unit: str, first: float, began: float, what: str = "", told: str = ""
+    done: float,
+    total: float | None,
+    *,
+    unit: str,
+    first: float,
+    began: float,
+    what: str = "",
+    loss: float | None = None,
 ) -> None:
     """Let `status` see how far the step is, where it is `watched`.
 
@@ -54,10 +61,10 @@ def note(
         first: Units that were done before this process.
         began: When it began, in seconds since the epoch.
         what: What it is doing, if that is not its main work.
-        told: Further numbers, in words.
+        loss: The training loss, where no `metrics.csv` of the step has it.
     """
     if _current is not None:
-        _current.note(done, total, unit=unit, what=what, first=first, began=began, told=told)
+        _current.note(done, total, unit=unit, what=what, first=first, began=began, loss=loss)
 
 
 def brief(items: Collection[T], what: str, unit: str) -> Iterator[T]:

@@ -41,6 +41,7 @@ class Progress(Shape):
     unit: str = "step"
     what: str = ""
     keeps: str = ""
+    loss: FiniteFloat | None = None
 
 
 class Row(Shape):

@@ -105,7 +105,8 @@ def step_folders(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _INSIDE and not name.startswith("."))
         here = Path(parent)
-        if {PROGRESS, _LOG} & set(files) or any((here / name).is_file() for name in _RESULTS):
+        results = (here / name for name in _RESULTS)  # a link shows the figures of a step that has its own folder
+        if {PROGRESS, _LOG} & set(files) or any(result.is_file() and not result.is_symlink() for result in results):
             yield here
 
 
@@ -139,6 +140,7 @@ def status_of(folder: Path, out_dir: Path) -> StepStatus:
 def _unfinished(name: str, folder: Path, told: Progress, facts: dict[str, Any]) -> StepStatus:
     age = time.time() - told.updated
     state: State = "running" if lives(told, age) else "stopped"
+    facts["loss"] = facts["loss"] if told.loss is None else told.loss
     if told.total is not None:
         facts |= {"done": told.done, "total": told.total, "unit": told.unit, "what": told.what}
         seconds, done = told.updated - told.began, told.done - told.first

@@ -34,8 +34,10 @@ from custom_models.tokenization.gpt2_files import END_OF_TEXT
 from workflows.checkpoint import metric, write_metrics
 from workflows.errors import UserError, first_line, report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+from workflows.progress import note, watched
 from workflows.training.processes import Accelerator, device_problems
 from workflows.training.resume import Resume
+from workflows.training.stopping import Stopping
 
 CHECKPOINTS = "checkpoints"
 tell = rank_zero_only(print)
@@ -106,7 +108,8 @@ def setup(
          f"{files.tokens['validation']:,} held out; {config.vocab_size:,} in the vocabulary")  # fmt: skip
     if checkpoint is not None:
         tell(f"going on from {checkpoint}")
-    with PeakMemory() as peak, warnings.catch_warnings():
+    watching = watched(out_dir, trainer.is_global_zero, keeps="goes on from its last checkpoint")
+    with watching, PeakMemory() as peak, warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*does not have many workers.*|.*not resumable.*|.*LeafSpec.*|.*is not empty.*"
         )
@@ -130,6 +133,51 @@ def setup(
         file.unlink()
     wrote = write(task.model, files.tokenizer, "", temperature=0.8, seed=seed)
     tell(f"\n{wrote[0]}\n\n{out_dir}/final, metrics.json, logs")
+
+
+class Keep(ModelCheckpoint):
+    """Lightning's checkpoints, and one where Ctrl-C was pressed and at the end; `status` sees each step.
+
+    Args:
+        folder: Where they go.
+        interval: Steps between two.
+    """
+
+    def __init__(self, folder: Path, interval: int) -> None:
+        super().__init__(folder, "step-{step}", auto_insert_metric_name=False, every_n_train_steps=interval)
+        self.folder = folder
+        self._stop = Stopping()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._stop.__enter__()
+        self._first, self._began = trainer.global_step, time.time()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        loss = float(trainer.callback_metrics["train_loss"])
+        note(trainer.global_step, trainer.max_steps, unit="step", first=self._first, began=self._began, loss=loss)
+        if trainer.strategy.reduce_boolean_decision(self._stop.asked(), all=False):
+            self._keep(trainer)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._stop.__exit__(None, None, None)
+        self._keep(trainer)  # what comes now, the last validation, may be stopped, too
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._stop.__exit__(None, None, None)
+
+    def _keep(self, trainer: L.Trainer) -> None:
+        file = self.folder / f"step-{trainer.global_step}.ckpt"
+        if not trainer.strategy.broadcast(file.is_file()):
+            trainer.save_checkpoint(file)
 
 
 class Stopwatch(Callback):
@@ -186,8 +234,6 @@ def make_trainer(
         loggers.append(TensorBoardLogger(out_dir, "logs", "tensorboard"))
     else:
         tell("TensorBoard is not installed, so there is logs/*/metrics.csv only: .venv/bin/pip install tensorboard")
-    keep = ModelCheckpoint(out_dir / CHECKPOINTS, "step-{step}", auto_insert_metric_name=False,
-                           every_n_train_steps=fit.save_interval)  # fmt: skip
     return L.Trainer(
         max_steps=fit.max_steps,
         accelerator=accelerator,
@@ -202,7 +248,7 @@ def make_trainer(
         log_every_n_steps=fit.log_interval,
         use_distributed_sampler=False,  # the data deals its rows out itself
         logger=loggers,
-        callbacks=[keep, watch, Bar()],
+        callbacks=[Keep(out_dir / CHECKPOINTS, fit.save_interval), watch, Bar()],
         enable_model_summary=False,
     )
 

@@ -262,9 +262,9 @@ class Keeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        told = ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items()
-                         if isinstance(value, float))  # fmt: skip
-        note(trainer.global_step, self._total, unit="step", first=self._first, began=self._began, told=told)
+        loss = float(outputs["loss"])
+        note(trainer.global_step, self._total, unit="step", first=self._first, began=self._began,
+             loss=loss if math.isfinite(loss) else None)  # fmt: skip
         if not trainer.is_last_batch:  # after that one the epoch's validation comes first
             self._keep(trainer, trainer.current_epoch, batch_idx + 1)
 

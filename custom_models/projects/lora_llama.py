@@ -11,10 +11,8 @@ matrices, so their losses are equal, step by step, up to rounding.
 * `--road true`: `python -m workflows lora` with the same settings, too.
 """
 
-import os
+import json
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,8 +33,9 @@ from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import LORA_WEIGHTS, load_weights, metric, plain, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.files import read_json, write_text
-from workflows.lifetime import end_with_parent
+from workflows.lifetime import run_child
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
+from workflows.progress import watched
 from workflows.training.loop import Objective, TrainArgs, fit, step_indices
 from workflows.training.processes import Accelerator, device_problems, launched, make_fabric
 from workflows.training.step import run_identity
@@ -208,7 +207,7 @@ def setup(
     rows += [metric(f"val_loss_{name}", numbers["val_loss"], split="validation") for name, numbers in found.items()]
     write_metrics(
         out_dir / "metrics.json", rows, seconds=seconds_of_step(began), methods=found, hardware=hardware(),
-        settings=plain(settings),
+        identity=run_identity(settings),
     )  # fmt: skip
     print(f"\n{table(found)}\n{out_dir}/metrics.json")
 
@@ -235,7 +234,7 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
     if method == "full":
         train = replace(train, learning_rate=settings["full_learning_rate"])
     fabric = make_fabric(accelerator=settings["accelerator"])
-    with launched(fabric), PeakMemory() as peak:
+    with launched(fabric), watched(out_dir), PeakMemory() as peak:
         torch.manual_seed(settings["seed"])
         model = load_llama(directory)
         parameters = sum(p.numel() for p in model.parameters())
@@ -283,17 +282,21 @@ def _conversations(settings: dict[str, Any], model: Llama) -> tuple[list[Encoded
 
 
 def _run(command: list[str]) -> None:
-    end = end_with_parent(signal.SIGKILL) if os.name == "posix" else None
-    if subprocess.run(command, preexec_fn=end).returncode != 0:
+    if run_child(command) != 0:
         raise UserError(f"`python {' '.join(command[1:4])}` failed; its message stands above.")
 
 
 def _train_apart(method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train by one method in a process of its own, with these settings in a file."""
+    """Train by one method in a process of its own, with these settings in a file, unless that was done before."""
     folder = settings["out_dir"] / method
     own = {**settings, "method": method, "road": False, "out_dir": folder}
     write_text(folder / "settings.yaml", yaml.safe_dump(plain(own), sort_keys=False))
     print(f"\n{TITLES[method]}:", flush=True)
+    made, result = folder / "metrics.json", folder / ("adapter" if method == "lora" else "final")
+    before = read_json(made) if made.is_file() and result.is_dir() else {}
+    if before and before.get("identity") == json.loads(json.dumps(run_identity(own))):
+        print(f"{folder}: trained before")
+        return before["methods"][method]
     _run([sys.executable, "-m", "custom_models", "lora-scratch", "--config", str(folder / "settings.yaml")])
     return read_json(folder / "metrics.json")["methods"][method]
 

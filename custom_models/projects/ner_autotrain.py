@@ -18,6 +18,7 @@ from custom_models.projects import autotrain
 from custom_models.projects.entity_scores import Tagged
 from custom_models.projects.entity_text import list_of
 from custom_models.projects.fitting import FitArgs, seed_problems, too_small
+from custom_models.projects.keeping import kept_until_done
 from custom_models.projects.ner import SCRATCH, pretrained_t5
 from custom_models.projects.ner_hf import save_entity_t5
 from custom_models.projects.ner_model import Asking, Codec, EntityModel, load_entity_model
@@ -29,8 +30,10 @@ from data_prep.iob import entities_of
 from workflows.errors import UserError, first_line, report_all
 from workflows.files import read_json, write_json
 from workflows.measure import step_began
+from workflows.progress import watched
 
 
+@kept_until_done
 def setup(
     data: Path = Path("data/hpo_entities"),
     model: str = SCRATCH,
@@ -154,17 +157,18 @@ def _train(
     ids = {name: config[name] for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id")}
     write_json(base / "generation_config.json", {**ids, "max_length": max(21, 1 + sizes[1])})
     project = out_dir / "autotrain"
-    for number, seed in enumerate(seeds):
-        started = time.perf_counter()
-        autotrain.write_project(project, autotrain.config_of(base, fit, seed, *sizes), rows)
-        result = autotrain.run(project, home, on_cpu=fit.accelerator == "cpu")
-        folder = out_dir / ("final" if number == 0 else ".other")
-        tagger = kept(result, codec, asking, data, folder)
-        epochs = autotrain.epochs_of(result)
-        shutil.rmtree(result)  # the optimizer's state is far larger than the model
-        if number:
-            shutil.rmtree(folder)
-        yield Round(tagger, codec, epochs, time.perf_counter() - started)
+    with watched(out_dir, keeps="keeps what it was pretrained, if it was, and lets AutoTrain begin anew"):
+        for number, seed in enumerate(seeds):
+            started = time.perf_counter()
+            autotrain.write_project(project, autotrain.config_of(base, fit, seed, *sizes), rows)
+            result = autotrain.run(project, home, on_cpu=fit.accelerator == "cpu")
+            folder = out_dir / ("final" if number == 0 else ".other")
+            tagger = kept(result, codec, asking, data, folder)
+            epochs = autotrain.epochs_of(result)
+            shutil.rmtree(result)  # the optimizer's state is far larger than the model
+            if number:
+                shutil.rmtree(folder)
+            yield Round(tagger, codec, epochs, time.perf_counter() - started)
 
 
 def kept(result: Path, codec: Codec, asking: Asking, data: str, folder: Path) -> EntityModel:

@@ -22,7 +22,7 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.long
+@pytest.mark.slow  # two steps of real processes, for a bench that is run by hand
 def test_a_cell_is_a_plan_and_a_step_in_processes_of_their_own(tiny_llama: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(plan, "REPORTS", tmp_path / "bench")
     cell = plan.measured("shrink", tiny_llama, ["--layers", "1"])

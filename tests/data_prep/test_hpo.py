@@ -162,14 +162,28 @@ def test_answers_begin_with_the_name(data: Path, terms: dict):
             assert set(row["answers"]) <= set(labels(terms[row["id"]]))
 
 
-def test_same_seed_same_bytes(data: Path, tmp_path: Path):
+def test_same_seed_same_bytes(raw: Path, tmp_path: Path):
     """In another process too, whose sets and dicts of strings hash differently."""
-    command = [sys.executable, "-m", "workflows", "data", "--data", "hpo", "--out_dir", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
-    files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file() and path.name != "metrics.json")
+    here, there = tmp_path / "here", tmp_path / "there"
+    setup(raw_dir=raw, out_dir=here, test_size=50, validation_size=20)
+    command = [
+        sys.executable,
+        "-m",
+        "workflows",
+        "data",
+        "--data",
+        "hpo",
+        "--raw_dir",
+        str(raw),
+        "--out_dir",
+        str(there),
+    ]
+    sizes = ["--test_size", "50", "--validation_size", "20"]
+    subprocess.run([*command, *sizes], check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    files = sorted(path.relative_to(here) for path in here.rglob("*") if path.is_file() and path.name != "metrics.json")
     assert len(files) == 15
     for file in files:
-        assert (data / file).read_bytes() == (tmp_path / file).read_bytes(), file
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
 
 
 def test_another_seed_holds_out_other_terms(raw: Path, tmp_path: Path):

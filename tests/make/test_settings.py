@@ -138,6 +138,7 @@ def test_deepseek_is_a_tag_of_the_registry_unless_model_says_otherwise(project):
     assert option(file, "--model") == "it's mine.gguf"
     data, exported = project.calls("deepseek", "MODEL=deepseek-r1-distill-qwen-1.5b")
     assert data == ["data", "--data", "hpo"]  # questions to verify an export with
+    assert option(exported, "--data") == "data/hpo"
     assert option(exported, "--model") == "deepseek-r1-distill-qwen-1.5b"
 
 
@@ -168,6 +169,22 @@ def test_a_plan_needs_no_download_and_takes_the_recipe_of_its_step(project: Proj
     assert option(options, "--checkpoint_dir") == "llama-3.1-8b-instruct"
     assert (option(options, "--memory"), option(options, "--tflops")) == ("24 GB", "200")
     assert options[-2:] == ["--accelerator", "cuda"]
+
+
+def test_a_plan_has_the_options_that_the_step_would_have(project: Project):
+    def planned(*args: str) -> list[str]:
+        ((_, _, *options),) = project.calls("plan", *args)
+        return options
+
+    for step in ("lora", "grpo", "distill-lm"):
+        assert option(planned(f"PLANNED={step}", "KINDS=name"), "--kinds") == "[name]"
+    assert option(planned("PLANNED=evaluate", "TASKS=hpo_mcq medical"), "--tasks") == "[hpo_mcq,medical]"
+    assert "--rewards" in planned("PLANNED=ppo") and "--teacher_dir" not in planned("PLANNED=distill-lm")
+    project.calls("shrink")
+    (project.root / "checkpoints" / "made" / "up").mkdir(parents=True, exist_ok=True)
+    student = planned("PLANNED=distill-lm")
+    assert option(student, "--checkpoint_dir") == "out/demo/shrink/final"
+    assert option(student, "--teacher_dir") == "out/demo/lora/final"
 
 
 def test_a_downloaded_model_is_planned_by_its_folder(project: Project):

@@ -11,9 +11,10 @@ import torch
 import yaml
 from litgpt.config import Config
 
-from tests.conftest import write_tokenizer
+from tests.conftest import ROOT, write_tokenizer
 from workflows.__main__ import STEPS, main, parse_all
 from workflows.checkpoint import REQUIRED, WEIGHTS, write_config
+from workflows.download import find_model
 from workflows.training.model import LoRAArgs, empty_model
 from workflows.training.whole import keep_skeleton
 
@@ -135,3 +136,10 @@ def test_recipes_state_the_memory_that_is_planned(recipe, tmp_path):
     assert main([*asked, "--json_file", str(tmp_path / "plan.json")]) == 0
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert stated == pytest.approx((planned["peak_bytes"] + planned["beside_bytes"]) / 1e9, rel=0.06)
+
+
+def test_launch_lines_of_the_docs_name_the_folder_that_a_download_makes():
+    text = (ROOT / "docs" / "large-models.md").read_text()
+    named = set(re.findall(r"--checkpoint_dir checkpoints/(\S+)", text))
+    origin = find_model("llama-3.1-8b-instruct")
+    assert named == {f"{origin.org}/{origin.name.lower()}"}

@@ -213,3 +213,11 @@ def test_numbers_that_are_none_are_shown_as_they_are(step, capsys):
     (step / "metrics.csv").write_text("step,loss,tokens_per_second\n1,nan,inf\n")
     assert main(["status", "--out_dir", str(step.parents[1])]) == 0
     assert re.search(r"nan +inf", capsys.readouterr().out)
+
+
+def test_a_link_to_the_figures_of_a_step_is_no_step(tmp_path):
+    model = tmp_path / "ner" / "bc5cdr" / "scratch"
+    model.mkdir(parents=True)
+    (model / "metrics.json").write_text("{}")
+    (tmp_path / "ner" / "metrics.json").symlink_to("bc5cdr/scratch/metrics.json")
+    assert list(step_folders(tmp_path)) == [model]

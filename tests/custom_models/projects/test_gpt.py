@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from custom_models.projects import gpt
 from custom_models.projects.gpt_training import GPTFit, GPTTask
 from tests.conftest import ROOT
 from workflows.errors import UserError
+from workflows.status import status_of
 
 SENTENCES = [f"the {a} {b} is {c}.\n" for a in ("red", "blue", "cold") for b in ("sun", "sea") for c in ("up", "low")]
 MODEL = modern(vocab_size=270, context=16, width=32, n_layer=2, n_head=2)
@@ -86,16 +88,30 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(text, tmp_path, monkey
 
 
 @pytest.mark.long
-def test_ctrl_c_is_passed_on(text, tmp_path, monkeypatch):
-    def pressed(*_: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("step", [2, 6, 11])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ctrl_c_loses_no_step(text, tmp_path, monkeypatch, step, accumulate):
+    fit = replace(FIT, accumulate=accumulate)
+    whole = train(text, tmp_path / "whole", fit=fit)
+    train_step, out_dir = GPTTask.training_step, tmp_path / "stopped"
 
-    monkeypatch.setattr(GPTTask, "training_step", pressed)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(text, tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
+    def pressed(self: GPTTask, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == step * accumulate:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GPTTask, "training_step", pressed)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                train(text, out_dir, fit=fit)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
+    status = status_of(out_dir, tmp_path)
+    assert status.total == 12 and status.loss is not None
+    assert max(map(gpt.step_of, (out_dir / "checkpoints").iterdir())) == step + 1
+    assert same(train(text, out_dir, fit=fit), whole)
+    assert status_of(out_dir, tmp_path).state == "finished" and not list((out_dir / "checkpoints").iterdir())
 
 
 @pytest.mark.long
@@ -206,10 +222,10 @@ def test_another_configuration_is_not_gone_on_with(text, tmp_path, monkeypatch):
         patched.setattr(gpt, "save_gpt", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
             train(text, tmp_path)
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert checkpoint.name == "step-10.ckpt"
+    checkpoint = tmp_path / "checkpoints" / "step-12.ckpt"  # the end: what came after it may have been long
+    assert {file.name for file in checkpoint.parent.iterdir()} == {"step-10.ckpt", checkpoint.name}
     with pytest.raises(
-        UserError, match=r"step-10\.ckpt is of a run with other settings: model\.width was 32, and is 48"
+        UserError, match=r"step-12\.ckpt is of a run with other settings: model\.width was 32, and is 48"
     ):
         train(text, tmp_path, model=replace(MODEL, width=48))
     with pytest.raises(UserError, match=r"fit\.max_steps was 12, and is 20 now; seed was 1337, and is 2 now"):

@@ -1,6 +1,7 @@
 """A training that is stopped ends as one that nothing stopped; one that is done is not repeated."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from custom_models.__main__ import PROJECTS
 from custom_models.projects import keeping
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.keeping import DONE, KEPT, LAST, folder_of, kept_until_done, project
@@ -248,3 +250,10 @@ def test_a_project_keeps_its_trainings_until_it_ends_well(tmp_path: Path, capsys
     with project(tmp_path, "settings"):
         assert train(tmp_path)[0].seen == []
     assert list(tmp_path.iterdir()) == [] and "delete it to begin anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sentiment", "distill", "pretrain", "gpt-dpo", "pretrain-t5", "ner", "ner-autotrain",
+                                  "translate", "summarize", "qa"])  # fmt: skip
+def test_every_project_that_trains_keeps_it_by_all_of_its_settings(name):
+    module, function, _ = PROJECTS[name]
+    assert hasattr(getattr(importlib.import_module(module), function), "__wrapped__")

@@ -15,6 +15,7 @@ from custom_models.__main__ import PROJECTS
 from custom_models.llama import main as ask
 from custom_models.llama_checkpoint import hf_module_names, load_llama
 from custom_models.lora import add_lora, load_lora, lora_layers
+from custom_models.projects import lora_llama
 from custom_models.projects.lora_llama import Adapters, FineTuning, batches_of, pad, setup, table
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate, EncodedChat
@@ -175,7 +176,7 @@ def test_all_weights_are_trained_and_left_as_a_checkpoint(data, tiny_llama, tmp_
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_both_methods_and_the_road_stand_in_one_table(data, tiny_llama, tmp_path, capfd):
+def test_both_methods_and_the_road_stand_in_one_table(data, tiny_llama, tmp_path, capfd, monkeypatch):
     """By the command line, each in a process of its own."""
     recipe = Path(__file__).parents[3] / "custom_models" / "recipes" / "lora-scratch.yaml"
     options = {"checkpoint_dir": tiny_llama, "data": data, "out_dir": tmp_path, "lora.rank": 4, "lora.alpha": 8,
@@ -195,6 +196,16 @@ def test_both_methods_and_the_road_stand_in_one_table(data, tiny_llama, tmp_path
     said = capfd.readouterr().out
     assert table(found) in said and "LoRA, LitGPT" in said
     assert (tmp_path / "lora" / "adapter").is_dir() and (tmp_path / "full" / "final").is_dir()
+
+    def trained_again(command: list[str]) -> None:
+        raise AssertionError(command)
+
+    monkeypatch.setattr(lora_llama, "_run", trained_again)
+    again = [*given, "--road", "false"]  # that step has its own way of knowing what is done
+    assert main(["lora-scratch", "--config", str(recipe), *again], PROJECTS, "custom_models") == 0
+    assert capfd.readouterr().out.count("trained before") == 2 and numbers(tmp_path)["methods"]["full"] == full
+    with pytest.raises(AssertionError, match="lora-scratch"):
+        main(["lora-scratch", "--config", str(recipe), *again, "--seed", "2"], PROJECTS, "custom_models")
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(data, tiny_llama, tmp_path):

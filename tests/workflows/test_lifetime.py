@@ -1,0 +1,59 @@
+"""A child that Ctrl-C stops gets the time that its checkpoint takes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from workflows.lifetime import run_child
+
+CHILD = """
+import signal, sys, time
+from pathlib import Path
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+Path(sys.argv[1], "began").touch()
+while not asked:
+    time.sleep(0.01)
+time.sleep(float(sys.argv[2]))
+Path(sys.argv[1], "checkpoint").write_text(str(len(asked)))
+"""
+
+
+def press_ctrl_c(folder: Path, times: int) -> threading.Thread:
+    def press() -> None:
+        until = time.monotonic() + 20
+        while not (folder / "began").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.6)  # `Popen.wait` itself waits 0.25 s before it passes the first one on
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    return thread
+
+
+def test_a_child_is_waited_for_after_ctrl_c(tmp_path: Path) -> None:
+    pressing = press_ctrl_c(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", CHILD, str(tmp_path), "1"])
+    assert (tmp_path / "checkpoint").read_text() == "1"  # it was told once
+    pressing.join()
+
+
+def test_a_second_ctrl_c_kills_it(tmp_path: Path) -> None:
+    began = time.monotonic()
+    pressing = press_ctrl_c(tmp_path, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", CHILD, str(tmp_path), "30"])
+    assert time.monotonic() - began < 20 and not (tmp_path / "checkpoint").exists()
+    pressing.join()
+
+
+def test_its_exit_code_is_told() -> None:
+    assert run_child([sys.executable, "-c", "raise SystemExit(3)"]) == 3
