@@ -46,7 +46,7 @@ TEXT = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked slow run only when asked for by `-m slow`; the summary shows them as deselected.
 
-    Where several processes share the tests, a file stays whole for its fixtures' sake (`--dist loadfile`), and the files
+    Where several processes share the tests, a file stays whole for its fixtures' sake (`--dist loadfile`), and those
     that take long come first, so that no process is left with one of them at the end.
     """
     if "slow" not in (config.getoption("-m") or ""):

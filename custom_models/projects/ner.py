@@ -144,7 +144,7 @@ def setup(
                 "merge_dropout": merge_dropout, "tag_weight": tag_weight, "max_rows": max_rows}  # fmt: skip
     tagging = tag_weight if model == SCRATCH else 0.0
     rounds = report(trained, splits, data, model, asking, validation_rows, tagging, seeds, out_dir, began, settings)
-    draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}")
+    draw_curves([done.epochs for done in rounds], out_dir / "curves.png", f"{model}, {head}, on {data.name}", "token")
     print(f"{out_dir}/final, curves.png, metrics.json")
 
 

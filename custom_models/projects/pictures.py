@@ -8,13 +8,14 @@ from torch import Tensor
 from workflows.files import atomic_file
 
 
-def draw_curves(rounds: Sequence[Sequence[dict[str, float]]], file: Path, title: str) -> None:
+def draw_curves(rounds: Sequence[Sequence[dict[str, float]]], file: Path, title: str, unit: str = "text") -> None:
     """Loss and accuracy over the epochs, a line for each seed.
 
     Args:
         rounds: For each seed the epochs' numbers: epoch, train_loss, val_loss, val_accuracy.
         file: The picture.
         title: Above it.
+        unit: What a loss is the mean of.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -27,7 +28,7 @@ def draw_curves(rounds: Sequence[Sequence[dict[str, float]]], file: Path, title:
         losses.plot(x, [row["train_loss"] for row in epochs], "C0.--", label="training" if named else None)
         losses.plot(x, [row["val_loss"] for row in epochs], "C1.-", label="validation" if named else None)
         accuracies.plot(x, [100 * row["val_accuracy"] for row in epochs], "C1.-")
-    losses.set(xlabel="epoch", ylabel="loss (nats a text)")
+    losses.set(xlabel="epoch", ylabel=f"loss (nats a {unit})")
     accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
     losses.legend()
     for axes in (losses, accuracies):

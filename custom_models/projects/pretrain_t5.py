@@ -90,7 +90,7 @@ def setup(
     with PeakMemory() as peak:
         epochs = fit_best(task, loaders[0], loaders[1], out_dir, fit, monitor="val_loss")
     save_encoder_decoder(model, model.config, tokenizer, out_dir / "final")
-    draw_curves([epochs], out_dir / "curves.png", "span corruption")
+    draw_curves([epochs], out_dir / "curves.png", "span corruption", "token")
     best = min(epochs, key=lambda row: row["val_loss"])
     guess, n = simplest_guess(loaders[0], loaders[1], tokenizer)
     told = [metric("accuracy", best["val_accuracy"], n=n, split="validation"),

@@ -167,7 +167,7 @@ def setup(
     assert kept is not None
     (translator, written) = kept
     translator.save(out_dir / "final", data.name)
-    draw_curves(epochs, out_dir / "curves.png", f"{shape.kind} on {data.name}")
+    draw_curves(epochs, out_dir / "curves.png", f"{shape.kind} on {data.name}", "token")
     models = {"copy": sources, "memory": known.translate(sources)}
     baselines = {title: scores(texts, rows[scored], placeholders) for title, texts in models.items()}
     if "inputs" in rows[scored][0] and not find_node():
