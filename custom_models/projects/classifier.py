@@ -192,6 +192,13 @@ def share_right(counts: Tensor) -> float:
     return float(counts.diagonal().sum() / counts.sum())
 
 
+def macro_f1(counts: Tensor) -> float:
+    """The mean of the classes' F1, of a table of `confusion`; a class that is neither there nor found counts as 0."""
+    right = counts.diagonal().double()  # (classes,)
+    either = (counts.sum(dim=0) + counts.sum(dim=1)).clamp(min=1)  # (classes,)
+    return float((2 * right / either).mean())
+
+
 def over_seeds(name: str, values: Sequence[float]) -> list[dict[str, Any]]:
     """The row of `metrics.json` for the mean of a number over several seeds; none for one seed."""
     if len(values) < 2:

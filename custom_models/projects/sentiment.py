@@ -24,6 +24,7 @@ from custom_models.projects.classifier import (
     confusion,
     encode_splits,
     fit_classifier,
+    macro_f1,
     over_seeds,
     share_right,
     steps_of,
@@ -34,7 +35,7 @@ from custom_models.projects.pictures import draw_confusion, draw_curves
 from custom_models.projects.shape import Shape
 from custom_models.projects.texts import read_labelled
 from custom_models.projects.vocabulary import MASK, PAD, learn_vocabulary
-from workflows.checkpoint import share_metric, versions, write_metrics
+from workflows.checkpoint import metric, share_metric, versions, write_metrics
 from workflows.errors import report_all
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 
@@ -105,7 +106,8 @@ def setup(
     usual = commonest([labels[label] for _, label in texts["train"]])
     majority = sum(labels[label] == usual for _, label in texts["test"]) / n
     told = [share_metric("accuracy", accuracies[0], n), share_metric("accuracy_bag_of_bigrams", linear, n),
-            share_metric("accuracy_majority", majority, n)]  # fmt: skip
+            share_metric("accuracy_majority", majority, n),
+            metric("macro_f1", macro_f1(tables[0]), n=n, split="test")]  # fmt: skip
     told += over_seeds("accuracy", accuracies)
     write_metrics(
         out_dir / "metrics.json",
@@ -128,6 +130,7 @@ def setup(
         hardware=hardware(),
         versions=versions(),
     )
+    print(f"\ntest: always {usual!r} {majority:.1%}; macro-F1 {told[3]['value']:.3f}", end="")
     _tell(encoder, accuracies, linear, kept, tokenizer, out_dir, texts["test"][:: n // 2][:2])
 
 

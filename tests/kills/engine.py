@@ -134,7 +134,7 @@ class Bench:
             sent: By which signal.
         """
         sequence = 0
-        while self.tally.kills < kills and sequence < 4 * kills and len(self.tally.problems) < 5:
+        while self.tally.kills < kills and sequence < 8 + 4 * kills and len(self.tally.problems) < 5:
             rng = random.Random(f"{seed}-{self.step.name}-{sequence}")
             over = self.step.earlier is not None and rng.random() < 0.5
             wanted = min(rng.choice((1, 1, 2, _MOST_KILLS)), kills - self.tally.kills)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from tokenizers.processors import TemplateProcessing
 
 from custom_models.__main__ import PROJECTS
 from custom_models.encoder import Encoder, bert, mean_over_tokens
 from custom_models.encoder_checkpoint import encoder_directory, save_encoder, tokenizer_of
 from custom_models.projects import distill, sentiment
-from custom_models.projects.classifier import ClassifierTask, TextClassifier, load_classifier, predict
+from custom_models.projects.classifier import ClassifierTask, TextClassifier, load_classifier, macro_f1, predict
 from custom_models.projects.fitting import FitArgs
 from custom_models.projects.sentiment import bag_of_bigrams
 from custom_models.projects.shape import Shape
@@ -189,3 +190,11 @@ def test_bad_settings_are_told_at_once(reviews, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     assert main(["--help"], PROJECTS, "custom_models") == 0
     assert "python -m custom_models STEP" in capsys.readouterr().out
+
+
+def test_macro_f1_is_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    wanted, found = torch.randint(0, 3, (2, 200), generator=generator)
+    counts = torch.zeros(3, 3, dtype=torch.long)
+    counts.index_put_((wanted, found), torch.ones(200, dtype=torch.long), accumulate=True)
+    assert macro_f1(counts) == pytest.approx(f1_score(wanted, found, average="macro"))

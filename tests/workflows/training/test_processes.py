@@ -143,7 +143,7 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
         pytest.param("dpo", "fsdp", marks=SHARDED),
         pytest.param("reward", "fsdp", marks=SHARDED),
         ("grpo", "ddp"),
-        ("ppo", "ddp"),
+        pytest.param("ppo", "ddp", marks=pytest.mark.slow),  # its rollouts are grpo's
     ],
 )
 def test_alignment_in_two_processes_follows_one(step, strategy, tiny_llama, pairs, questions, tmp_path):
