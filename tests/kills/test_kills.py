@@ -47,8 +47,9 @@ def kill(server: Server, step: Step, work: Path, kills: int, seed: int, sent: si
     assert (tally.kills, tally.identical) == (kills, tally.ended)
 
 
-# Of the trainings, which share a loop, one that reads rows and one that writes its own; `make test-slow` kills all.
-@pytest.mark.parametrize("name", ("lora", "grpo", "shrink", "teach", "evaluate", "export", "download", "data"))
+# Of the trainings, which share a loop, one that reads rows and one that writes its own, and of what keeps answers
+# evaluate; `make test-slow` kills all.
+@pytest.mark.parametrize("name", ("lora", "grpo", "shrink", "evaluate", "export", "download", "data"))
 def test_a_killed_step_ends_like_an_undisturbed_one(server, steps, tmp_path, name):
     kill(server, steps[name], tmp_path, 2, SEED)
 

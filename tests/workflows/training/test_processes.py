@@ -126,7 +126,8 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny
     assert losses(tmp_path) == pytest.approx(alone, abs=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=SHARDED)])
+@pytest.mark.slow  # the run that loses a process, above, follows one process too
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, tiny_llama, data, tmp_path):
     run = start(tiny_llama, data, tmp_path, strategy)
     _, said = run.communicate(timeout=200)
