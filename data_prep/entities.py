@@ -16,7 +16,7 @@ from data_prep.dataset import DataSet, Source
 from data_prep.hpo import ontology_source, read_files
 from data_prep.iob import Dictionary, Entity, read_iob, tags_of
 from data_prep.ontology import read_obo
-from data_prep.rows import Row, normalise, row_problem
+from data_prep.rows import Row, row_problem
 from data_prep.splits import Item, key, random_splits, without_shared
 from data_prep.tables import hub_splits
 from workflows.errors import UserError, report_all
@@ -157,8 +157,7 @@ def _items(rows: Iterable[Row]) -> list[Item]:
     """One item a sentence, also where it is repeated."""
     items = []
     for row in rows:
-        text = " ".join(row["tokens"])
-        items.append(Item(frozenset({key("text", text) if normalise(text) else f"signs:{text}"}), (row,)))
+        items.append(Item(frozenset({key("text", " ".join(row["tokens"]))}), (row,)))
     return items
 
 

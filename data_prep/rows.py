@@ -9,12 +9,12 @@ that do not know them.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.iob import OUTSIDE, tag_problem
+from data_prep.normalisation import normalise as normalise
 from workflows.errors import UserError
 from workflows.untrusted import parse_json
 
@@ -33,11 +33,6 @@ SHAPES = {
     "summarised": '{"sentences": [TEXT, ...], "summaries": [TEXT, ...]}',
     "spans": '{"question": TEXT, "context": TEXT, "answers": {"text": [TEXT, ...], "answer_start": [INDEX, ...]}}',
 }
-
-
-def normalise(text: str) -> str:
-    """Lower-cased words joined by single spaces, so that texts are compared without case, punctuation and layout."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def question_row(question: str, answer: str, kind: str, **fields: Any) -> Row:

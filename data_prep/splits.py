@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data_prep.rows import Row, normalise
+from data_prep.normalisation import normalise, words_of
+from data_prep.rows import Row
 from workflows.errors import UserError
 
 _PREFIX = 3  # words by which a phrase is looked up; long phrases rarely share three
@@ -30,8 +31,11 @@ class Item:
 
 
 def key(what: str, text: str) -> str:
-    """A key of an `Item`: texts of the same sort (`what`) that differ only in case or punctuation are the same."""
-    return f"{what}:{normalise(text)}"
+    """A key of an `Item`: texts of the same sort (`what`) that differ only in case or punctuation are the same.
+
+    A text of punctuation alone is compared as it is.
+    """
+    return f"{what}:{normalise(text) or ' '.join(text.split())}"
 
 
 def groups_of(items: list[Item]) -> list[list[Item]]:
@@ -124,10 +128,10 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
 
 
 class Phrases:
-    """A set of phrases that can be looked for in text, as whole words, without case and punctuation."""
+    """A set of phrases that can be looked for in text, as whole words, without case, signs and punctuation."""
 
     def __init__(self, phrases: Iterable[str]) -> None:
-        self._phrases = {phrase for phrase in map(normalise, phrases) if phrase}
+        self._phrases = {" ".join(words) for words in map(words_of, phrases) if words}
         self._lengths: dict[str, set[int]] = {}  # first words, up to _PREFIX -> lengths of the phrases that begin so
         for phrase in self._phrases:
             words = phrase.split()
@@ -135,7 +139,7 @@ class Phrases:
 
     def found_in(self, text: str) -> bool:
         """Whether any of the phrases occurs in the text."""
-        words = normalise(text).split()
+        words = words_of(text)
         return any(
             " ".join(words[i : i + length]) in self._phrases
             for i in range(len(words))

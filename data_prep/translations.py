@@ -17,7 +17,8 @@ from typing import Literal
 import polib
 
 from data_prep.dataset import DataSet, Source
-from data_prep.rows import Row, normalise
+from data_prep.normalisation import words_of
+from data_prep.rows import Row
 from data_prep.splits import Item, groups_of, key, random_splits
 from data_prep.tables import Table, read_folder, read_hub, read_table
 from workflows.errors import UserError
@@ -207,16 +208,15 @@ def _usable(row: Row, dropped: Counter[str]) -> bool:
     """Whether there is something to learn from a row; if not, it is counted."""
     if not row["target"]:
         dropped["not translated"] += 1
-    elif not words_of(row["source"]) or not words_of(row["target"]):
+    elif not all(words_of(_without_placeholders(row[side])) for side in ("source", "target")):
         dropped["no words"] += 1
     else:
         return True
     return False
 
 
-def words_of(text: str) -> str:
-    """The words of a text, so that two of them that differ in case, punctuation or placeholders only are the same."""
-    return normalise(PLACEHOLDER.sub(" ", text))
+def _without_placeholders(text: str) -> str:
+    return PLACEHOLDER.sub(" ", text)
 
 
 def _data_set(
@@ -237,7 +237,7 @@ def _data_set(
         dropped["repeated"] += len(rows) - len(new)
         known |= {(row["source"], row["target"]) for row in new}
         if new:
-            keys = {key(side, words_of(row[side])) for row in new for side in ("source", "target")}
+            keys = {key(side, _without_placeholders(row[side])) for row in new for side in ("source", "target")}
             items.append(Item(frozenset(keys), tuple(new)))
     for number, group in enumerate(groups_of(items)):  # what stays together; a translation memory must know of it
         for item in group:

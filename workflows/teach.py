@@ -107,6 +107,8 @@ def setup(
     for split, most in (("train", max_rows), ("validation", max_val_rows)):
         path = data / f"{split}.jsonl"
         rows = read_questions(path, judge.fields if judge else (), kinds)[:most]
+        if judge:
+            judge.check(rows, path)
         questions, told = encode_questions(rows, template, room, str(path))
         asked[split] = questions * samples
         print(told)

@@ -52,7 +52,7 @@ from custom_models.projects.vocabulary import PAD
 from custom_models.tokenization.merge_dropout import MergeDropout
 from data_prep.entities import WORD
 from data_prep.iob import OUTSIDE
-from data_prep.rows import normalise
+from data_prep.normalisation import normalise, words_of
 from data_prep.splits import Phrases
 from workflows.errors import UserError, report_all
 from workflows.measure import step_began
@@ -232,7 +232,7 @@ def _texts(splits: dict[str, list[Tagged]], unlabelled: list[Path] | None, most:
     """The training sentences' words, then those of other texts; none with a sentence of validation or test in it."""
     held = [" ".join(words) for split in ("validation", "test") for words, _ in splits[split]]
     # "Methods:" stands in every abstract, and says nothing of the test.
-    telling = Phrases(text for text in held if len(normalise(text).split()) >= _TELLING)
+    telling = Phrases(text for text in held if len(words_of(text)) >= _TELLING)
     same = set(map(normalise, held))
     files: list[Path | None] = [*unlabelled] if unlabelled else [None]
     lines = [line for file in files for line in demo.read(file).splitlines()]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.rows import normalise, question_row, read_rows, row_problem, scoring_row, write_rows
+from data_prep.rows import question_row, read_rows, row_problem, scoring_row, write_rows
 from workflows.errors import UserError
 
 USER = {"role": "user", "content": "Why?"}
@@ -84,7 +84,3 @@ def test_a_bad_file_names_itself_and_the_line(tmp_path: Path, content: bytes, wo
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         read_rows(tmp_path / "none.jsonl")
-
-
-def test_normalise_ignores_case_punctuation_and_layout():
-    assert normalise(" Atrial  septal-defect,\nSECUNDUM (ASD) ") == "atrial septal defect secundum asd"

@@ -295,7 +295,7 @@ class GRPO(Objective):
         """Keep a step's numbers for the log, and three of its answers."""
         count = len(rollouts)
         tokens = sum(len(rollout.ids) for rollout in rollouts)
-        parts = {f"reward_{name}": sum(found[name] for found in given) / count for name in given[0] if name != "total"}
+        parts = self.rewards.means(given)
         groups = {"no_signal": 1 - float(_signal(totals).float().mean())} if totals.size(1) > 1 else {}
         self._metrics = {
             "reward": float(totals.mean()),

@@ -39,6 +39,7 @@ def questions_of(
             questions[split] = []
             continue
         rows = read_questions(path, rewards.fields, settings["kinds"])[:most]
+        rewards.check(rows, path)
         questions[split], told = encode_questions(rows, template, room, str(path))
         fabric.print(told)
         if not questions[split]:
@@ -70,9 +71,28 @@ def read_questions(path: Path, fields: Sequence[str], kinds: list[str] | None) -
         if judged and (kinds is None or row.get("kind") in kinds):
             rows.append(row)
     if not rows:
-        needed = " and ".join(f'"{field}"' for field in fields) or "a prompt"
-        raise UserError(f"{path} has no rows with {needed}" + (f" of kind {', '.join(kinds)}." if kinds else "."))
+        raise UserError(f"{path} has no rows{_of_kinds(kinds)} with {_needed(fields)}")
     return rows
+
+
+def _of_kinds(kinds: list[str] | None) -> str:
+    return f" of kind {', '.join(kinds)}" if kinds else ""
+
+
+def _needed(fields: Sequence[str]) -> str:
+    """What rewards read of a row, in words, and how a row gets it."""
+    if "answer" in fields:
+        return (
+            '"answer", which the reward letter reads: the index of the right one of the "choices", '
+            'as in {"prompt": ..., "choices": ["no", "yes"], "answer": 1}.'
+        )
+    if "answers" in fields:
+        return (
+            '"answers", which the rewards read: a list of texts that count as right, as in '
+            '{"question": ..., "answers": ["18"]}. Add them to your file, or call the field with the right answer '
+            r'"answer" or "solution" (`#### 18` or \boxed{18} at its end is found there), and run `make data` again.'
+        )
+    return "a prompt."
 
 
 def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: str) -> tuple[list[Question], str]:

@@ -1,27 +1,38 @@
 """What an answer is worth: verifiable rewards, shaping, and any function of one's own, composed with weights.
 
-A reward is a function of a `Sample` and gives a number. In a recipe they are listed with their weights,
+A reward is a function of a `Sample` that returns a number, or None where it does not apply; one that is annotated with
+`list[Sample]`, or decorated with `batched`, takes all samples of an optimizer step and returns a list. In a recipe they
+are listed with their weights,
 
     rewards:
       - {reward: finding, weight: 1.0}
       - {reward: format, weight: 0.2}
       - {reward: my_package.my_module.my_function, weight: 0.5}
 
-and an answer's reward is the weighted sum.
+and an answer's reward is the weighted sum of those that apply.
 """
 
+import ast
 import importlib
+import inspect
 import math
+import numbers
 import re
+import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from data_prep.rows import Row, normalise
+from data_prep.normalisation import normalise, words_of
+from data_prep.rows import Row
 from workflows.errors import UserError
+from workflows.training import math_answers
 from workflows.training.model import Precision
 from workflows.training.scalar_heads import LearnedReward
 
@@ -45,10 +56,13 @@ class Sample:
     max_new_tokens: int
 
 
-Reward = Callable[[Sample], float]
+Reward = Callable[[Sample], Any]
+"""A reward function; of `list[Sample]` if it takes all samples at once."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_TOTAL = 1e18
+"""Largest magnitude of an answer's reward: advantages are computed from its square, in float32."""
 
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
 _LETTER = re.compile(
     r"\\boxed\{(?:\\text\{)?\W*([A-Z])\b"
     r"|\b(?i:answer|option|choice)\b\W*(?i:is\b\W*)?\(?([A-Z])\b"
@@ -67,7 +81,7 @@ def final_answer(text: str) -> str:
 def finding(sample: Sample) -> float:
     """Token-level F1 of the answer with the row's best-matching "answers" (a term's name and synonyms), from 0 to 1.
 
-    As SQuAD's F1 (Rajpurkar et al. 2016, arXiv 1606.05250, sec. 6.1): words without case and punctuation, as multisets.
+    As SQuAD's F1 (Rajpurkar et al. 2016, arXiv 1606.05250, sec. 6.1): words as multisets, here those of `normalise`.
     """
     said = normalise(final_answer(sample.text)).split()
     return max(token_f1(said, normalise(answer).split()) for answer in sample.row["answers"])
@@ -80,9 +94,12 @@ def token_f1(said: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def exact(sample: Sample) -> float:
-    """1 if the answer is one of the row's "answers", case and punctuation aside, else 0."""
+    """1 if the answer is one of the row's "answers", case, punctuation and layout aside, else 0.
+
+    Signs and operators count (`normalise`); an answer of punctuation alone equals none.
+    """
     said = normalise(final_answer(sample.text))
-    return float(any(said == normalise(answer) for answer in sample.row["answers"]))
+    return float(said != "" and any(said == normalise(answer) for answer in sample.row["answers"]))
 
 
 def letter(sample: Sample) -> float:
@@ -91,27 +108,13 @@ def letter(sample: Sample) -> float:
     return float(bool(found) and found[-1] == chr(ord("A") + sample.row["answer"]))
 
 
-def number(sample: Sample) -> float:
-    r"""1 if the answer's number equals that of one of the row's "answers", else 0.
+def math_answer(sample: Sample) -> float:
+    r"""1 if the answer's number or expression equals one of the row's "answers", else 0.
 
-    The number is what stands in the last \boxed{}, else after the last ####, else the last number of all.
+    It is read from <answer>, the last \boxed{}, the line after ####, "the answer is …", or is the last number of all.
+    Numbers are compared by value in any writing (1/2 = 50% = 0.5); other expressions need the package math-verify.
     """
-    said = number_in(final_answer(sample.text))
-    wanted = [number_in(answer) for answer in sample.row["answers"]]
-    return float(
-        said is not None and any(w is not None and math.isclose(said, w, rel_tol=1e-6, abs_tol=1e-9) for w in wanted)
-    )
-
-
-def number_in(text: str) -> float | None:
-    r"""The number that a text gives as its answer (see `number`), or None."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    part = boxed[-1] if boxed else text.rpartition("####")[2]
-    numbers = _NUMBER.findall(part)
-    if not numbers:
-        return None
-    first_counts = not boxed and "####" in text
-    return float((numbers[0] if first_counts else numbers[-1]).replace(",", ""))
+    return float(math_answers.is_right(final_answer(sample.text), sample.row["answers"]))
 
 
 def format(sample: Sample) -> float:
@@ -138,7 +141,7 @@ def brevity(sample: Sample) -> float:
 
 def repetition(sample: Sample) -> float:
     """Minus the share of the answer's three-word sequences that it has said before, from -1 to 0."""
-    words = normalise(sample.text).split()
+    words = words_of(sample.text)
     triples = list(zip(words, words[1:], words[2:], strict=False))
     return len(set(triples)) / len(triples) - 1 if triples else 0.0
 
@@ -147,13 +150,21 @@ BUILT_IN: dict[str, Reward] = {
     "finding": finding,
     "exact": exact,
     "letter": letter,
-    "number": number,
+    "math_answer": math_answer,
     "format": format,
     "brevity": brevity,
     "repetition": repetition,
 }
-NEEDS = {"finding": "answers", "exact": "answers", "number": "answers", "letter": "answer"}
+NEEDS = {"finding": "answers", "exact": "answers", "math_answer": "answers", "letter": "answer"}
 """The field of a row that a reward reads."""
+RENAMED = {"number": "math_answer"}
+"""Earlier names of rewards."""
+
+
+def batched(function: Function) -> Function:
+    """Mark a reward function, or the class of one, as taking a list of samples and returning a list of values."""
+    function.takes_samples = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass
@@ -161,9 +172,9 @@ class WeightedReward:
     """One entry of a recipe's `rewards`."""
 
     reward: str
-    """One of finding, exact, letter, number, format, brevity, repetition, or an importable function
-    (`package.module.name`) of a `workflows.training.rewards.Sample`, or a reward model's folder with a slash in it
-    (`out/RUN/reward/final`)."""
+    """One of finding, exact, letter, math_answer, format, brevity, repetition, or an importable function
+    (`package.module.name`) of a `workflows.training.rewards.Sample` or of a list of them, or a reward model's folder
+    with a slash in it (`out/RUN/reward/final`)."""
     weight: float = 1.0
     """What it is multiplied by."""
 
@@ -182,7 +193,8 @@ class Rewards:
             device: Where they are.
 
         Raises:
-            UserError: If there is none, one is unknown, named twice, or has a weight that is no number.
+            UserError: If there is none, one is unknown, named twice, or has a weight that is no number, or a function
+                cannot be called with a sample or never returns a value.
         """
         if not entries:
             raise UserError("--rewards lists no reward, e.g. --rewards '[{reward: finding}]'.")
@@ -194,45 +206,136 @@ class Rewards:
         self.weights = {entry.reward: entry.weight for entry in entries}
         self.models: dict[str, LearnedReward] = {}
         self.functions: dict[str, Reward] = {}
+        self.batched: set[str] = set()
         for name in names:
             if "/" in name:
                 self.models[name] = LearnedReward(Path(name), precision, device)
             else:
                 self.functions[name] = BUILT_IN.get(name) or _imported(name)
+                if name not in BUILT_IN and _takes_samples(name, self.functions[name]):
+                    self.batched.add(name)
 
     @property
     def fields(self) -> list[str]:
         """The fields of a row that the built-in ones among them read."""
         return sorted({NEEDS[name] for name in self.functions if name in NEEDS})
 
-    def __call__(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
-        """Every reward of each answer, unweighted, and their weighted sum under "total".
+    def check(self, rows: Sequence[Row], path: Path) -> None:
+        """Make sure that the answers of a file's rows can be compared.
 
         Raises:
-            UserError: If one of them fails or gives no finite number; the message shows the answer.
+            UserError: If `math_answer` is to compare with an expression and math-verify is not installed.
+        """
+        if "math_answer" not in self.functions or math_answers.has_math_verify():
+            return
+        odd = [row["answers"] for row in rows if not any(map(math_answers.is_plain, row["answers"]))]
+        if odd:
+            raise UserError(
+                f"{path}: {len(odd):,} of {len(rows):,} rows have an answer that is no plain number, such as "
+                f"{odd[0][0][:80]!r}. To compare such ones the reward math_answer needs the package math-verify: "
+                "`.venv/bin/pip install math-verify`."
+            )
+
+    def __call__(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        """Return every reward that applies to each answer, unweighted, and their weighted sum under "total".
+
+        A sample to which no reward applies has a total of 0.
+
+        Raises:
+            UserError: If one of them fails or gives no finite number, or a total is too large; the message shows the
+                answer.
         """
         columns = {name: self._column(name, samples) for name in self.weights}
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [{**row, "total": sum(self.weights[name] * value for name, value in row.items())} for row in rows]
+        found = []
+        for i, sample in enumerate(samples):
+            row = {name: value for name, column in columns.items() if (value := column[i]) is not None}
+            total = sum((self.weights[name] * value for name, value in row.items()), 0.0)
+            if not abs(total) <= MAX_TOTAL:
+                raise UserError(
+                    f"The weighted sum of the rewards is {total:g}; its magnitude must be at most {MAX_TOTAL:g}. "
+                    f"They are {row}. Lower their weights. {_shown(sample)}"
+                )
+            found.append({**row, "total": total})
+        return found
 
-    def _column(self, name: str, samples: Sequence[Sample]) -> list[float]:
-        """One reward of each answer."""
+    def means(self, given: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Return the mean of each reward over the answers to which it applies, and the share to which none does.
+
+        Args:
+            given: What calling this returned, at least one.
+        """
+        found = {}
+        for name in self.weights:
+            values = [row[name] for row in given if name in row]
+            found[f"reward_{name}"] = statistics.fmean(values) if values else math.nan
+        if not self.functions.keys() <= BUILT_IN.keys():  # the built-in ones apply always
+            found["no_reward"] = sum(not row.keys() & self.weights.keys() for row in given) / len(given)
+        return found
+
+    def _column(self, name: str, samples: Sequence[Sample]) -> Sequence[float | None]:
+        """One reward of each answer; None where it does not apply."""
+        found: Sequence[float | None]
         if name in self.models:
             prompts = [sample.row["prompt"] for sample in samples]
             found = self.models[name](prompts, [sample.text for sample in samples])
         else:
-            found = [self._value(name, sample) for sample in samples]
+            found = self._values(name, samples)
         for sample, value in zip(samples, found, strict=True):
-            if not math.isfinite(value):
+            if value is not None and not math.isfinite(value):
                 raise UserError(f"The reward {name} gave {value}. {_shown(sample)}")
         return found
 
-    def _value(self, name: str, sample: Sample) -> float:
-        """What a function says of one answer."""
-        try:
-            return float(self.functions[name](sample))
-        except Exception as e:  # a function of the user's may raise anything
-            raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}. {_shown(sample)}") from None
+    def _values(self, name: str, samples: Sequence[Sample]) -> list[float | None]:
+        """The values of a function, called with one sample after the other or with all."""
+        function = self.functions[name]
+        if name not in self.batched:
+            given = [_called(name, function, sample, sample) for sample in samples]
+        else:
+            listed = _called(name, function, list(samples), samples[0])
+            if isinstance(listed, torch.Tensor | np.ndarray):
+                listed = listed.tolist()
+            if not isinstance(listed, list | tuple):
+                raise UserError(
+                    f"The reward {name} takes a list of samples and must return a list, not {_kind(listed)}."
+                )
+            if len(listed) != len(samples):
+                raise UserError(
+                    f"The reward {name} returned {len(listed)} values for {len(samples)} samples. It must return one "
+                    "for each, in their order, and None for one to which it does not apply."
+                )
+            given = list(listed)
+        return [_as_number(name, value, sample) for value, sample in zip(given, samples, strict=True)]
+
+
+def _called(name: str, function: Reward, argument: Any, sample: Sample) -> Any:
+    try:
+        return function(argument)
+    except Exception as e:  # a function of the user's may raise anything
+        raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}. {_shown(sample)}") from None
+
+
+def _as_number(name: str, value: Any, sample: Sample) -> float | None:
+    """A value as a float; None stays what it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real):  # bool is one
+        if inspect.iscoroutine(value):
+            value.close()
+        listed = " (A function of all samples is annotated with list[Sample].)" if isinstance(value, list) else ""
+        raise UserError(
+            f"The reward {name} returned {_kind(value)}. It must return a number, or None where it does not apply."
+            f"{listed} {_shown(sample)}"
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r:.60} of type {type(value).__name__}"
 
 
 def _shown(sample: Sample) -> str:
@@ -246,6 +349,8 @@ def _imported(path: str) -> Reward:
     Raises:
         UserError: If there is none.
     """
+    if path in RENAMED:
+        raise UserError(f"--rewards: the reward {path!r} is now called {RENAMED[path]!r}.")
     module, _, name = path.rpartition(".")
     if not module:
         raise UserError(
@@ -258,3 +363,56 @@ def _imported(path: str) -> Reward:
     if not callable(function):
         raise UserError(f"--rewards: {path} is no function.")
     return function
+
+
+def _takes_samples(path: str, function: Reward) -> bool:
+    """Whether a user's function takes a list of samples: by its annotation, or marked by `batched`.
+
+    Raises:
+        UserError: If it cannot be called with one argument, is asynchronous, or never returns a value.
+    """
+    if inspect.isclass(function):
+        raise UserError(f"--rewards: {path} is a class; name a function, or an object that can be called.")
+    called = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+        raise UserError(f"--rewards: {path} is asynchronous (async def). A reward is an ordinary function: def.")
+    if inspect.isgeneratorfunction(called):
+        raise UserError(f"--rewards: {path} is a generator (yield). A reward returns its value: return.")
+    try:
+        signature = inspect.signature(function)
+        signature.bind(None)
+    except TypeError as e:
+        raise UserError(
+            f"--rewards: {path} cannot be called with one argument ({e}). A reward takes a "
+            "workflows.training.rewards.Sample, or a list[Sample]."
+        ) from None
+    except ValueError:  # one written in C tells no signature
+        return False
+    first = next(iter(signature.parameters.values()))
+    if first.name in ("completions", "prompts", "completion_ids"):
+        raise UserError(
+            f"--rewards: {path}{signature} takes {first.name}, as reward functions of TRL do. Here a reward takes a "
+            "workflows.training.rewards.Sample (or a list[Sample]) with the answer in its `text` and the row in `row`."
+        )
+    if _never_returns(called):
+        raise UserError(f"--rewards: {path} never returns a value. Is a `return` missing?")
+    listed = re.match(
+        r"(?:[\w.]*\.)?(?:list|List|Sequence|Iterable|Collection|tuple)\[|<class '(?:list|tuple)'>|(?:list|tuple)\Z",
+        str(first.annotation),
+    )
+    return bool(listed) or bool(getattr(function, "takes_samples", False))
+
+
+def _never_returns(function: Any) -> bool:
+    """Whether no `return` in a function's source has a value; False where its source is not known."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(tree, ast.FunctionDef):  # a lambda has a value
+        return False
+    inner = {node for part in ast.walk(tree) if part is not tree and isinstance(part, ast.FunctionDef | ast.Lambda)
+             for node in ast.walk(part)}  # fmt: skip
+    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return) and node not in inner]
+    raises = isinstance(tree.body[-1], ast.Raise)
+    return not raises and all(node.value is None for node in returns)
