@@ -208,15 +208,16 @@ def _usable(row: Row, dropped: Counter[str]) -> bool:
     """Whether there is something to learn from a row; if not, it is counted."""
     if not row["target"]:
         dropped["not translated"] += 1
-    elif not all(words_of(_without_placeholders(row[side])) for side in ("source", "target")):
+    elif not _words(row["source"]) or not _words(row["target"]):
         dropped["no words"] += 1
     else:
         return True
     return False
 
 
-def _without_placeholders(text: str) -> str:
-    return PLACEHOLDER.sub(" ", text)
+def _words(text: str) -> str:
+    """The words of a text, so that texts that differ in case, punctuation, signs or placeholders only are the same."""
+    return " ".join(words_of(PLACEHOLDER.sub(" ", text)))
 
 
 def _data_set(
@@ -237,7 +238,7 @@ def _data_set(
         dropped["repeated"] += len(rows) - len(new)
         known |= {(row["source"], row["target"]) for row in new}
         if new:
-            keys = {key(side, _without_placeholders(row[side])) for row in new for side in ("source", "target")}
+            keys = {key(side, _words(row[side])) for row in new for side in ("source", "target")}
             items.append(Item(frozenset(keys), tuple(new)))
     for number, group in enumerate(groups_of(items)):  # what stays together; a translation memory must know of it
         for item in group:

@@ -188,7 +188,9 @@ def has_math_verify() -> bool:
 def is_right(text: str, answers: Sequence[str]) -> bool:
     """Return whether the answer that a text gives equals one of the right ones."""
     part = answer_part(text)
-    return part is not None and len(part) <= MAX_EXPRESSION and any(_equal(part, _wanted(a)) for a in answers)
+    if part is None:
+        return len(text) <= MAX_EXPRESSION and any(_same_text(text, answer) for answer in answers)
+    return len(part) <= MAX_EXPRESSION and any(_equal(part, _wanted(answer)) for answer in answers)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -392,7 +394,8 @@ class _Verifier:
             preexec_fn=end_with_parent(signal.SIGKILL) if posix else None,
             process_group=0 if posix else None,  # Ctrl-C is for the process that trains
         )
-        self._replies = replies = queue.Queue()
+        replies: queue.Queue[str] = queue.Queue()
+        self._replies = replies
 
         def listen() -> None:
             assert process.stdout is not None
