@@ -262,7 +262,7 @@ def test_shards_that_are_elsewhere_are_missed_when_they_are_written(tmp_path, mo
     """The first process sees no file of another machine's where the folder is not shared."""
     fabric = L.Fabric(accelerator="cpu", devices=1)
     model = torch.nn.Linear(3, 2)
-    tensors = shards.tensors_of(model, torch.optim.AdamW(model.parameters()), {"weight", "bias"})
+    tensors = shards.tensors_of(dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
     monkeypatch.setattr(shards.dcp, "save", lambda *_, **__: (tmp_path / "part").mkdir())
     with pytest.raises(UserError, match=r"shards of other machines.*no model\.weight.*all machines share"):
         shards.write_shards(tmp_path / "part", tensors, {}, is_first=fabric.is_global_zero)
