@@ -65,7 +65,7 @@ def checkpoints(folder: Path) -> Checkpoints:
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return Checkpoints(fabric, folder, model, optimizer, {"weight", "bias"}, IDENTITY)
+    return Checkpoints(fabric, folder, model, optimizer, dict(model.module.named_parameters()), IDENTITY)
 
 
 def resume(_: Path, data: bytes) -> None:

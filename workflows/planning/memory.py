@@ -95,24 +95,36 @@ def weights(model: Architecture, device: Device, *, written: bool = False) -> tu
 
 
 def trained_state(model: Architecture, device: Device) -> dict[str, int]:
-    """Adapters, gradients and AdamW's two moments (`training/loop.py`).
+    """Adapters or float32 master weights, gradients and AdamW's two moments (`training/mixed_precision.py`), all of
+    them float32 whatever the weights are.
 
     Args:
         model: The model with its adapters.
         device: Where it is.
     """
-    adapted = model.lora.r > 0
-    size = _FLOAT if adapted else device.dtype.itemsize  # adapters are float32 whatever the weights are
-    trained = model.trained * size // device.shards
-    parts = {"adapters": trained} if adapted else {}
+    trained = model.trained * _FLOAT // device.shards
+    parts = {}
+    if model.lora.r > 0:
+        parts["adapters"] = trained
+    elif has_masters(model, device):
+        parts["master weights in float32"] = trained
     parts |= {"optimizer (AdamW)": 2 * trained, "gradients": trained}
+    size = device.dtype.itemsize
     if device.processes > 1 and not device.sharded:
-        parts["DDP's gradient buckets"] = trained
+        parts["DDP's gradient buckets"] = model.trained * size if has_masters(model, device) else trained
     if device.sharded:
         block = sum(size for name, size in model.sizes.items() if name.startswith("transformer.h.0."))
         outside = sum(size for name, size in model.sizes.items() if ".h." not in name)
-        parts["gathered shards"] = (2 * block + outside) * device.dtype.itemsize  # one block runs, the next one comes
+        gathered = 2 * block + outside  # one block runs, the next one comes
+        parts["gathered shards"] = gathered * size
+        if has_masters(model, device):  # as they come, and in the float32 in which they are summed over processes
+            parts["gradients on their way"] = gathered * (size + _FLOAT)
     return parts
+
+
+def has_masters(model: Architecture, device: Device) -> bool:
+    """Whether trained weights are kept in float32 beside those that compute."""
+    return model.lora.r == 0 and device.dtype.itemsize < _FLOAT
 
 
 def whole_copy(model: Architecture, device: Device) -> dict[str, int]:

@@ -16,6 +16,7 @@ from workflows.planning.memory import (
     Moment,
     activations,
     forward_only,
+    has_masters,
     kernels,
     sampling,
     trained_state,
@@ -42,6 +43,8 @@ _HEAP_BYTES = 1 << 25
 _COUNTS = ("devices", "num_nodes", "group_size", "max_new_tokens", "sampling_batch", "updates", "batch_size", "samples",
            "row_tokens", "limit")  # fmt: skip
 """Settings of which there is at least one, where a step has them and gives a number."""
+_PASSING = ("gathered shards", "gradients on their way")
+"""Parts of the trained state that are there in a row's forward and backward pass only."""
 _QUESTION = 100
 """Tokens of a question with its options, where the task's data is not looked at."""
 _CONVERTED = 2**24
@@ -170,7 +173,7 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     stepping = trained_state(model, device)
     # with one row the gradients come while the activations go
     state = {name: size for name, size in stepping.items() if name != "gradients" or row.rows > 1}
-    if "gradients" in state:
+    if "gradients" in state and not has_masters(model, device):
         state["gradients"] *= device.shards  # they are shared out after a step's last row only
     compiled = kernels(device, row.lengths)
     passing = activations(model, device, row)
@@ -179,6 +182,7 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     if step == "distill-lm" and settings["divergence"] != "none":
         passing["logits of a chunk"] = _compared_chunk(model, device)
     update = Moment("a row's forward and backward pass", {**held, **state, **compiled, **passing})
+    stepping = {name: size for name, size in stepping.items() if name not in _PASSING}
     moments = [Moment("loading", loading), update, Moment("the optimizer's step", {**held, **stepping, **compiled})]
     work = Work({"training": training_flops(model, row) * train.max_steps})
     if step in ("grpo", "ppo"):
@@ -187,7 +191,7 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
         batch = min(settings["sampling_batch"], answers)
         answering = sampling(model, device, batch, row.prompt, new, math.ceil(batch / group))
         compiled = kernels(device, math.ceil(batch / group) + new)  # each step sees one token more
-        resting = {name: size for name, size in state.items() if name != "gathered shards"}
+        resting = {name: size for name, size in state.items() if name not in _PASSING}
         moments.append(
             Moment("sampling answers", {**held, **resting, **whole_copy(model, device), **compiled, **answering})
         )
@@ -205,7 +209,7 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
         work.parts["teacher or judge"] = judged * train.max_steps
     moments.append(_writing(model, device, update))
     return Plan(
-        step, model, device, moments, mapped + other_mapped, row, work, _training_disk(step, model, row, train),
+        step, model, device, moments, mapped + other_mapped, row, work, _training_disk(step, model, row, train, device.dtype),
         1 if on_gpu else devices,
     )  # fmt: skip
 
@@ -256,12 +260,11 @@ def _compared_chunk(model: Architecture, device: Device) -> int:
     return 6 * CHUNK * model.config.padded_vocab_size * 4
 
 
-def _training_disk(step: str, model: Architecture, row: RowShape, train: TrainArgs) -> Disk:
-    size = 4 if model.lora.r > 0 else model.stored.itemsize
+def _training_disk(step: str, model: Architecture, row: RowShape, train: TrainArgs, dtype: torch.dtype) -> Disk:
     parts = {
-        "final/lit_model.pth": model.weights * model.stored.itemsize,
-        # the trained weights and two moments of each; a new one is written before the oldest goes
-        "checkpoints to resume from": (Checkpoints.KEEP + 1) * 3 * model.trained * size,
+        "final/lit_model.pth": model.weights * (model.stored if model.lora.r > 0 else dtype).itemsize,
+        # the trained weights and two moments of each, in float32; a new one is written before the oldest goes
+        "checkpoints to resume from": (Checkpoints.KEEP + 1) * 3 * model.trained * 4,
     }
     if model.lora.r > 0:
         parts["final/lit_model.pth.lora"] = 4 * model.adapters

@@ -22,6 +22,7 @@ from workflows.errors import UserError
 from workflows.measure import PeakMemory
 from workflows.progress import Bar
 from workflows.training.logs import MetricsLog
+from workflows.training.mixed_precision import LOSS_SCALE, LossScaler, MasterWeights
 from workflows.training.resume import Checkpoints, ResumeMode
 from workflows.training.stopping import Stopping
 
@@ -178,6 +179,7 @@ class FitResult:
         metrics: The last validation's metrics.
         losses: Training loss of each step since the start or the resume.
         report: What the objective says of the trained model.
+        loss_scale: float16's (`mixed_precision.LossScaler`).
     """
 
     steps: int
@@ -186,6 +188,7 @@ class FitResult:
     metrics: dict[str, float]
     losses: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
+    loss_scale: float = LOSS_SCALE
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -194,6 +197,7 @@ class FitResult:
             "seconds": self.seconds,
             "real_tokens": self.real_tokens,
             "metrics": self.metrics,
+            "loss_scale": self.loss_scale,
         }
 
 
@@ -270,12 +274,11 @@ def fit(
         UserError: If loss or gradient stop being numbers, a file cannot be written, or `resume` finds none that fits.
         KeyboardInterrupt: After Ctrl-C, once the step is finished and its checkpoint written.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
     wrapped = fabric.setup_module(model)
+    masters = MasterWeights(wrapped.module)
     optimizer: Any = fabric.setup_optimizers(
         torch.optim.AdamW(
-            [p for p in wrapped.parameters() if p.requires_grad],
+            masters.weights.values(),
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,
@@ -283,12 +286,15 @@ def fit(
         )
     )
     objective.begin(fabric, wrapped, out_dir)
-    saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
+    saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, masters.weights, plain(identity))
     start = saver.restore(resume)
+    masters.publish()
     result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
+    scaler = LossScaler(fabric, wrapped, start["loss_scale"])
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
-        f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
+        f"{sum(weight.numel() for weight in masters.weights.values()):,} trained parameters, "
+        f"steps {result.steps} to {train.max_steps}"
     )
 
     def require_finite(name: str, value: float, step: int) -> None:
@@ -307,18 +313,26 @@ def fit(
                 group["lr"] = learning_rate(step, train)
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
             waited = time.perf_counter() - began  # where answers are sampled and judged first
-            logged = _accumulate(fabric, wrapped, objective, batches) | _mean(fabric, objective.step_metrics())
-            require_finite("loss", logged["loss"], step)
-            # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
-            norm: Any = fabric.clip_gradients(
-                wrapped, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
-            )
-            logged["grad_norm"] = float(norm)
+            while True:
+                logged = _accumulate(fabric, wrapped, objective, batches, masters, scaler)
+                logged |= _mean(fabric, objective.step_metrics()) | scaler.metrics()
+                require_finite("loss", logged["loss"], step)
+                # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
+                norm: Any = fabric.clip_gradients(
+                    wrapped, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
+                )
+                logged["grad_norm"] = float(norm)
+                if not scaler.backed_off(logged["grad_norm"], step):
+                    break
+                optimizer.zero_grad()
             require_finite("gradient's norm", logged["grad_norm"], step)
             optimizer.step()
             optimizer.zero_grad()
+            masters.publish()
 
             result.steps = step + 1
+            scaler.grow(result.steps)
+            result.loss_scale = scaler.scale
             seconds = time.perf_counter() - began
             tokens = logged.pop("real_tokens")
             result.seconds += seconds
@@ -358,7 +372,14 @@ def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in reduced.items()}
 
 
-def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: list[Any]) -> dict[str, float]:
+def _accumulate(
+    fabric: L.Fabric,
+    model: Any,
+    objective: Objective,
+    batches: list[Any],
+    masters: MasterWeights,
+    scaler: LossScaler,
+) -> dict[str, float]:
     """Forward and backward of one optimizer step; returns the step's loss, logged sums and real tokens.
 
     The units of all rows and processes are counted first, so that each weighs the same. A process with fewer rows than
@@ -376,17 +397,21 @@ def _accumulate(fabric: L.Fabric, model: Any, objective: Objective, batches: lis
         raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
 
     units = max(1, units)
+    # DDP and FSDP average over processes; times world_size, the sum over all of them is left.
+    weight = fabric.world_size / units
     sums: dict[str, torch.Tensor] = {}
     for index in range(rounds):
         idle = index >= len(batches)
         batch = batches[min(index, len(batches) - 1)].to(device)
-        with fabric.no_backward_sync(model, enabled=index < rounds - 1):
+        with fabric.no_backward_sync(model, enabled=not masters.is_synchronized(index == rounds - 1)):
             loss, extras = objective.loss(model, batch)
-            # DDP and FSDP average over processes; times world_size, the sum over all of them is left.
-            fabric.backward(loss * (0.0 if idle else fabric.world_size / units))
+            fabric.backward(loss * (0.0 if idle else scaler.scale if scaler.is_active else weight))
         if not idle:
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+    masters.reduce(fabric.world_size)
+    if scaler.is_active:
+        masters.scale_gradients(weight / scaler.scale)
     if fabric.world_size > 1:
         reduced: Any = fabric.all_reduce(sums, reduce_op="sum")
         sums = reduced

@@ -70,8 +70,8 @@ def device_problems(
         )
     if num_nodes < 1:
         problems.append(f"--num_nodes must be at least 1, not {num_nodes}.")
-    if chosen == "mps" and strategy != "auto":
-        problems.append("--strategy: MPS is one device; leave the strategy out.")
+    if chosen == "mps" and (strategy != "auto" or num_nodes > 1):
+        problems.append("--strategy, --num_nodes: MPS is one device; leave them out.")
     if count * num_nodes > global_batch_size:
         problems.append(
             f"--train.global_batch_size {global_batch_size} is fewer samples than the {count * num_nodes} processes."
@@ -133,13 +133,17 @@ def _count(accelerator: str, devices: int | str) -> int:
 
 
 def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-    """FSDP2: every block is a unit of its own, gathered when it runs and freed after."""
-    from torch.distributed.fsdp import fully_shard
+    """FSDP2: every block is a unit of its own, gathered when it runs and freed after.
+
+    A 16-bit gradient is summed over processes in float32. A float32 head beside 16-bit weights (a reward's, a value's)
+    is a unit, too: a unit's trained parameters are of one type.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     keep_skeleton(model)
-    for block in model.transformer.h:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+    heads = [head for name in ("reward_head", "value_head") if (head := getattr(model, name, None)) is not None]
+    for unit in [*model.transformer.h, *heads, model]:  # type: ignore[union-attr, misc]
+        fully_shard(unit, mesh=mesh["data_parallel"], mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     return model
 
 

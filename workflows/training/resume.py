@@ -8,6 +8,7 @@ bit-identical to one that never stopped.
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,16 @@ import torch
 from workflows.checkpoint import load_weights, plain
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained
-from workflows.training.shards import read_file, read_run, read_shards, read_whole, tensors_of, write_shards
+from workflows.training.mixed_precision import LOSS_SCALE
+from workflows.training.shards import (
+    copy_weights,
+    read_file,
+    read_run,
+    read_shards,
+    read_whole,
+    tensors_of,
+    write_shards,
+)
 from workflows.training.whole import is_sharded
 
 Resume = bool | Literal["auto"]
@@ -33,7 +43,13 @@ class Checkpoints:
     KEEP = 2
 
     def __init__(
-        self, fabric: L.Fabric, directory: Path, model: Any, optimizer: Any, names: set[str], identity: dict[str, Any]
+        self,
+        fabric: L.Fabric,
+        directory: Path,
+        model: Any,
+        optimizer: Any,
+        weights: Mapping[str, torch.Tensor],
+        identity: dict[str, Any],
     ) -> None:
         """Say what a checkpoint holds.
 
@@ -42,13 +58,12 @@ class Checkpoints:
             directory: Where checkpoints are kept.
             model: The model as Fabric set it up.
             optimizer: Its optimizer.
-            names: The trained parameters' names; only these are saved.
+            weights: The tensors that the optimizer steps, by name (`MasterWeights`); only these are saved.
             identity: What the run's result depends on.
         """
-        self.fabric, self.directory, self.identity, self.names = fabric, directory, identity, names
+        self.fabric, self.directory, self.identity, self.weights = fabric, directory, identity, weights
         self.is_sharded = is_sharded(model)
-        self.state = {"model": model, "optimizer": optimizer}
-        self.filter = {"model": lambda name, _: name in names}
+        self.optimizer = optimizer
 
     def found(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -58,13 +73,13 @@ class Checkpoints:
         """Load the newest checkpoint into the model and the optimizer, if `resume` says so.
 
         Returns:
-            The run's counters: step, seconds, real_tokens, metrics.
+            The run's counters: step, seconds, real_tokens, metrics, loss_scale.
 
         Raises:
             UserError: If the checkpoint belongs to a run with other settings, or there is none and `resume` is True, or
                 none of them can be read.
         """
-        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}}
+        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}, "loss_scale": LOSS_SCALE}
         path, identity = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
@@ -87,8 +102,9 @@ class Checkpoints:
             elif self.is_sharded:
                 rest = read_file(path, self._tensors())
             else:
-                rest = self.fabric.load(path, self.state, strict=False, weights_only=True)
-            counters = {name: rest[name] for name in fresh}
+                rest = self.fabric.load(path, {"optimizer": self.optimizer}, strict=False, weights_only=True)
+                copy_weights(rest["model"], self.weights)
+            counters = {name: {"loss_scale": LOSS_SCALE, **rest}[name] for name in fresh}  # older ones have no scale
             if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
                 raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
@@ -135,7 +151,8 @@ class Checkpoints:
                     self.fabric.barrier()
                     write_shards(temporary, self._tensors(), rest, is_first=self.fabric.global_rank == 0)
                 else:
-                    self.fabric.save(temporary, {**self.state, **rest}, filter=self.filter)
+                    weights = {name: weight.detach() for name, weight in self.weights.items()}
+                    self.fabric.save(temporary, {"model": weights, "optimizer": self.optimizer, **rest})
                 self.fabric.barrier()
                 if self.fabric.global_rank == 0:
                     if not self.is_sharded:  # shards are flushed by those who write them
@@ -151,11 +168,13 @@ class Checkpoints:
         self.fabric.barrier()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return tensors_of(self.state["model"].module, self.state["optimizer"].optimizer, self.names)
+        return tensors_of(self.weights, self.optimizer.optimizer)
 
 
 def trained_weights(directory: Path) -> dict[str, torch.Tensor]:
     """The trained parameters of a run's newest checkpoint by name, whole ones, whether it is one file or shards.
+
+    They are float32; where the model has fewer bits, its parameters are these, rounded.
 
     Args:
         directory: Where checkpoints are kept.

@@ -8,6 +8,8 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick one token for each row.
 
+    Probabilities are summed in float64; for a device that has none (Apple's MPS) that is done on the CPU.
+
     Args:
         logits: float32, shape (B, V).
         draws: A uniform number in [0, 1) for each row, shape (B,).
@@ -16,8 +18,11 @@ def choose(
         top_p: Keep the fewest tokens whose probabilities reach this sum.
 
     Returns:
-        Token ids, shape (B,), and their log-probabilities before truncation, shape (B,).
+        Token ids, shape (B,), and their log-probabilities before truncation, shape (B,); on the logits' device, or on
+        the CPU.
     """
+    if logits.device.type == "mps":
+        logits = logits.cpu()
     logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)  # (B, V)
     if temperature == 0:
         tokens = logits.argmax(-1)  # (B,)

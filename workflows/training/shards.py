@@ -6,6 +6,7 @@ Beside the shards stands `run.json`: the run's counters, what its result depends
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,21 @@ WEIGHT, MOMENTS = "model.", "optimizer."
 """What the names of trained parameters, and of what AdamW keeps of them, begin with."""
 
 
-def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> dict[str, torch.Tensor]:
-    """The trained parameters and AdamW's state of them by name, as they lie in this process (DTensors if sharded).
+def tensors_of(weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The trained weights and AdamW's state of them by name, this process's parts of them (DTensors) if sharded.
 
-    A parameter that AdamW has not stepped yet gets the state that a first step would give it.
+    A weight that AdamW has not stepped yet gets the state that a first step would give it.
 
     Args:
-        model: The bare model.
-        optimizer: AdamW of its trained parameters, out of Fabric's wrapper.
-        names: Their names.
+        weights: What the optimizer steps, by name.
+        optimizer: AdamW, out of Fabric's wrapper.
     """
     found = {}
-    for name, parameter in model.named_parameters():
-        if name not in names:
-            continue
-        if not (state := optimizer.state[parameter]):
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        found[WEIGHT + name] = parameter.detach()
+    for name, weight in weights.items():
+        if not (state := optimizer.state[weight]):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        found[WEIGHT + name] = weight.detach()
         found |= {f"{MOMENTS}{name}.{key}": value.detach() for key, value in state.items()}
     return found
 
@@ -128,6 +126,18 @@ def read_file(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     found = {WEIGHT + name: tensor for name, tensor in saved["model"].items()}
     for number, state in saved["optimizer"]["state"].items():
         found |= {f"{MOMENTS}{names[number]}.{key}": value for key, value in state.items()}
+    copy_weights(found, tensors)
+    counters: dict[str, Any] = saved
+    return counters
+
+
+@torch.no_grad()
+def copy_weights(found: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill tensors with whole ones of the same names; each process keeps its parts of a DTensor.
+
+    Raises:
+        ValueError: If one is missing or of another shape.
+    """
     for name, tensor in tensors.items():
         value = found.get(name)
         if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
@@ -138,8 +148,6 @@ def read_file(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             ).to_local()
             tensor = tensor.to_local()
         tensor.copy_(value)
-    counters: dict[str, Any] = saved
-    return counters
 
 
 def read_whole(directory: Path, prefix: str = WEIGHT) -> dict[str, torch.Tensor]:

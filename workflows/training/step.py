@@ -35,7 +35,7 @@ from workflows.merge import write_merged
 from workflows.progress import watched
 from workflows.prompt_style import replace_chat_template
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
-from workflows.training.model import LoRAArgs, Precision, load_model
+from workflows.training.model import DTYPES, LoRAArgs, Precision, load_model
 from workflows.training.processes import (
     Accelerator,
     StrategyName,
@@ -259,7 +259,9 @@ def write_final(
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
             write_merged(base, trained, lora, temporary)
         else:
-            weights = {name.replace(".linear.", "."): tensor.clone() for name, tensor in trained.items()}
+            # The float32 masters, rounded: the weights that were validated.
+            dtype = DTYPES[settings["precision"]]
+            weights = {name.replace(".linear.", "."): tensor.to(dtype, copy=True) for name, tensor in trained.items()}
             if is_tied(base):
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]

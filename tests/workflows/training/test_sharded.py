@@ -18,7 +18,7 @@ from tests.conftest import convert, make_llama
 from tests.workflows import alignment
 from tests.workflows.test_lora import write_rows
 from tests.workflows.two_processes import TwoProcesses
-from workflows import dpo, grpo, lora, ppo
+from workflows import dpo, grpo, lora, ppo, reward
 from workflows.checkpoint import load_weights
 from workflows.errors import UserError
 from workflows.training import resume, shards
@@ -67,7 +67,7 @@ def two() -> Iterator[TwoProcesses]:
 
 def train(step: str, checkpoint: Path, data: Path, out_dir: Path, stop_at: int | None = None, **options: Any) -> None:
     """Run a step in this process, which may be one of two; stop before a step of training if asked to."""
-    module = {"lora": lora, "dpo": dpo, "grpo": grpo, "ppo": ppo}[step]
+    module = {"lora": lora, "dpo": dpo, "grpo": grpo, "ppo": ppo, "reward": reward}[step]
     sharded = {"strategy": "fsdp", "devices": 2} if torch.distributed.is_torchelastic_launched() else {}
     objective = lora.SFT.batches
 
@@ -116,6 +116,59 @@ def test_two_sharded_processes_follow_one(kind, two, llama, data, tmp_path):
     for name, weight in one.items():
         torch.testing.assert_close(both[name], weight, atol=2e-3, rtol=0)
     assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_all_weights_in_16_bits_follow_one_process(precision, strategy, two, llama, data, tmp_path):
+    options = {"precision": precision, "lora_r": 0, "train": replace(TRAIN, max_steps=6)}
+    train("lora", llama, data, tmp_path / "one", **options)
+    train_in_two(two, "lora", llama, data, tmp_path / "two", strategy=strategy, **options)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-2)
+    one, both = (load_weights(tmp_path / name / "final") for name in ("one", "two"))
+    assert one.keys() == both.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(both[name], weight, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_all_weights_in_bfloat16_stopped_and_resumed_end_bit_identical(strategy, two, llama, data, tmp_path):
+    options = {"precision": "bf16-true", "lora_r": 0, "strategy": strategy, "train": TRAIN}
+    train_in_two(two, "lora", llama, data, tmp_path / "whole", **options)
+    outcomes = two.run(_train, ("lora", llama, data, tmp_path / "stopped"), {"stop_at": 3, **options})
+    assert [outcome.text for outcome in outcomes] == ["stop here"] * 2
+    masters = resume.trained_weights(tmp_path / "stopped" / "checkpoints")
+    assert {weight.dtype for weight in masters.values()} == {torch.float32}
+    train_in_two(two, "lora", llama, data, tmp_path / "stopped", resume=True, **options)
+    whole, stopped = (load_weights(tmp_path / name / "final") for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys() and {weight.dtype for weight in whole.values()} == {torch.bfloat16}
+    assert all(torch.equal(stopped[name], weight) for name, weight in whole.items())
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("begun", ["one file", "shards"])
+def test_masters_go_from_one_file_to_shards_and_back(begun, two, llama, data, tmp_path):
+    options: dict[str, Any] = {"precision": "bf16-true", "lora_r": 0, "train": TRAIN}
+    train("lora", llama, data, tmp_path / "whole", **options)
+    if begun == "one file":
+        with pytest.raises(UserError, match="stop here"):
+            train("lora", llama, data, tmp_path / "run", stop_at=3, **options)
+        train_in_two(two, "lora", llama, data, tmp_path / "run", resume=True, **options)
+    else:
+        two.run(_train, ("lora", llama, data, tmp_path / "run"), {"stop_at": 3, **options})
+        train("lora", llama, data, tmp_path / "run", resume=True, **options)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-2)
+
+
+def test_a_float32_head_beside_sharded_16_bit_weights_is_trained(two, llama, pairs, questions, tmp_path):
+    train_args = replace(alignment.TRAIN, max_steps=2, max_seq_length=128, learning_rate=1e-4)
+    options: dict[str, Any] = {"precision": "bf16-true", "lora_r": 0, "train": train_args}
+    train("reward", llama, pairs, tmp_path / "one", **options)
+    train_in_two(two, "reward", llama, pairs, tmp_path / "two", **options)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-2)
+    asked = {"rewards": [WeightedReward(f"{alignment.__name__}.early_letters")], "max_new_tokens": 8, "max_val_rows": 2}
+    train_in_two(two, "ppo", llama, questions, tmp_path / "ppo", **options, **asked, frozen_reference=True)
+    assert len(losses(tmp_path / "ppo")) == 2
 
 
 @pytest.mark.parametrize("step", ["dpo", "grpo", "ppo"])
@@ -262,7 +315,7 @@ def test_shards_that_are_elsewhere_are_missed_when_they_are_written(tmp_path, mo
     """The first process sees no file of another machine's where the folder is not shared."""
     fabric = L.Fabric(accelerator="cpu", devices=1)
     model = torch.nn.Linear(3, 2)
-    tensors = shards.tensors_of(model, torch.optim.AdamW(model.parameters()), {"weight", "bias"})
+    tensors = shards.tensors_of(dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
     monkeypatch.setattr(shards.dcp, "save", lambda *_, **__: (tmp_path / "part").mkdir())
     with pytest.raises(UserError, match=r"shards of other machines.*no model\.weight.*all machines share"):
         shards.write_shards(tmp_path / "part", tensors, {}, is_first=fabric.is_global_zero)
