@@ -109,6 +109,8 @@ class Objective(ABC):
 
     may_rest = False
     """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
+    without_signal = "the gradient was zero"
+    """The usual reason of a step that had nothing to learn from."""
 
     def adapt(self, model: Any) -> Any:
         """The loaded model with what the objective needs besides: a head, say."""
@@ -178,6 +180,7 @@ class FitResult:
         metrics: The last validation's metrics.
         losses: Training loss of each step since the start or the resume.
         report: What the objective says of the trained model.
+        steps_without_signal: Steps that had nothing to learn from: a gradient of zero, or rewards that are all alike.
     """
 
     steps: int
@@ -186,6 +189,7 @@ class FitResult:
     metrics: dict[str, float]
     losses: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
+    steps_without_signal: int = 0
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -194,6 +198,7 @@ class FitResult:
             "seconds": self.seconds,
             "real_tokens": self.real_tokens,
             "metrics": self.metrics,
+            "steps_without_signal": self.steps_without_signal,
         }
 
 
@@ -286,6 +291,7 @@ def fit(
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
     start = saver.restore(resume)
     result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
+    result.steps_without_signal = start["steps_without_signal"]
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
@@ -324,6 +330,7 @@ def fit(
             result.seconds += seconds
             result.real_tokens += int(tokens)
             result.losses.append(logged["loss"])
+            result.steps_without_signal += logged["grad_norm"] == 0 or logged.get("no_signal") == 1
             last = result.steps == train.max_steps
             if last or result.steps % train.eval_interval == 0:
                 result.metrics = objective.validate(wrapped)
@@ -345,7 +352,17 @@ def fit(
             if stopping:
                 raise KeyboardInterrupt
     result.report = objective.report(wrapped)
+    if result.steps_without_signal:
+        fabric.print(signal_report(result, objective.without_signal))
     return result
+
+
+def signal_report(result: FitResult, reason: str) -> str:
+    """How many steps of a run had nothing to learn from, and what to do where that is all of them."""
+    count = f"{result.steps_without_signal} of {result.steps} steps had nothing to learn from ({reason})"
+    if result.steps_without_signal < result.steps:
+        return count
+    return f"{count}: this run has taught the model nothing. Change the data, the reward or the loss's settings."
 
 
 def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:

@@ -64,7 +64,7 @@ class Checkpoints:
             UserError: If the checkpoint belongs to a run with other settings, or there is none and `resume` is True, or
                 none of them can be read.
         """
-        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}}
+        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}, "steps_without_signal": 0}
         path, identity = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
@@ -88,6 +88,7 @@ class Checkpoints:
                 rest = read_file(path, self._tensors())
             else:
                 rest = self.fabric.load(path, self.state, strict=False, weights_only=True)
+            rest = {"steps_without_signal": 0, **rest}  # earlier versions did not count them
             counters = {name: rest[name] for name in fresh}
             if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
                 raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
