@@ -33,6 +33,7 @@ def setup(
     top_k: int | None = None,
     top_p: float = 1.0,
     beta: float = 0.02,
+    kl_correction: bool = True,
     clip_low: float | None = None,
     clip_high: float | None = None,
     scale: Scale = "group",
@@ -62,7 +63,9 @@ def setup(
         temperature: Sampling's; log-probabilities are of the policy at this temperature.
         top_k: Sample among the k likeliest tokens only.
         top_p: Sample among the fewest tokens whose probabilities reach this sum.
-        beta: Weight of the KL to the reference.
+        beta: KL coefficient: larger values keep the policy closer to the reference.
+        kl_correction: Multiply the KL estimate of each token by its ratio, which makes the gradient that of the KL
+            (DeepSeek-V3.2, TRL's default); false is the GRPO paper's.
         clip_low: Lower clip range: a ratio counts down to 1 minus this; null is 0.2, with sequence_ratio 3e-4.
         clip_high: Upper clip range: a ratio counts up to 1 plus this (DAPO: 0.28); null is 0.2, with sequence_ratio
             4e-4.

@@ -114,7 +114,9 @@ class PPO(GRPO):
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the value head's."""
         logprobs, values = model(batch.rows, temperature=self.settings.temperature)  # (N,) each
-        loss, told = self.policy_loss(logprobs, batch)
+        _, loss, told = self.policy_loss(logprobs, batch)
+        if batch.reference is not None:  # its KL is in the advantages; here it is only logged
+            told["kl"] = losses.k3(logprobs.detach(), batch.reference).sum() * batch.units_per_token
         value_loss = losses.clipped_value_loss(values, batch.old_values, batch.returns, self.critic.value_clip)
         told["value_loss"] = value_loss.detach().sum() * batch.units_per_token
         return loss + (batch.weights * self.critic.value_weight * value_loss).sum(), told

@@ -40,6 +40,7 @@ class GroupSettings:
     top_k: int | None = None
     top_p: float = 1.0
     beta: float = 0.02
+    kl_correction: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     scale: Scale = "group"

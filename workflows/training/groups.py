@@ -248,14 +248,22 @@ class GRPO(Objective):
     def loss(self, model: Any, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the KL to the reference."""
         logprobs = model(batch.rows, temperature=self.settings.temperature)  # (N,)
-        loss, told = self.policy_loss(logprobs, batch)
+        log_ratio, loss, told = self.policy_loss(logprobs, batch)
         if batch.reference is not None:
-            kl = losses.k3(logprobs, batch.reference)
+            kl = losses.k3(logprobs, batch.reference)  # (N,)
+            told["kl"] = kl.detach().sum() * batch.units_per_token
+            kl = kl * log_ratio.exp() if self.settings.kl_correction else kl
             loss = loss + self.settings.beta * (batch.weights * kl).sum()
         return loss, told
 
-    def policy_loss(self, logprobs: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum over a row's tokens of the clipped policy loss, from their log-probabilities (N,)."""
+    def policy_loss(
+        self, logprobs: torch.Tensor, batch: GroupBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The clipped policy loss of a row, from its tokens' log-probabilities (N,).
+
+        Returns:
+            The tokens' log-ratios (N,), the weighted sum of their losses, and sums to log.
+        """
         settings, rows = self.settings, batch.rows
         old = logprobs.detach() if batch.old is None else batch.old
         log_ratio = logprobs - old
@@ -267,10 +275,8 @@ class GRPO(Objective):
         clip = (settings.clip_low, settings.clip_high)
         loss = losses.clipped_policy_loss(log_ratio, batch.advantages, *clip)  # (N,)
         told["clipped"] = losses.is_clipped(log_ratio.detach(), batch.advantages, *clip).float()
-        if batch.reference is not None:
-            told["kl"] = losses.k3(logprobs.detach(), batch.reference)
         means = {name: values.sum() * batch.units_per_token for name, values in told.items()}
-        return (batch.weights * loss).sum(), means
+        return log_ratio, (batch.weights * loss).sum(), means
 
     def step_metrics(self) -> dict[str, float]:
         """Numbers of the sampling, and the largest distances of a token from the old policy and from sampling."""
