@@ -221,23 +221,24 @@ def add_mismatched_completions(
     for i, answer in enumerate(answers):
         groups.setdefault(tuple(answer.tree.prompt), []).append(i)
     order = [i for group in groups.values() for i in group]
-    shift = max(map(len, groups.values()), default=0)
-    trees: list[Tree] = [answer.tree for answer in answers]
-    for place, i in enumerate(order):
-        prompt = answers[i].tree.prompt
-        other = answers[order[(place + shift) % len(order)]]
-        if other.tree.prompt == prompt:
-            others = [row for row in answers if row.tree.prompt != prompt]
-            others = others or [row for row in train_answers if row.tree.prompt != prompt]
-            if not others:
-                raise UserError(
-                    "KTO estimates its KL from answers to other prompts, but all rows have the same prompt. Add rows "
-                    "with other prompts, or use a loss of pairs (--loss sigmoid) on data of pairs."
-                )
-            other = others[place % len(others)]
+    largest = max(groups.values(), key=len, default=[])
+    partners = {i: answers[order[(place + len(largest)) % len(order)]] for place, i in enumerate(order)}
+    if 2 * len(largest) > len(order):  # only then a shifted row may have the same prompt
+        prompt = answers[largest[0]].tree.prompt
+        others = [row for row in answers if row.tree.prompt != prompt]
+        others = others or [row for row in train_answers if row.tree.prompt != prompt]
+        if not others:
+            raise UserError(
+                "KTO estimates its KL from answers to other prompts, but all rows have the same prompt. Add rows with "
+                "other prompts, or use a loss of pairs (--loss sigmoid) on data of pairs."
+            )
+        partners |= {i: others[number % len(others)] for number, i in enumerate(largest)}
+    trees = []
+    for i, answer in enumerate(answers):
+        prompt, other = answer.tree.prompt, partners[i].tree
         room = longest - len(prompt)
-        masks = [mask[:room] for mask in other.tree.loss_masks] if other.tree.loss_masks else None
-        trees[i] = Tree(prompt, [completion[:room] for completion in other.tree.completions], masks)
+        masks = [mask[:room] for mask in other.loss_masks] if other.loss_masks else None
+        trees.append(Tree(prompt, [completion[:room] for completion in other.completions], masks))
     return trees
 
 
