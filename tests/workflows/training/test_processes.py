@@ -169,6 +169,8 @@ def test_alignment_in_two_processes_follows_one(step, strategy, tiny_llama, pair
     run = subprocess.run([*command, "--train", json.dumps(vars(train))], capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    if step == "grpo":  # the old policy is computed as the updates compute theirs, by each process with its part
+        assert all(row["log_ratio_max"] == 0 for row in alignment.log_of(tmp_path / "two")[::2])
     one, two = (alignment.on_test_split(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) >= (1 if step == "reward" else 3)
     for name, row in one.items():
