@@ -112,6 +112,7 @@ def run_ours(
     """Our loop. Returns seconds of the counted steps, and the mean reward."""
     from dataclasses import replace
 
+    from workflows.training.group_batch import Asked
     from workflows.training.group_settings import GroupSettings
     from workflows.training.groups import GRPO
     from workflows.training.loop import TrainArgs, fit
@@ -127,9 +128,13 @@ def run_ours(
     class InOrder(GRPO):
         def batches(self, step: int, rank: int, world_size: int) -> Any:
             stamps.append(time.perf_counter())
-            draws = self._draws(prompts * group_size, step)
+            self._largest = {"log_ratio_max": 0.0, "sampling_logp_diff_max": 0.0}
+            asked = Asked(group_size)
             with self._whole(self._model):
-                found = self._sampled(questions[step * prompts : (step + 1) * prompts], step, draws)
+                self._ask(
+                    asked, questions[step * prompts : (step + 1) * prompts], self._draws(prompts * group_size, step)
+                )
+                found = self._learned(asked, step)
             given.append(self.step_metrics()["reward"])
             return found
 

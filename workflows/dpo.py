@@ -18,7 +18,7 @@ from workflows.training.held_out import HeldOut
 from workflows.training.loop import Objective, TrainArgs
 from workflows.training.pairs import DPO, PairLoss, PairSettings
 from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_identity, run_step
-from workflows.training.unpaired import KTO, KTOSettings
+from workflows.training.unpaired import KTO, KTOSettings, label_balance
 
 
 def setup(
@@ -52,8 +52,9 @@ def setup(
         per_token: Divide log-ratios by the answers' lengths.
         gamma: The margin that simpo aims at.
         sft_weight: Weight of the chosen answer's mean negative log-likelihood, added to the loss.
-        desirable_weight: Weight of good answers (kto).
-        undesirable_weight: Weight of bad ones (kto).
+        desirable_weight: Weight of good answers (kto). Times their number it should be 1 to 4/3 times
+            undesirable_weight times the number of bad ones; weights that balance the data are printed before training.
+        undesirable_weight: Weight of bad answers (kto).
         max_val_rows: At most this many validation rows are scored each time.
         max_test_rows: At most this many test pairs are scored at the end; 0 for none (kto has no test).
         max_new_tokens: The most tokens of the few answers that show the model before and after training.
@@ -106,6 +107,7 @@ def setup(
                 encoded("test", max_test_rows), template, train.max_seq_length - max_new_tokens, max_new_tokens
             )
         if loss == "kto":
+            fabric.print(label_balance(splits[0], kto_settings))
             return KTO(*splits, train, common.seed, kto_settings, identity, test)
         trained, validated = ([answer.tree for answer in answers] for answers in splits)
         return DPO(trained, validated, train, common.seed, pair_settings, identity, test)

@@ -11,7 +11,7 @@ import lightning as L
 
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
-from workflows.training.group_settings import GroupSettings
+from workflows.training.group_settings import FlatGroups, GroupSettings, ratio_defaults
 from workflows.training.groups import GRPO
 from workflows.training.loop import TrainArgs
 from workflows.training.losses import Normalisation, Scale
@@ -33,13 +33,16 @@ def setup(
     top_k: int | None = None,
     top_p: float = 1.0,
     beta: float = 0.02,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    kl_correction: bool = True,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
     scale: Scale = "group",
-    normalisation: Normalisation = "token",
+    normalisation: Normalisation | None = None,
     sequence_ratio: bool = False,
     updates: int = 1,
+    flat_groups: FlatGroups = "keep",
     mask_truncated: bool = False,
+    missing_eos_penalty: float = 0.0,
     sampling_batch: int = 64,
     frozen_reference: bool = False,
     max_val_rows: int = 100,
@@ -60,15 +63,25 @@ def setup(
         temperature: Sampling's; log-probabilities are of the policy at this temperature.
         top_k: Sample among the k likeliest tokens only.
         top_p: Sample among the fewest tokens whose probabilities reach this sum.
-        beta: Weight of the KL to the reference.
-        clip_low: How far below 1 a ratio still counts.
-        clip_high: How far above 1 (DAPO: 0.28).
+        beta: KL coefficient: larger values keep the policy closer to the reference.
+        kl_correction: Multiply the KL estimate of each token by its ratio, which makes the gradient that of the KL
+            (DeepSeek-V3.2, TRL's default); false is the GRPO paper's.
+        clip_low: Lower clip range: a ratio counts down to 1 minus this; null is 0.2, with sequence_ratio 3e-4.
+        clip_high: Upper clip range: a ratio counts up to 1 plus this (DAPO: 0.28); null is 0.2, with sequence_ratio
+            4e-4.
         scale: "group" divides advantages by their group's standard deviation, "none" does not (Dr. GRPO).
         normalisation: Every token ("token", DAPO) or every answer ("sequence", GRPO) counts the same, or a constant
-            divides ("constant", Dr. GRPO).
-        sequence_ratio: One ratio for each answer, of its mean log-probability (GSPO).
-        updates: Optimizer steps on the same answers.
-        mask_truncated: Learn nothing from answers that did not end.
+            divides ("constant", Dr. GRPO); null is token, with sequence_ratio sequence.
+        sequence_ratio: Sequence-level importance sampling: one ratio for each answer, of its mean log-probability
+            (GSPO), with GSPO's aggregation and clip range.
+        updates: Optimizer steps on the same answers. With more than one, the ratio is to log-probabilities that are
+            computed before the first.
+        flat_groups: Groups whose answers all got the same reward: "keep" counts them with advantage 0, and in the KL
+            (GRPO's paper, TRL), "drop" leaves them out of the loss and its denominator, "resample" asks further
+            questions until the step has its groups (DAPO), in at most ten rounds.
+        mask_truncated: Learn nothing from answers that did not end; as answers, not as tokens, they stay in the
+            denominator.
+        missing_eos_penalty: Taken off the reward of an answer that did not end.
         sampling_batch: Answers that are sampled side by side.
         frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
@@ -82,6 +95,9 @@ def setup(
     own = {name: value for name, value in locals().items() if name != "run"}
     own["checkpoint_dir"] = checkpoint_dir = check_checkpoint_dir(checkpoint_dir)
     own["rewards"] = chosen = [WeightedReward("finding")] if rewards is None else rewards
+    own["normalisation"], own["clip_low"], own["clip_high"] = ratio_defaults(
+        sequence_ratio, normalisation, clip_low, clip_high
+    )
     common = RunArgs(**run)
     group_settings = GroupSettings(**{name: own[name] for name in vars(GroupSettings())})
     problems = common.problems(train, checkpoint_dir) + group_settings.problems(train, common)

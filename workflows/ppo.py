@@ -36,6 +36,8 @@ def setup(
     value_weight: float = 0.1,
     value_clip: float = 0.2,
     updates: int = 2,
+    mask_truncated: bool = False,
+    missing_eos_penalty: float = 0.0,
     sampling_batch: int = 64,
     frozen_reference: bool = False,
     max_val_rows: int = 100,
@@ -62,6 +64,8 @@ def setup(
         value_weight: Weight of the value head's loss.
         value_clip: How far a value may move from that at sampling before it stops to count.
         updates: Optimizer steps on the same answers.
+        mask_truncated: Learn nothing from answers that did not end, neither the policy nor the value head.
+        missing_eos_penalty: Taken off the reward of an answer that did not end.
         sampling_batch: Answers that are sampled side by side.
         frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
@@ -83,6 +87,8 @@ def setup(
         clip_low=clip_low,
         clip_high=clip_high,
         updates=updates,
+        mask_truncated=mask_truncated,
+        missing_eos_penalty=missing_eos_penalty,
         sampling_batch=sampling_batch,
         frozen_reference=frozen_reference,
     )

@@ -1,6 +1,7 @@
 """`make reward`: a reward model (Bradley-Terry) from preferences, the trunk with a scalar head.
 
-The result is a checkpoint directory with `reward_head.safetensors` beside the weights; `grpo` takes it as a reward.
+The result is a checkpoint directory with `reward_head.safetensors` beside the weights; `grpo` takes it as a reward. A
+reward is read at the token that ends the answer; of an answer that was truncated, at its last token.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from workflows.checkpoint import check_checkpoint_dir, share_metric
 from workflows.errors import report_all
 from workflows.training import losses
 from workflows.training.answers import encode_answers
-from workflows.training.batch import PackedBatch, Tree, pack
+from workflows.training.batch import PackedBatch, Tree
 from workflows.training.loop import Objective, Report, TrainArgs, step_indices
-from workflows.training.scalar_heads import RewardModel, save_reward_head, with_head
+from workflows.training.scalar_heads import RewardModel, pack_scored, save_reward_head, with_head
 from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_step
 
 
@@ -36,7 +37,7 @@ class BradleyTerry(Objective):
         """Keep what a run needs: trees of two completions, chosen and rejected."""
         self.pairs, self.train, self.seed = train_pairs, train, seed
         self.validation, self.test = (
-            [batch for _, batch in pack(pairs, train.row_tokens)] for pairs in (validation_pairs, test_pairs)
+            [batch for _, batch in pack_scored(pairs, train.row_tokens)] for pairs in (validation_pairs, test_pairs)
         )
 
     def adapt(self, model: Any) -> RewardModel:
@@ -56,7 +57,7 @@ class BradleyTerry(Objective):
     def batches(self, step: int, rank: int, world_size: int) -> list[PackedBatch]:
         """The rows of one step for one process; pairs are dealt out in turn."""
         indices = step_indices(step, len(self.pairs), self.train.global_batch_size, self.seed)[rank::world_size]
-        return [batch for _, batch in pack([self.pairs[i] for i in indices], self.train.row_tokens)]
+        return [batch for _, batch in pack_scored([self.pairs[i] for i in indices], self.train.row_tokens)]
 
     def units(self, batch: PackedBatch) -> int:
         """Every pair counts the same."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training import reference
-from workflows.training.answers import encode_answers
+from workflows.training.answers import Labelled, encode_answers
 from workflows.training.batch import Tree, pack_row
 from workflows.training.loop import fit, step_indices
 from workflows.training.model import LoRAArgs, adapters_off, load_model
 from workflows.training.pairs import DPO, PairSettings
 from workflows.training.processes import make_fabric
-from workflows.training.unpaired import KTO
+from workflows.training.unpaired import KTO, KTOSettings, add_mismatched_completions, label_balance
 
 pytestmark = pytest.mark.long
 
@@ -195,15 +196,105 @@ def test_a_stopped_run_goes_on_to_the_same_end(tiny_llama, pairs, tmp_path, monk
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
-def test_ktos_baseline_is_one_number_a_step_however_its_answers_fall_into_rows(tiny_llama, pairs, tmp_path):
+def test_ktos_baseline_is_one_number_a_step_however_its_answers_fall_into_rows(tiny_llama, tmp_path):
+    good = [{"prompt": pair(n)["prompt"], "completion": pair(n)["chosen"], "label": n % 5 > 0} for n in range(16)]
+    data = write(tmp_path / "data", train=good, validation=good[:4])  # most answers get likelier, so the KL is above 0
     logs = [
-        align(tiny_llama, pairs, tmp_path / str(room), loss="kto", train=replace(TRAIN, row_tokens=room))
+        align(tiny_llama, data, tmp_path / str(room), loss="kto", train=replace(TRAIN, row_tokens=room))
         for room in (64, 1024)
     ]
-    assert any(row["kl_strangers"] > 0 for row in logs[0])
+    assert any(row["kl_mismatched"] > 0 for row in logs[0])
     for small, large in zip(*logs, strict=True):
         assert small["loss"] == pytest.approx(large["loss"], abs=1e-4)
-        assert small["kl_strangers"] == pytest.approx(large["kl_strangers"], abs=1e-3)
+        assert small["kl_mismatched"] == pytest.approx(large["kl_mismatched"], abs=1e-3)
+
+
+def answers_of(*rows: tuple[int, list[int], bool]) -> list[Labelled]:
+    """Labelled answers: each a prompt's number, the answer's ids and its label."""
+    return [Labelled(Tree([1, prompt], [ids]), [label], {}) for prompt, ids, label in rows]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [[1, 1, 2, 2], [1, 2, 1, 2, 3], [1, 1, 1, 2, 2, 3], [1, 2, 3], [1, 2], [5, 4, 5, 3, 5, 4, 3, 2, 5], [1, 1, 2]],
+    ids=str,
+)
+def test_a_mismatched_completion_is_another_prompts_and_all_answers_are_taken_alike(prompts):
+    answers = answers_of(*((prompt, [10 * prompt, i], i % 2 == 0) for i, prompt in enumerate(prompts)))
+    trees = add_mismatched_completions(answers, answers, 64)
+    assert [tree.prompt for tree in trees] == [[1, prompt] for prompt in prompts]
+    assert all(tree.completions[0][0] != 10 * prompt for tree, prompt in zip(trees, prompts, strict=True))
+    if max(map(prompts.count, prompts)) <= len(prompts) / 2:  # each answer, good or bad, stands in once
+        taken = sorted(tree.completions[0] for tree in trees)
+        assert taken == sorted(answer.tree.completions[0] for answer in answers)
+
+
+def test_of_pairs_chosen_and_rejected_answers_are_taken(tiny_llama):
+    answers, _ = encode_answers([pair(n) for n in range(4)], ChatTemplate.from_checkpoint(tiny_llama), 256, "rows")
+    trees = add_mismatched_completions(answers, answers, 256)
+    following = [*answers[1:], answers[0]]
+    assert [tree.completions for tree in trees] == [answer.tree.completions for answer in following]
+
+
+def test_a_split_of_one_prompt_takes_the_training_rows_answers():
+    train = answers_of((1, [10], True), (2, [20], False), (3, [30], True))
+    trees = add_mismatched_completions(answers_of((2, [21], True), (2, [22], False)), train, 64)
+    assert [tree.completions[0] for tree in trees] == [[10], [30]] and trees[0].prompt == [1, 2]
+
+
+def test_kto_with_one_prompt_is_refused(tiny_llama, tmp_path):
+    rows = [{**pair(1), "completion": pair(n)["chosen"], "label": n % 2 == 0} for n in range(6)]
+    rows = [{name: row[name] for name in ("prompt", "completion", "label")} for row in rows]
+    data = write(tmp_path / "data", train=rows, validation=rows)
+    with pytest.raises(UserError, match=r"all rows have the same prompt\. Add rows with other prompts"):
+        align(tiny_llama, data, tmp_path / "out", loss="kto")
+
+
+def test_labels_out_of_balance_are_reported_with_the_weights_that_balance_them(tiny_llama, tmp_path, capsys):
+    rows = [{"prompt": pair(n)["prompt"], "completion": pair(n)["chosen"], "label": n < 2} for n in range(20)]
+    data = write(tmp_path / "data", train=rows, validation=rows[:4])
+    train = replace(TRAIN, max_steps=1)
+    align(tiny_llama, data, tmp_path / "out", loss="kto", train=train)
+    said = capsys.readouterr().out
+    assert "2 desirable and 18 undesirable answers, weighted 0.11 to 1" in said
+    assert "--desirable_weight 9 (up to 12) or --undesirable_weight 0.1111 (down to 0.08333)" in said
+    align(tiny_llama, data, tmp_path / "balanced", loss="kto", train=train, desirable_weight=9.0)
+    assert "weighted 1.00 to 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("good", [0, 5])
+def test_one_label_only_is_reported(good):
+    answers = answers_of(*((n, [n], good > 0) for n in range(5)))
+    assert f"{good} desirable and {5 - good} undesirable answers: KTO learns from one label only" in label_balance(
+        answers, KTOSettings()
+    )
+
+
+@pytest.mark.parametrize(("good", "bad"), [(3, 3), (4, 3), (1, 40), (40, 1), (7, 5)])
+def test_the_weights_that_are_named_balance_the_labels(good, bad):
+    answers = answers_of(*((n, [n], n < good) for n in range(good + bad)))
+    said = label_balance(answers, KTOSettings())
+    if 1 <= good / bad <= 4 / 3:
+        assert "--" not in said
+        return
+    numbers = [float(n) for n in re.findall(r"(?:weight|up to|down to) ([\d.e+-]+\d)", said)]
+    settings = [KTOSettings(desirable_weight=w) for w in numbers[:2]]
+    settings += [KTOSettings(undesirable_weight=w) for w in numbers[2:]]
+    assert len(settings) == 4
+    for weights in settings:
+        ratio = weights.desirable_weight * good / (weights.undesirable_weight * bad)
+        assert 1 - 1e-3 <= ratio <= 4 / 3 + 1e-3
+
+
+def test_a_run_that_taught_nothing_says_so(tiny_llama, tmp_path, capsys):
+    """Hinge's loss has no gradient once each margin is wide enough, which a large beta makes them by the first step."""
+    data = write(tmp_path / "data", train=[pair(n) for n in range(4)], validation=[pair(9)])
+    log = align(tiny_llama, data, tmp_path / "out", loss="hinge", beta=1e4, train=replace(TRAIN, global_batch_size=4))
+    still = sum(row["grad_norm"] == 0 for row in log)
+    assert 0 < still < len(log)
+    assert f"{still} of {len(log)} steps had nothing to learn from (the gradient was zero)" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "final" / "metrics.json").read_text())
+    assert metrics["steps_without_signal"] == still
 
 
 def test_kto_cuts_anothers_answer_to_the_room_that_a_long_prompt_leaves(tiny_llama, tmp_path):

@@ -47,7 +47,7 @@ def test_the_reward_rises_and_everything_is_logged(tiny_llama, questions, tmp_pa
     assert last > first + 0.1
     assert log[-1]["val_reward"] > log[3]["val_reward"]
     for row in log:
-        assert row["log_ratio_max"] < 1e-4  # one update on each batch: the policy is still the one that sampled
+        assert row["log_ratio_max"] == 0 and row["sampling_logp_diff_max"] < 1e-4  # one update on each batch
         assert row["clipped"] == 0 and 0 <= row["no_signal"] <= 1 and row["sampled_per_second"] > 0
     assert log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 1e-3
     assert {"reward_std", "answer_tokens", "truncated", "entropy", "grad_norm"} <= set(log[0])
@@ -82,10 +82,10 @@ def test_every_variant_trains(tiny_llama, questions, tmp_path, changes):
     assert len(log) == TRAIN.max_steps and all(row["grad_norm"] >= 0 for row in log)
     assert any(row["grad_norm"] > 0 for row in log)
     if changes.get("updates") == 2:
-        assert log[0]["log_ratio"] < 1e-4 < log[1]["log_ratio"]
+        assert log[0]["log_ratio_max"] == 0 and log[1]["log_ratio"] > 1e-4
         assert log[0]["reward"] == log[1]["reward"]
     else:
-        assert max(row["log_ratio"] for row in log) < 1e-4
+        assert max(row["log_ratio_max"] for row in log) == 0
 
 
 def test_full_weights_keep_a_frozen_copy_as_the_reference(tiny_llama, questions, tmp_path):

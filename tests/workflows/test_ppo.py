@@ -15,7 +15,7 @@ from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training.actor_critic import PPO
 from workflows.training.losses import gae
-from workflows.training.rewards import WeightedReward
+from workflows.training.rewards import Sample, WeightedReward
 
 pytestmark = pytest.mark.long
 
@@ -36,7 +36,7 @@ def test_ppo_raises_the_reward_and_its_critic_learns(tiny_llama, questions, tmp_
     first, last = (sum(row["reward"] for row in part) / 6 for part in (log[:6], log[-6:]))
     assert last > first + 0.08
     assert log[-1]["value_loss"] < log[0]["value_loss"]
-    assert log[0]["log_ratio"] < 1e-4 and log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 0.01
+    assert log[0]["log_ratio_max"] == 0 and log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 0.01
     final = tmp_path / "final"
     assert check_checkpoint_dir(final) == final
     assert not any(
@@ -53,6 +53,47 @@ def test_a_reward_model_can_be_the_reward_of_both(tiny_llama, judge, questions, 
         train=replace(TRAIN, max_steps=2), lora_r=4,
     )  # fmt: skip
     assert log_of(tmp_path / "grpo")[0]["reward_std"] > 0
+
+
+def test_an_answer_that_did_not_end_pays_for_it(tiny_llama, questions, tmp_path):
+    rewards = [WeightedReward(f"{__name__}.indifferent")]
+    train = replace(TRAIN, max_steps=3, max_seq_length=128, global_batch_size=16)
+    log = align(
+        tiny_llama, questions, tmp_path, rewards=rewards, missing_eos_penalty=0.5, max_new_tokens=48, train=train,
+        updates=1,
+    )  # fmt: skip
+    assert any(0 < row["truncated"] < 1 for row in log)
+    for row in log:
+        assert row["reward"] == pytest.approx(1 - 0.5 * row["truncated"], abs=1e-5)
+        assert row["no_signal"] == (row["truncated"] in (0, 1))
+
+
+def indifferent(sample: Sample) -> float:
+    return 1.0
+
+
+def test_truncated_answers_teach_neither_policy_nor_critic(tiny_llama, questions, tmp_path, monkeypatch):
+    seen: list[Any] = []
+    original = PPO._evaluated
+
+    def watched(self: PPO, packed: Any) -> Any:
+        batches = original(self, packed)
+        seen.append(batches)
+        return batches
+
+    monkeypatch.setattr(PPO, "_evaluated", watched)
+    train = replace(TRAIN, max_steps=2, max_seq_length=128, global_batch_size=16)
+    settings: Any = {"max_new_tokens": 48, "train": train, "updates": 1}
+    log = align(tiny_llama, questions, tmp_path / "masked", mask_truncated=True, **settings)
+    assert 0 < log[0]["truncated"] < 1
+    counted = sum(batch.rows.completions for batch in seen[0])
+    assert counted == round(16 * (1 - log[0]["truncated"]))
+    advantages = torch.cat([batch.advantages for batch in seen[0]])  # whitened over the answers that count
+    assert float(advantages.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
+    settings["max_new_tokens"] = 1  # none of them ends
+    log = align(tiny_llama, questions, tmp_path / "none", mask_truncated=True, **settings)
+    assert all(row["truncated"] < 1 or row["grad_norm"] == 0 for row in log)
 
 
 def test_one_token_has_the_whole_reward_as_its_advantage():
@@ -84,27 +125,26 @@ def test_another_reward_model_in_its_place_makes_another_run(tiny_llama, judge, 
 def test_a_token_earns_its_kl_and_the_last_one_the_reward(tiny_llama, questions, tmp_path, monkeypatch):
     """What PPO makes of a batch, by the definitions: r_t = -beta log(pi / pi_ref), and the reward at the end."""
     seen: list[Any] = []
-    original = PPO._packed
+    original = PPO._evaluated
 
-    def watched(self: PPO, groups: Any) -> Any:
-        batches = original(self, groups)
-        seen.append((groups, batches))
+    def watched(self: PPO, packed: Any) -> Any:
+        batches = original(self, packed)
+        seen.append((packed, batches))
         return batches
 
-    monkeypatch.setattr(PPO, "_packed", watched)
+    monkeypatch.setattr(PPO, "_evaluated", watched)
     align(
         tiny_llama, questions, tmp_path, beta=0.3, gamma=0.9, lam=0.8, updates=1,
         train=replace(TRAIN, max_steps=3, row_tokens=64, max_seq_length=128),
     )  # fmt: skip
-    groups, batches = seen[-1]  # adapters and critic have moved by now
-    rewards = {tuple(rollout.ids): reward for _, [(rollout, reward)] in groups}
+    packed, batches = seen[-1]  # adapters and critic have moved by now
     raw, whitened, returns, values = [], [], [], []
-    for batch in batches:
+    for before, batch in zip(packed, batches, strict=True):
         assert batch.reference.sub(batch.old).abs().max() > 1e-3
         for number in range(batch.rows.completions):
             mine = batch.rows.owners == number
             earned = -0.3 * (batch.old - batch.reference)[mine]
-            earned[-1] += rewards[tuple(batch.rows.targets[mine].tolist())]
+            earned[-1] += before.advantages[mine][-1]  # the answer's reward is kept there until now
             value = batch.old_values[mine]
             following = torch.cat([value[1:], torch.zeros(1)])
             advantage, found = torch.zeros(()), []

@@ -1,6 +1,7 @@
 """The reward model on a tiny model: it tells pairs apart, is read back as it was, and can be a reward."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from workflows.checkpoint import check_checkpoint_dir, load_weights
 from workflows.errors import UserError
 from workflows.training.batch import Tree, pack_row
 from workflows.training.model import LoRAArgs, load_model
-from workflows.training.scalar_heads import LearnedReward, RewardModel, ends, with_head
+from workflows.training.rewards import Rewards, Sample, WeightedReward
+from workflows.training.scalar_heads import LearnedReward, RewardModel, pack_scored, scored, with_head
 
 pytestmark = pytest.mark.long
 
@@ -47,16 +49,63 @@ def test_the_saved_head_gives_the_rewards_of_training(judge, tiny_llama):
     adapters = torch.load(judge / "lit_model.pth.lora", weights_only=True)["model"]
     model.load_state_dict({**adapters, "reward_head.weight": head["weight"]}, strict=False)
     with torch.no_grad():
-        given = float(model(pack_row([Tree(chat.prompt, [chat.completion])])))
+        given = float(model(pack_row([scored(Tree(chat.prompt, [chat.completion]))])))
     expected = (given - float(head["mean"])) / float(head["std"])
     assert LearnedReward(judge, "32-true")([row["prompt"]], [row["chosen"][0]["content"]]) == pytest.approx(
         [expected], abs=1e-4
     )
 
 
-def test_the_state_that_is_judged_has_seen_all_but_the_last_token():
-    row = pack_row([Tree([5, 6, 7], [[8, 9, 10], [11, 12]]), Tree([5, 6, 8], [[13]])])
-    assert row.input_ids[0, ends(row)].tolist() == [9, 11, 8]
+def test_a_reward_is_read_where_the_answers_last_token_is_the_input():
+    trees = [Tree([5, 6, 7], [[8, 9, 10], [11, 12]]), Tree([5, 6, 8], [[13]])]
+    ((_, row),) = pack_scored(trees, 64)
+    assert row.input_ids[0, row.predictors].tolist() == [10, 12, 13]
+    assert row.real_tokens == sum(tree.real_tokens for tree in trees)
+
+
+def test_the_token_that_ends_an_answer_decides_its_reward(judge, tiny_llama):
+    """The states that are read are the plain model's at the end token, or at the last token of a truncated answer."""
+    learned = LearnedReward(judge, "32-true")
+    row = pair(3)
+    prompt, answer = row["prompt"], row["chosen"][0]["content"]
+    chat = learned.template.encode_chat([*prompt, *row["chosen"]], 1)
+    assert chat.completion[-1] in learned.template.stop_ids
+    expected = []
+    for ids in ([*chat.prompt, *chat.completion], [*chat.prompt, *chat.completion[:-1]]):
+        plain = load_model(judge)
+        plain.lm_head = torch.nn.Identity()  # the model's own forward then gives its final states
+        with torch.no_grad():
+            state = plain(torch.tensor([ids]))[0, -1]
+        expected.append((float(state @ learned.model.reward_head.weight[0]) - learned.mean) / learned.std)
+    found = learned([prompt, prompt], [answer, answer], [False, True])
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert abs(found[0] - found[1]) > 1e-3
+    assert learned([prompt], [""], [True])[0] != pytest.approx(learned([prompt], [""])[0], abs=1e-3)
+
+
+def test_rewards_ask_the_judge_without_an_end_for_truncated_answers(judge):
+    row = pair(3)
+    samples = [Sample(row, "It is fever, a finding.", 9, truncated, 9) for truncated in (False, True)]
+    found = [given["total"] for given in Rewards([WeightedReward(str(judge))])(samples)]
+    learned = LearnedReward(judge, "32-true")
+    texts = [sample.text for sample in samples]
+    assert found == pytest.approx(learned([row["prompt"]] * 2, texts, [False, True]), abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
+
+
+def test_an_answer_without_room_for_its_end_is_read_at_its_last_token(judge):
+    learned = LearnedReward(judge, "32-true")
+    prompt = pair(3)["prompt"]
+    long = "fever " * 600
+    assert learned([prompt], [long]) == pytest.approx(learned([prompt], [long], [True]), abs=1e-5)
+
+
+def test_a_head_of_an_earlier_version_is_refused(judge, tmp_path):
+    old = shutil.copytree(judge, tmp_path / "judge")
+    head = old / "reward_head.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(head), head)  # without the metadata
+    with pytest.raises(UserError, match=r"read rewards before the token that ends an answer.*make reward"):
+        LearnedReward(old, "32-true")
 
 
 def test_full_weights_of_a_model_with_a_head_of_its_own(tiny_qwen2, pairs, tmp_path):

@@ -17,6 +17,7 @@ from workflows.training.attention import KEPT_PAIRS, STRETCH, RowAttention
 from workflows.training.batch import ROW_MULTIPLE, PackedBatch, Tree, pack
 from workflows.training.loop import TrainArgs, step_indices
 from workflows.training.questions import encode_questions, read_questions
+from workflows.training.scalar_heads import scored
 from workflows.training.segments import SegmentAttention
 
 READ_STEPS = 32
@@ -142,7 +143,7 @@ def _trees(step: str, settings: dict[str, Any], file: Path, template: ChatTempla
         answers, told = encode_answers(
             first(read_rows(file, "labelled" if labelled else "preference")), template, longest, str(file)
         )
-        trees = [answer.tree for answer in answers]
+        trees = [scored(answer.tree) if step == "reward" else answer.tree for answer in answers]
     else:
         rows = [row for row in read_rows(file, "messages") if kinds is None or row.get("kind") in kinds]
         chats, report = encode_rows(first(rows), template, longest, str(file))

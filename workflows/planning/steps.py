@@ -196,12 +196,14 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
             Moment("sampling answers", {**held, **resting, **whole_copy(model, device), **compiled, **answering})
         )
         updates = settings["updates"]
-        total = train.global_batch_size * group * (train.max_steps // updates)
+        rounds = max(1, train.max_steps // updates)  # of sampling
+        total = train.global_batch_size * group * rounds
         work.parts["sampling"] = decoding_flops(model, total, row.prompt / group, new)
+        scored = forward_flops(model, row.step_tokens, total * new / rounds) * rounds
+        if step == "ppo" or updates > 1:
+            work.parts["old policy"] = scored
         if settings["beta"]:
-            work.parts["reference"] = (
-                forward_flops(model, row.step_tokens, total * new // train.max_steps) * train.max_steps
-            )
+            work.parts["reference"] = scored
     if step == "dpo" and settings["loss"] not in ("simpo", "orpo"):
         share = row.learned / row.tokens
         work.parts["reference"] = forward_flops(model, row.step_tokens, row.step_tokens * share) * train.max_steps
@@ -209,8 +211,8 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
         work.parts["teacher or judge"] = judged * train.max_steps
     moments.append(_writing(model, device, update))
     return Plan(
-        step, model, device, moments, mapped + other_mapped, row, work, _training_disk(step, model, row, train, device.dtype),
-        1 if on_gpu else devices,
+        step, model, device, moments, mapped + other_mapped, row, work,
+        _training_disk(step, model, row, train, device.dtype), 1 if on_gpu else devices,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ answer to a question is enough. A token earns what it costs to leave the referen
 (Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, arXiv 2203.02155, eq. 2).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 
 from workflows.training import losses
 from workflows.training.batch import PackedBatch
-from workflows.training.groups import GRPO, GroupBatch, Judged
-from workflows.training.questions import Question
-from workflows.training.rollouts import Rollout
+from workflows.training.group_batch import Asked, GroupBatch, Judged
+from workflows.training.groups import GRPO
 from workflows.training.scalar_heads import ActorCritic, with_head
 
 
@@ -54,6 +52,8 @@ class CriticBatch(GroupBatch):
 class PPO(GRPO):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a value head on the same trunk."""
 
+    without_signal = "all answers got the same reward"
+
     def __init__(self, *args: Any, critic: CriticSettings, **kwargs: Any) -> None:
         """Keep what a run needs: GRPO's, and the critic's settings."""
         super().__init__(*args, **kwargs)
@@ -70,22 +70,25 @@ class PPO(GRPO):
         """The value head has done its work: the result is a policy like any other."""
         return {name: tensor for name, tensor in trained.items() if name != "value_head.weight"}
 
-    def _judged(self, questions: Sequence[Question], rollouts: list[Rollout], totals: torch.Tensor) -> Judged:
+    def _judged(self, asked: Asked) -> tuple[Judged, int]:
         """Every answer with its reward: an answer that is no better than others still says what to expect."""
-        size = totals.size(1)
-        return [
-            (question, list(zip(rollouts[g * size : (g + 1) * size], totals[g].tolist(), strict=True)))
-            for g, question in enumerate(questions)
+        rewards = iter(asked.totals.flatten().tolist())
+        groups = [
+            (question, [(rollout, next(rewards)) for rollout in rollouts]) for question, rollouts in asked.groups()
         ]
+        learned = [(q, [answer for answer in group if self.settings.learns(answer[0].stopped)]) for q, group in groups]
+        return [(question, answers) for question, answers in learned if answers], 0
 
-    @torch.no_grad()
-    def _packed(self, groups: Judged) -> list[GroupBatch]:
-        """Pack answers; what stood for an advantage is the answer's reward, from which each token's is made."""
+    def _evaluated(self, batches: list[GroupBatch]) -> list[GroupBatch]:
+        """The rows with the old policy's log-probabilities and values, and with each token's advantage.
+
+        Until here an answer's reward is in the place of its tokens' advantages.
+        """
         critic, beta = self.critic, self.settings.beta
-        batches = []
-        for batch in super()._packed(groups):
-            _, values = self._forward(batch.rows)  # (N,)
-            earned = -beta * (batch.old - batch.reference) if batch.reference is not None else torch.zeros_like(values)
+        judged = []
+        for batch, outputs in zip(batches, self._outputs(batches), strict=True):
+            old, values = (output.cpu() for output in outputs)  # (N,) each
+            earned = -beta * (old - batch.reference) if batch.reference is not None else torch.zeros_like(values)
             advantages = torch.empty_like(values)
             begin = 0
             for length in torch.bincount(batch.rows.owners, minlength=batch.rows.completions).tolist():
@@ -93,27 +96,27 @@ class PPO(GRPO):
                 earned[begin + length - 1] += batch.advantages[begin]
                 advantages[part] = losses.gae(earned[part], values[part], critic.gamma, critic.lam)
                 begin += length
-            fields = {**vars(batch), "advantages": advantages}
-            batches.append(CriticBatch(**fields, old_values=values, returns=advantages + values))
-        everything = torch.cat([batch.advantages for batch in batches]).double()
-        sums = torch.stack([everything.new_tensor(len(everything)), everything.sum(), everything.square().sum()])
+            fields = {**vars(batch), "old": old, "advantages": advantages}
+            judged.append(CriticBatch(**fields, old_values=values, returns=advantages + values))
+        counted = torch.cat([batch.advantages[batch.weights > 0] for batch in judged]).double()
+        sums = torch.stack([counted.new_tensor(len(counted)), counted.sum(), counted.square().sum()])
         if self._fabric.world_size > 1:
             sums = self._fabric.all_reduce(sums.to(self._device), reduce_op="sum").cpu()  # type: ignore[union-attr]
-        mean = sums[1] / sums[0]
-        deviation = (sums[2] / sums[0] - mean.square()).clamp_min(0).sqrt() + 1e-8
-        return [replace(b, advantages=((b.advantages - mean) / deviation).float()) for b in batches]
-
-    def _forward(self, rows: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, values = self._policy(rows.to(self._device), temperature=self.settings.temperature)
-        return logprobs.cpu(), values.cpu()
+        count = sums[0].clamp_min(1)
+        mean = sums[1] / count
+        deviation = (sums[2] / count - mean.square()).clamp_min(0).sqrt() + 1e-8
+        return [replace(b, advantages=((b.advantages - mean) / deviation).float()) for b in judged]
 
     def _logprobs(self, rows: PackedBatch) -> torch.Tensor:
-        return self._forward(rows)[0]
+        logprobs, _ = self._policy(rows.to(self._device), temperature=self.settings.temperature)
+        return logprobs.cpu()  # type: ignore[no-any-return]
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the value head's."""
         logprobs, values = model(batch.rows, temperature=self.settings.temperature)  # (N,) each
-        loss, told = self.policy_loss(logprobs, batch)
+        _, loss, told = self.policy_loss(logprobs, batch)
+        if batch.reference is not None:  # its KL is in the advantages; here it is only logged
+            told["kl"] = losses.k3(logprobs.detach(), batch.reference).sum() * batch.units_per_token
         value_loss = losses.clipped_value_loss(values, batch.old_values, batch.returns, self.critic.value_clip)
-        told["value_loss"] = value_loss.detach().mean() * batch.units
+        told["value_loss"] = value_loss.detach().sum() * batch.units_per_token
         return loss + (batch.weights * self.critic.value_weight * value_loss).sum(), told

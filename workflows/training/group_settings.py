@@ -2,10 +2,32 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from workflows.training.loop import TrainArgs
 from workflows.training.losses import Normalisation, Scale
 from workflows.training.step import RunArgs
+
+FlatGroups = Literal["keep", "drop", "resample"]
+
+SAMPLING_ROUNDS = 10
+"""Maximum rounds of sampling in a step, the first included, while groups with a signal are missing."""
+
+
+def ratio_defaults(
+    sequence_ratio: bool, normalisation: Normalisation | None, clip_low: float | None, clip_high: float | None
+) -> tuple[Normalisation, float, float]:
+    """The aggregation and the clip range, each as it was given, else as the ratio's level wants it.
+
+    Ratios of whole answers move far less than those of tokens; GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5 and
+    sec. 5.1) averages over answers and clips at 3e-4 and 4e-4.
+    """
+    aggregation, low, high = ("sequence", 3e-4, 4e-4) if sequence_ratio else ("token", 0.2, 0.2)
+    return (
+        normalisation or aggregation,  # type: ignore[return-value]
+        low if clip_low is None else clip_low,
+        high if clip_high is None else clip_high,
+    )
 
 
 @dataclass(frozen=True)
@@ -18,15 +40,22 @@ class GroupSettings:
     top_k: int | None = None
     top_p: float = 1.0
     beta: float = 0.02
+    kl_correction: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     scale: Scale = "group"
     normalisation: Normalisation = "token"
     sequence_ratio: bool = False
     updates: int = 1
+    flat_groups: FlatGroups = "keep"
     mask_truncated: bool = False
+    missing_eos_penalty: float = 0.0
     sampling_batch: int = 64
     frozen_reference: bool = False
+
+    def learns(self, stopped: bool) -> bool:
+        """Whether an answer that ended, or did not, is learned from."""
+        return stopped or not self.mask_truncated
 
     def problems(self, train: TrainArgs, run: RunArgs, least_group: int = 2) -> list[str]:
         """Everything that is wrong with them, as messages."""
@@ -57,6 +86,13 @@ class GroupSettings:
             found.append(f"--beta must be at least 0, not {self.beta}.")
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
             found.append("--clip_low must be between 0 and 1, --clip_high above 0.")
+        if self.sequence_ratio and self.normalisation != "sequence":
+            found.append(
+                f"--sequence_ratio true with --normalisation {self.normalisation} weighs an answer's one ratio by its "
+                "length, which is not GSPO. Leave --normalisation out, or use sequence."
+            )
+        if not 0 <= self.missing_eos_penalty < math.inf:
+            found.append(f"--missing_eos_penalty must be 0 or more, not {self.missing_eos_penalty}.")
         if self.max_new_tokens >= train.max_seq_length:
             found.append(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --train.max_seq_length "

@@ -1,8 +1,10 @@
-"""The objective of GRPO: groups of answers sampled from the policy itself, of which the better ones become likelier.
+"""The objective of GRPO: sample several completions per prompt and reinforce the better ones.
 
 A step samples G answers to each of its prompts, rewards them, and takes one or several updates on them. A group is one
 tree: its prompt is computed once, in sampling as in training. Log-probabilities are those of the untruncated policy at
-the sampling temperature, on both sides of every ratio; the old ones are those that sampling recorded.
+the sampling temperature, on both sides of every ratio. The old ones are computed as training computes them (with one
+update they are the policy's own, without gradient), so that the first update's ratio is 1 in any precision; their
+distance from those that sampling recorded is logged. The model is in evaluation mode: dropout would make ratios noise.
 """
 
 import math
@@ -10,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from workflows.evaluation.compare import compare
 from workflows.training import losses
 from workflows.training.answer_log import AnswerLog
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.group_settings import GroupSettings
+from workflows.training.group_batch import Asked, GroupBatch, Judged, has_signal, judged_groups, pack_groups
+from workflows.training.group_settings import SAMPLING_ROUNDS, GroupSettings
 from workflows.training.held_out import SHOWN, answered, before_and_after, text_of
 from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.model import GPT, adapters_off
@@ -35,47 +38,11 @@ from workflows.training.rollouts import Rollout, generate
 from workflows.training.whole import whole
 
 
-@dataclass(frozen=True)
-class GroupBatch:
-    """A packed row of groups. N learned tokens.
-
-    Attributes:
-        rows: The row.
-        old: log pi_old of its learned tokens as sampling recorded them, shape (N,).
-        advantages: Of each token's answer, shape (N,).
-        weights: What each token counts, before the step's sum is divided by its units, shape (N,).
-        units: The row's units.
-        reference: log pi_ref of the tokens, shape (N,), or None where no KL is asked for.
-    """
-
-    rows: PackedBatch
-    old: torch.Tensor
-    advantages: torch.Tensor
-    weights: torch.Tensor
-    units: int
-    reference: torch.Tensor | None
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens of the samples, a prompt counted for each of its answers."""
-        return self.rows.real_tokens
-
-    def to(self, device: torch.device) -> "GroupBatch":
-        """The same batch on a device."""
-        moved: dict[str, Any] = {
-            k: v.to(device) if isinstance(v, torch.Tensor | PackedBatch) else v for k, v in vars(self).items()
-        }
-        return type(self)(**moved)
-
-
-Judged = list[tuple[Question, list[tuple[Rollout, float]]]]
-"""Questions with answers to learn from, each with its advantage."""
-
-
 class GRPO(Objective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its later variants."""
 
     may_rest = True
+    without_signal = "all answers to a question got the same reward"
 
     def __init__(
         self,
@@ -107,10 +74,14 @@ class GRPO(Objective):
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
-        self._largest = 0.0
+        self._largest: dict[str, float] = {}
+        self._missing = 0
 
     def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:
-        """Keep the model: a step samples from it."""
+        """Keep the model, which steps sample from, and switch its dropout off."""
+        if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+            fabric.print("lora_dropout is off in this step: with it the ratios of its updates would be noise")
+        model.eval()
         self._fabric, self._model, self._device = fabric, model, fabric.device
         self._policy: Any = None  # all of the model in this process, while answers are sampled and scored
         self._log = AnswerLog(out_dir / "completions.jsonl") if fabric.global_rank == 0 else None
@@ -120,16 +91,15 @@ class GRPO(Objective):
         return steps % self.settings.updates == 0
 
     def batches(self, step: int, rank: int, world_size: int) -> list[GroupBatch]:
-        """The rows of one step: sampled anew where the updates on the last ones are done."""
-        self._largest = 0.0
+        """The rows of one step: sampled again where the updates on the last ones are done."""
+        self._largest = {"log_ratio_max": 0.0, "sampling_logp_diff_max": 0.0}
         if step % self.settings.updates == 0:
             indices = step_indices(
                 step // self.settings.updates, len(self.questions), self.train.global_batch_size, self.seed
             )
-            draws = self._draws(len(indices) * self.settings.group_size, step)
-            mine = draws.view(len(indices), self.settings.group_size, -1)[rank::world_size].flatten(0, 1)
             with self._whole(self._model):
-                self._current = self._sampled([self.questions[i] for i in indices[rank::world_size]], step, mine)
+                rows = self._learned(self._answers(indices, step, rank, world_size), step)
+            self._current = self._evaluated(rows)
         return self._current
 
     @contextmanager
@@ -138,27 +108,73 @@ class GRPO(Objective):
             yield
         self._policy = None
 
-    def _draws(self, answers: int, step: int) -> torch.Tensor:
+    def _draws(self, answers: int, *step: int) -> torch.Tensor:
         """The numbers that decide a step's samples, (answers, max_new_tokens): the same for any number of processes."""
-        generator = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        generator = torch.Generator().manual_seed(hash((self.seed, *step)) % 2**63)
         return torch.rand(answers, self.settings.max_new_tokens, generator=generator, dtype=torch.float64)
 
-    def _sampled(self, questions: Sequence[Question], step: int, draws: torch.Tensor) -> list[GroupBatch]:
-        """Sample a group for each question, reward it, and pack what can be learned from."""
-        size = self.settings.group_size
+    def _answers(self, indices: Sequence[int], step: int, rank: int, world_size: int) -> Asked:
+        """This process's share of a step's questions, answered.
+
+        With `--flat_groups resample` further questions are asked while groups with a signal are missing (DAPO, Yu et
+        al. 2025, arXiv 2503.14476, sec. 3.2): as many as are missing in all processes, in at most `SAMPLING_ROUNDS`.
+        """
+        size, wanted = self.settings.group_size, len(indices)
+        asked = Asked(size)
+        further = self._further(indices, step)
+        for number in range(SAMPLING_ROUNDS if further else 1):
+            draws = self._draws(len(indices) * size, step, *([number] if number else []))
+            mine = draws.view(len(indices), size, -1)[rank::world_size].flatten(0, 1)
+            self._ask(asked, [self.questions[i] for i in indices[rank::world_size]], mine)
+            found: Any = has_signal(asked.totals).sum().to(self._device)
+            if self._fabric.world_size > 1:
+                found = self._fabric.all_reduce(found, reduce_op="sum")
+            self._missing = wanted - int(found)
+            indices, further = further[: self._missing], further[self._missing :]
+            if not indices:
+                break
+        return asked
+
+    def _further(self, indices: Sequence[int], step: int) -> list[int]:
+        """The other questions, in the order in which this step asks them if it needs more."""
+        if self.settings.flat_groups != "resample":
+            return []
+        generator = torch.Generator().manual_seed(hash((self.seed, step, len(self.questions))) % 2**63)
+        order = torch.randperm(len(self.questions), generator=generator).tolist()
+        first = set(indices)
+        return [i for i in order if i not in first]
+
+    def _ask(self, asked: Asked, questions: Sequence[Question], draws: torch.Tensor) -> None:
+        """Sample a group for each question and reward it."""
         began = time.perf_counter()
-        prompts = [question.prompt for question in questions for _ in range(size)]
-        rollouts = self._sample_answers(prompts, draws, self._policy)
-        seconds = time.perf_counter() - began
-        rows = [question.row for question in questions for _ in range(size)]
-        given = self.rewards([self._sample(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)])
-        totals = torch.tensor([found["total"] for found in given]).view(-1, size)  # (questions, G)
-        self._describe(step, rollouts, given, totals, rows, seconds)
-        if judged := self._judged(questions, rollouts, totals):
-            return self._packed(judged)
-        # Nothing to learn from: an answer that weighs nothing keeps the step, and its processes, together.
-        rest = self._packed([(questions[0], [(rollouts[0], 0.0)])])
-        return [replace(batch, weights=torch.zeros_like(batch.weights), units=0) for batch in rest]
+        repeated = [question for question in questions for _ in range(asked.group_size)]
+        rollouts = self._sample_answers([question.prompt for question in repeated], draws, self._policy)
+        asked.seconds += time.perf_counter() - began
+        asked.given += self._judge(repeated, rollouts)
+        asked.questions += questions
+        asked.rollouts += rollouts
+
+    def _judge(self, questions: Sequence[Question], rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+        """The rewards of one answer to each question; the total is less the penalty where an answer did not end."""
+        samples = [self._sample(question.row, rollout) for question, rollout in zip(questions, rollouts, strict=True)]
+        return [
+            {**found, "total": found["total"] - self.settings.missing_eos_penalty * sample.truncated}
+            for found, sample in zip(self.rewards(samples), samples, strict=True)
+        ]
+
+    def _learned(self, asked: Asked, step: int) -> list[GroupBatch]:
+        """Log what sampling found, and pack what can be learned from."""
+        self._describe(step, asked)
+        judged, others = self._judged(asked)
+        limits = (self.train.row_tokens, self.settings.normalisation, self.settings.max_new_tokens)
+        if judged:
+            batches = pack_groups(judged, others, *limits)
+        else:  # nothing to learn from: an answer that weighs nothing keeps the step, and its processes, together
+            (rest,) = pack_groups([(asked.questions[0], [(asked.rollouts[0], 0.0)])], 0, *limits)
+            batches = [replace(rest, weights=torch.zeros_like(rest.weights), units=others, units_per_token=0.0)]
+        if not self.settings.beta:
+            return batches
+        return [replace(batch, reference=self._reference(batch.rows)) for batch in batches]
 
     def _sample_answers(self, prompts: Sequence[Sequence[int]], draws: torch.Tensor, policy: GPT) -> list[Rollout]:
         """An answer to each prompt, decided by draws of (prompts, max_new_tokens)."""
@@ -186,53 +202,31 @@ class GRPO(Objective):
             batch_size=settings.sampling_batch,
         )
 
-    def _judged(self, questions: Sequence[Question], rollouts: list[Rollout], totals: torch.Tensor) -> Judged:
-        """Questions with their answers and these answers' advantages; groups without signal are left out.
-
-        Args:
-            questions: What was asked.
-            rollouts: Group by group.
-            totals: Their rewards, (questions, G).
-        """
-        size = totals.size(1)
-        advantages = losses.group_advantages(totals, self.settings.scale)
-        signal = _signal(totals).tolist()
-        groups: Judged = []
-        for g, question in enumerate(questions):
-            answers = zip(rollouts[g * size : (g + 1) * size], advantages[g].tolist(), strict=True)
-            learned = [(rollout, advantage) for rollout, advantage in answers if self._learns(rollout)]
-            if signal[g] and learned:
-                groups.append((question, learned))
-        return groups
-
-    def _learns(self, rollout: Rollout) -> bool:
-        return rollout.stopped or not self.settings.mask_truncated
+    def _judged(self, asked: Asked) -> tuple[Judged, int]:
+        return judged_groups(asked, self.settings)
 
     def _sample(self, row: Row, rollout: Rollout) -> Sample:
         text = text_of(rollout, self.template)
         return Sample(row, text, len(rollout.ids), not rollout.stopped, self.settings.max_new_tokens)
 
-    def _packed(self, groups: Judged) -> list[GroupBatch]:
-        """Pack questions with answers and advantages into rows; of a large group some answers to a tree."""
-        settings = self.settings
-        groups = [part for group in groups for part in _parts(*group, self.train.row_tokens)]
-        trees = [Tree(question.prompt, [rollout.ids for rollout, _ in answers]) for question, answers in groups]
-        batches = []
-        for row, packed in pack(trees, self.train.row_tokens):
-            answers = [answer for i in row for answer in groups[i][1]]
-            lengths = torch.tensor([len(rollout.ids) for rollout, _ in answers])
-            weights, units = losses.token_weights(lengths, settings.normalisation, settings.max_new_tokens)
-            batches.append(
-                GroupBatch(
-                    rows=packed,
-                    old=torch.tensor([logprob for rollout, _ in answers for logprob in rollout.logprobs]),
-                    advantages=torch.tensor([advantage for _, advantage in answers])[packed.owners],
-                    weights=weights[packed.owners],
-                    units=units,
-                    reference=self._reference(packed) if settings.beta else None,
-                )
-            )
-        return batches
+    def _evaluated(self, batches: list[GroupBatch]) -> list[GroupBatch]:
+        """The rows with the old policy's log-probabilities, where there is more than one update on them."""
+        if self.settings.updates == 1:
+            return batches
+        return [replace(batch, old=old.cpu()) for batch, old in zip(batches, self._outputs(batches), strict=True)]
+
+    @torch.no_grad()
+    def _outputs(self, batches: list[GroupBatch]) -> list[Any]:
+        """The model's outputs for each row, as the updates compute them; processes go row by row together."""
+        rounds = len(batches)
+        if self._fabric.world_size > 1:  # sharded models gather their weights for each row
+            gathered: Any = self._fabric.all_gather(torch.tensor(rounds, device=self._device))
+            rounds = int(gathered.max())
+        outputs = []
+        for number in range(rounds):
+            row = batches[min(number, len(batches) - 1)].rows.to(self._device)
+            outputs.append(self._model(row, temperature=self.settings.temperature))
+        return outputs[: len(batches)]
 
     @torch.no_grad()
     def _reference(self, rows: PackedBatch) -> torch.Tensor:
@@ -254,59 +248,68 @@ class GRPO(Objective):
     def loss(self, model: Any, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the KL to the reference."""
         logprobs = model(batch.rows, temperature=self.settings.temperature)  # (N,)
-        loss, told = self.policy_loss(logprobs, batch)
+        log_ratio, loss, told = self.policy_loss(logprobs, batch)
         if batch.reference is not None:
-            kl = losses.k3(logprobs, batch.reference)
+            kl = losses.k3(logprobs, batch.reference)  # (N,)
+            told["kl"] = kl.detach().sum() * batch.units_per_token
+            kl = kl * log_ratio.exp() if self.settings.kl_correction else kl
             loss = loss + self.settings.beta * (batch.weights * kl).sum()
         return loss, told
 
-    def policy_loss(self, logprobs: torch.Tensor, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum over a row's tokens of the clipped policy loss, from their log-probabilities (N,)."""
+    def policy_loss(
+        self, logprobs: torch.Tensor, batch: GroupBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The clipped policy loss of a row, from its tokens' log-probabilities (N,).
+
+        Returns:
+            The tokens' log-ratios (N,), the weighted sum of their losses, and sums to log.
+        """
         settings, rows = self.settings, batch.rows
-        log_ratio = logprobs - batch.old
-        gap = log_ratio.detach().abs()
-        self._largest = max(self._largest, float(gap.max()))
+        old = logprobs.detach() if batch.old is None else batch.old
+        log_ratio = logprobs - old
+        told = {"log_ratio": log_ratio.detach().abs(), "sampling_logp_diff": (old - batch.sampled).abs()}
+        for name, values in told.items():
+            self._largest[f"{name}_max"] = max(self._largest[f"{name}_max"], float(values.max()))
         if settings.sequence_ratio:
             log_ratio = losses.sequence_log_ratio(log_ratio, rows.owners, rows.completions)
         clip = (settings.clip_low, settings.clip_high)
         loss = losses.clipped_policy_loss(log_ratio, batch.advantages, *clip)  # (N,)
-        share = batch.units / len(logprobs)  # what is a mean over tokens is logged as one
-        told = {
-            "clipped": losses.is_clipped(log_ratio.detach(), batch.advantages, *clip).float().sum() * share,
-            "log_ratio": gap.sum() * share,
-        }
-        if batch.reference is not None:
-            told["kl"] = losses.k3(logprobs.detach(), batch.reference).sum() * share
-        return (batch.weights * loss).sum(), told
+        told["clipped"] = losses.is_clipped(log_ratio.detach(), batch.advantages, *clip).float()
+        means = {name: values.sum() * batch.units_per_token for name, values in told.items()}
+        return log_ratio, (batch.weights * loss).sum(), means
 
     def step_metrics(self) -> dict[str, float]:
-        """What sampling found, and the largest log-ratio of a token to what sampling recorded."""
-        return {**self._metrics, "log_ratio_max": self._largest}
+        """Numbers of the sampling, and the largest distances of a token from the old policy and from sampling."""
+        return {**self._metrics, **self._largest}
 
-    def _describe(
-        self,
-        step: int,
-        rollouts: list[Rollout],
-        given: list[dict[str, float]],
-        totals: torch.Tensor,
-        rows: list[Row],
-        seconds: float,
-    ) -> None:
+    def _describe(self, step: int, asked: Asked) -> None:
         """Keep a step's numbers for the log, and three of its answers."""
+        rollouts, given, totals, size = asked.rollouts, asked.given, asked.totals, asked.group_size
+        rows = [question.row for question in asked.questions for _ in range(size)]
         count = len(rollouts)
         tokens = sum(len(rollout.ids) for rollout in rollouts)
         parts = self.rewards.means(given)
-        groups = {"no_signal": 1 - float(_signal(totals).float().mean())} if totals.size(1) > 1 else {}
+        compared = totals if size > 1 else totals.T  # one answer to each question is compared with the others' answers
+        groups = {"no_signal": 1 - float(has_signal(compared).float().mean())}
+        if self.settings.flat_groups == "resample":
+            extra = len(asked.questions) * self._fabric.world_size / self.train.global_batch_size - 1
+            groups |= {"resampled": extra, "missing_groups": self._missing}
+            if self._missing and not self._metrics.get("missing_groups"):
+                self._fabric.print(
+                    f"step {step + 1}: only {self.train.global_batch_size - self._missing} of "
+                    f"{self.train.global_batch_size} groups have answers of different reward after {SAMPLING_ROUNDS} "
+                    "rounds of sampling (or all questions); the step takes these (missing_groups in metrics.csv)"
+                )
         self._metrics = {
             "reward": float(totals.mean()),
-            "reward_std": float((totals if groups else totals.T).std(dim=1, correction=0).mean()),
+            "reward_std": float(compared.std(dim=1, correction=0).mean()),
             **parts,
             **groups,
             "answer_tokens": tokens / count,
             "truncated": sum(not rollout.stopped for rollout in rollouts) / count,
             # of the untruncated policy at the sampling temperature, by its own samples
             "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / tokens,
-            "sampled_per_second": tokens / seconds * self._fabric.world_size,  # the mean over processes is logged
+            "sampled_per_second": tokens / asked.seconds * self._fabric.world_size,  # the mean over processes is logged
         }
         number = step + 1  # as in metrics.csv
         if self._log is not None and number % self.train.log_interval == 0:
@@ -332,8 +335,7 @@ class GRPO(Objective):
 
     def _worth(self, questions: Sequence[Question], rollouts: Sequence[Rollout]) -> list[float]:
         """The reward of one answer to each question."""
-        samples = [self._sample(question.row, rollout) for question, rollout in zip(questions, rollouts, strict=True)]
-        return [found["total"] for found in self.rewards(samples)]
+        return [found["total"] for found in self._judge(questions, rollouts)]
 
     @torch.no_grad()
     def report(self, model: Any) -> Report:
@@ -379,25 +381,6 @@ class GRPO(Objective):
         return found
 
 
-def _parts(question: Question, answers: list[tuple[Rollout, float]], room: int) -> Judged:
-    """A group's answers in parts that fit, each with the prompt, into so many tokens (one answer may exceed them)."""
-    parts: Judged = []
-    used = 0
-    for answer in answers:
-        length = len(answer[0].ids)
-        if not parts or used + length > room:
-            parts.append((question, []))
-            used = len(question.prompt)
-        parts[-1][1].append(answer)
-        used += length
-    return parts
-
-
 def _mean_row(name: str, values: list[float]) -> dict[str, Any]:
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return metric(name, statistics.fmean(values), stderr=spread, n=len(values), split="test")
-
-
-def _signal(totals: torch.Tensor) -> torch.Tensor:
-    """Whether a group's rewards differ, (groups,), from rewards (groups, G)."""
-    return totals.amax(dim=1) > totals.amin(dim=1)

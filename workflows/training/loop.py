@@ -110,6 +110,8 @@ class Objective(ABC):
 
     may_rest = False
     """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
+    without_signal = "the gradient was zero"
+    """The usual reason of a step that had nothing to learn from."""
 
     def adapt(self, model: Any) -> Any:
         """The loaded model with what the objective needs besides: a head, say."""
@@ -180,6 +182,7 @@ class FitResult:
         losses: Training loss of each step since the start or the resume.
         report: What the objective says of the trained model.
         loss_scale: float16's (`mixed_precision.LossScaler`).
+        steps_without_signal: Steps that had nothing to learn from: a gradient of zero, or rewards that are all alike.
     """
 
     steps: int
@@ -189,6 +192,7 @@ class FitResult:
     losses: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     loss_scale: float = LOSS_SCALE
+    steps_without_signal: int = 0
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -198,6 +202,7 @@ class FitResult:
             "real_tokens": self.real_tokens,
             "metrics": self.metrics,
             "loss_scale": self.loss_scale,
+            "steps_without_signal": self.steps_without_signal,
         }
 
 
@@ -291,6 +296,7 @@ def fit(
     masters.publish()
     result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
     scaler = LossScaler(fabric, wrapped, start["loss_scale"])
+    result.steps_without_signal = start["steps_without_signal"]
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(weight.numel() for weight in masters.weights.values()):,} trained parameters, "
@@ -338,6 +344,7 @@ def fit(
             result.seconds += seconds
             result.real_tokens += int(tokens)
             result.losses.append(logged["loss"])
+            result.steps_without_signal += logged["grad_norm"] == 0 or logged.get("no_signal") == 1
             last = result.steps == train.max_steps
             if last or result.steps % train.eval_interval == 0:
                 result.metrics = objective.validate(wrapped)
@@ -359,7 +366,17 @@ def fit(
             if stopping:
                 raise KeyboardInterrupt
     result.report = objective.report(wrapped)
+    if result.steps_without_signal:
+        fabric.print(signal_report(result, objective.without_signal))
     return result
+
+
+def signal_report(result: FitResult, reason: str) -> str:
+    """How many steps of a run had nothing to learn from, and what to do where that is all of them."""
+    count = f"{result.steps_without_signal} of {result.steps} steps had nothing to learn from ({reason})"
+    if result.steps_without_signal < result.steps:
+        return count
+    return f"{count}: this run has taught the model nothing. Change the data, the reward or the loss's settings."
 
 
 def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:

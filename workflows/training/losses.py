@@ -174,7 +174,10 @@ def group_advantages(rewards: torch.Tensor, scale: Scale = "group") -> torch.Ten
         Shape (groups, G); zeros where a group's rewards are all the same.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    return advantages if scale == "none" else advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    if scale == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return advantages.masked_fill(flat, 0.0)  # a mean that rounds would leave some noise, divided by 1e-4
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,8 @@ class Checkpoints:
             UserError: If the checkpoint belongs to a run with other settings, or there is none and `resume` is True, or
                 none of them can be read.
         """
-        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}, "loss_scale": LOSS_SCALE}
+        optional = {"loss_scale": LOSS_SCALE, "steps_without_signal": 0}  # earlier checkpoints lack them
+        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}, **optional}
         path, identity = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
@@ -104,7 +105,8 @@ class Checkpoints:
             else:
                 rest = self.fabric.load(path, {"optimizer": self.optimizer}, strict=False, weights_only=True)
                 copy_weights(rest["model"], self.weights)
-            counters = {name: {"loss_scale": LOSS_SCALE, **rest}[name] for name in fresh}  # older ones have no scale
+            rest = {**optional, **rest}
+            counters = {name: rest[name] for name in fresh}
             if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
                 raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:

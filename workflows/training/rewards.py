@@ -277,7 +277,8 @@ class Rewards:
         found: Sequence[float | None]
         if name in self.models:
             prompts = [sample.row["prompt"] for sample in samples]
-            found = self.models[name](prompts, [sample.text for sample in samples])
+            texts, truncated = [sample.text for sample in samples], [sample.truncated for sample in samples]
+            found = self.models[name](prompts, texts, truncated)
         else:
             found = self._values(name, samples)
         for sample, value in zip(samples, found, strict=True):

@@ -2,6 +2,9 @@
 
 A reward model is a checkpoint directory with one file more, `reward_head.safetensors`: the head's weight, and the mean
 and standard deviation of its rewards over the answers that it was validated on, by which they are normalised.
+
+A reward is read where the token that ends the answer is the input (Ouyang et al. 2022, arXiv 2203.02155, sec. 3.5), so
+that it depends on whether the answer ended; that of a truncated answer is read at its last token.
 """
 
 from collections.abc import Sequence
@@ -21,13 +24,28 @@ from workflows.training.model import GPT, Precision, load_model
 REWARD_HEAD = "reward_head.safetensors"
 
 
-def ends(batch: PackedBatch) -> torch.Tensor:
-    """For each completion the index in 0..T-1 of the input that its last learned token follows, (completions,).
+READ_AT = "end token"
+"""Where rewards are read, in the metadata of `reward_head.safetensors`; earlier files have none."""
 
-    That state has seen all of the answer but the token that ends it.
+
+def scored(tree: Tree) -> Tree:
+    """A tree whose completions are inputs to their last token, where a row's single learned position of each is.
+
+    A tree's last tokens are predicted but no inputs; so each completion gets one token more, which nothing looks at.
     """
-    counts = torch.bincount(batch.owners, minlength=batch.completions)
-    return batch.predictors[counts.cumsum(0) - 1]
+    return Tree(
+        tree.prompt,
+        [[*completion, completion[-1]] for completion in tree.completions],
+        [[False] * len(completion) + [True] for completion in tree.completions],
+    )
+
+
+def pack_scored(trees: Sequence[Tree], row_tokens: int) -> list[tuple[list[int], PackedBatch]]:
+    """As `pack`, for trees whose completions a `RewardModel` is to score."""
+    rows = pack([scored(tree) for tree in trees], row_tokens)
+    for _, batch in rows:
+        batch.real_tokens -= batch.completions  # the tokens that were added
+    return rows
 
 
 class RewardModel(GPT):
@@ -36,10 +54,11 @@ class RewardModel(GPT):
     reward_head: torch.nn.Linear
 
     def forward(self, idx: torch.Tensor | PackedBatch, *args: Any, **kwargs: Any) -> Any:
-        """Rewards of a packed row's completions, float32, shape (completions,); for a tensor, LitGPT's own forward."""
+        """Rewards of the completions of a row of `pack_scored`, float32, shape (completions,); for a tensor, LitGPT's
+        own forward."""
         if not isinstance(idx, PackedBatch):
             return super().forward(idx, *args, **kwargs)
-        states = self.hidden(idx)[0].index_select(0, ends(idx))  # (completions, n_embd)
+        states = self.hidden(idx)[0].index_select(0, idx.predictors)  # (completions, n_embd)
         return self.reward_head(states.float())[:, 0]
 
 
@@ -86,7 +105,8 @@ def save_reward_head(checkpoint_dir: Path, weight: torch.Tensor, mean: float, st
     """
     with atomic_file(checkpoint_dir / REWARD_HEAD) as temporary:
         numbers = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
-        safetensors.torch.save_file({"weight": weight.float().contiguous(), **numbers}, temporary)
+        tensors = {"weight": weight.float().contiguous(), **numbers}
+        safetensors.torch.save_file(tensors, temporary, metadata={"read_at": READ_AT})
 
 
 class LearnedReward:
@@ -102,6 +122,8 @@ class LearnedReward:
         file = directory / REWARD_HEAD
         try:
             tensors = safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as opened:
+                read_at = (opened.metadata() or {}).get("read_at")
             weight, mean, std = tensors["weight"], float(tensors["mean"]), float(tensors["std"])
         except FileNotFoundError:
             raise UserError(
@@ -109,6 +131,11 @@ class LearnedReward:
             ) from None
         except (safetensors.SafetensorError, KeyError, ValueError) as e:
             raise UserError(f"{file} cannot be read ({e}). Run `make reward` again.") from None
+        if read_at != READ_AT:
+            raise UserError(
+                f"{file} was trained by an earlier version, which read rewards before the token that ends an answer; "
+                "now they are read at that token. Train it again with `make reward`."
+            )
         model = load_model(directory, None, precision, device=device)
         if weight.shape != (1, model.config.n_embd) or not std > 0:
             raise UserError(f"{file} does not fit the model beside it. Run `make reward` again.")
@@ -118,17 +145,33 @@ class LearnedReward:
         self.template = ChatTemplate.from_checkpoint(directory)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[list[Message]], answers: Sequence[str], row_tokens: int = 2048) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[list[Message]],
+        answers: Sequence[str],
+        truncated: Sequence[bool] | None = None,
+        row_tokens: int = 2048,
+    ) -> list[float]:
         """Rewards of answers in units of the reward model's standard deviation, 0 being its mean.
 
         An answer that exceeds the reward model's context is judged by its beginning.
+
+        Args:
+            prompts: Conversations that end with the user's turn.
+            answers: The assistant's, as text.
+            truncated: Whether an answer did not end; it is scored without the token that ends a turn. None if all did.
+            row_tokens: Capacity of a packed row.
         """
+        longest = self.model.max_seq_length
         trees = []
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for prompt, answer, cut in zip(prompts, answers, truncated or [False] * len(answers), strict=True):
             chat = self.template.encode_chat([*prompt, {"role": "assistant", "content": answer}], len(prompt))
-            room = max(1, self.model.max_seq_length - len(chat.prompt))
-            trees.append(Tree(chat.prompt[-self.model.max_seq_length + 1 :], [chat.completion[:room]]))
+            completion = chat.completion[: max(1, longest - len(chat.prompt))]
+            ids = [*chat.prompt[-longest + 1 :], *completion]
+            if cut and ids[-1] in self.template.stop_ids:
+                ids.pop()
+            trees.append(Tree(ids[:-1], [ids[-1:]]))
         found = torch.empty(len(trees))
-        for indices, batch in pack(trees, row_tokens):
+        for indices, batch in pack_scored(trees, row_tokens):
             found[indices] = self.model(batch.to(self.device)).cpu()
         return ((found - self.mean) / self.std).tolist()

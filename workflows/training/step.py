@@ -73,7 +73,7 @@ class RunArgs:
     lora_alpha: int = 32
     """The update is scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
-    """Dropout on the adapters' input."""
+    """Dropout on the adapters' input; off in grpo and ppo, whose ratios it would make noise."""
     lora_query: bool = True
     """Adapt the query projection."""
     lora_key: bool = True
@@ -278,6 +278,7 @@ def write_final(
             peak_bytes=peak.bytes,
             train_seconds=result.seconds,
             steps=result.steps,
+            steps_without_signal=result.steps_without_signal,
             gain=result.report.gain,
             shown=result.report.shown,
         )

@@ -1,8 +1,9 @@
 """The objective of preferences without pairs, KTO: each answer is labelled good or bad by itself.
 
 KTO weighs an answer by how far it is from the reference, measured in units of the policy's KL to it. That KL is
-estimated from answers that belong to other prompts (Ethayarajh et al. 2024, arXiv 2402.01306, sec. 4.1): each prompt
-has one such answer, the next prompt's, so that the reference's log-probabilities of these are computed once, too.
+estimated from mismatched completions, answers that belong to other prompts (Ethayarajh et al. 2024, arXiv 2402.01306,
+sec. 4.1): each row has those of one row of another prompt, good and bad ones alike, so that together they are the
+answers of the data, and the reference's log-probabilities of them are computed once, too.
 """
 
 from collections import Counter
@@ -15,6 +16,7 @@ import lightning as L
 import torch
 
 from workflows.checkpoint import metric, share_metric
+from workflows.errors import UserError
 from workflows.training import losses
 from workflows.training.answers import Labelled
 from workflows.training.batch import PackedBatch, Tree, pack
@@ -48,7 +50,7 @@ class AnswerBatch:
         rows: The row.
         desirable: Whether each of its completions is a good one, shape (completions,).
         reference: log pi_ref of its learned tokens, shape (N,).
-        kl: The policy's KL to the reference, estimated on all of the step's strangers, a scalar.
+        kl: The policy's KL to the reference, estimated on all of the step's mismatched completions, a scalar.
     """
 
     rows: PackedBatch
@@ -82,27 +84,35 @@ class KTO(Objective):
         """Keep what a run needs.
 
         Args:
-            train_answers: Prompts with labelled answers, at least two.
+            train_answers: Prompts with labelled answers, of at least two different prompts.
             validation_answers: Likewise.
             train: Training settings.
             seed: Of the order of prompts.
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the answers.
             test: Answers to be tested on at the end; perhaps none.
+
+        Raises:
+            UserError: If there is no second prompt, from whose answers the KL could be estimated.
         """
         splits = (train_answers, validation_answers, test.labelled)
         self.answers = [answer for answers in splits for answer in answers]
         self.trained, self.validated = len(train_answers), len(train_answers) + len(validation_answers)
         self.test = test
-        self.strangers = [tree for answers in splits for tree in _with_strangers(answers, train.max_seq_length)]
+        self.mismatched = [
+            tree
+            for answers in splits
+            for tree in add_mismatched_completions(answers, train_answers, train.max_seq_length)
+        ]
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
-        """Get the reference's log-probabilities of all answers that the run meets, and of their prompts' strangers."""
+        """Get the reference's log-probabilities of all answers that the run trains or is tested on, and of their
+        mismatched completions."""
         self._model, self._device, count = model, fabric.device, len(self.answers)
         met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, count)]
-        trees = [*(self.answers[i].tree for i in met), *(self.strangers[i] for i in met)]
+        trees = [*(self.answers[i].tree for i in met), *(self.mismatched[i] for i in met)]
         key, file = key_of(trees, self.identity), out_dir / "reference.safetensors"
         found = reference_logprobs(fabric, model, trees, self.train.row_tokens, file, key)
         self.reference = dict(zip([*met, *(count + i for i in met)], found, strict=True))
@@ -114,12 +124,14 @@ class KTO(Objective):
 
     @torch.no_grad()
     def _kl(self, indices: Sequence[int]) -> torch.Tensor:
-        """The mean log-ratio of the prompts' strangers, at least 0; every process computes all of a step's."""
+        """The mean log-ratio of mismatched completions, at least 0; every process computes all of a step's."""
         total = torch.zeros((), device=self._device)
-        for row, batch in pack([self.strangers[i] for i in indices], self.train.row_tokens):
+        count = 0
+        for row, batch in pack([self.mismatched[i] for i in indices], self.train.row_tokens):
             reference = sum(self.reference[len(self.answers) + indices[i]].sum() for i in row)
             total += self._model(batch.to(self._device)).sum() - reference
-        return (total / len(indices)).clamp_min(0).cpu()
+            count += batch.completions
+        return (total / count).clamp_min(0).cpu()
 
     def _packed(self, indices: Sequence[int], kl: torch.Tensor) -> list[AnswerBatch]:
         found = []
@@ -151,7 +163,7 @@ class KTO(Objective):
         rewards = settings.beta * ratios.detach()
         told = {
             "signed_reward": torch.where(batch.desirable, rewards, -rewards).sum(),  # to rise
-            "kl_strangers": batch.kl * rows.completions,
+            "kl_mismatched": batch.kl * rows.completions,
             # a good answer should have gained on the reference, a bad one lost
             "accuracy": ((rewards > 0) == batch.desirable).float().sum(),
             "kl": losses.k2(logprobs.detach(), batch.reference).sum(),
@@ -188,12 +200,65 @@ class KTO(Objective):
         return Report(rows, shown=self.test.answers(model))
 
 
-def _with_strangers(answers: Sequence[Labelled], longest: int) -> list[Tree]:
-    """Each prompt with the first answer of the next one, as far as both together fit into so many tokens."""
-    following = [*answers[1:], *answers[:1]]
+def add_mismatched_completions(
+    answers: Sequence[Labelled], train_answers: Sequence[Labelled], longest: int
+) -> list[Tree]:
+    """Give each row's prompt the completions of a row of another prompt, as far as both together fit.
+
+    The rows, ordered by prompt, are shifted by as many as the most frequent prompt has, so that each row's completions
+    are taken once (TRL shifts them within a batch, by one). Where more than half of the rows have one prompt, the
+    completions of the others are taken in turn; where all have, those of the training rows.
+
+    Args:
+        answers: Rows of a split.
+        train_answers: Those of the training split.
+        longest: Maximum number of tokens of a prompt with a completion.
+
+    Raises:
+        UserError: If no row has another prompt.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, answer in enumerate(answers):
+        groups.setdefault(tuple(answer.tree.prompt), []).append(i)
+    order = [i for group in groups.values() for i in group]
+    largest = max(groups.values(), key=len, default=[])
+    partners = {i: answers[order[(place + len(largest)) % len(order)]] for place, i in enumerate(order)}
+    if 2 * len(largest) > len(order):  # only then a shifted row may have the same prompt
+        prompt = answers[largest[0]].tree.prompt
+        others = [row for row in answers if row.tree.prompt != prompt]
+        others = others or [row for row in train_answers if row.tree.prompt != prompt]
+        if not others:
+            raise UserError(
+                "KTO estimates its KL from answers to other prompts, but all rows have the same prompt. Add rows with "
+                "other prompts, or use a loss of pairs (--loss sigmoid) on data of pairs."
+            )
+        partners |= {i: others[number % len(others)] for number, i in enumerate(largest)}
     trees = []
-    for answer, other in zip(answers, following, strict=True):
-        room = longest - len(answer.tree.prompt)
-        masks = [other.tree.loss_masks[0][:room]] if other.tree.loss_masks else None
-        trees.append(Tree(answer.tree.prompt, [other.tree.completions[0][:room]], masks))
+    for i, answer in enumerate(answers):
+        prompt, other = answer.tree.prompt, partners[i].tree
+        room = longest - len(prompt)
+        masks = [mask[:room] for mask in other.loss_masks] if other.loss_masks else None
+        trees.append(Tree(prompt, [completion[:room] for completion in other.completions], masks))
     return trees
+
+
+def label_balance(answers: Sequence[Labelled], settings: KTOSettings) -> str:
+    """The number of good and of bad answers and, where they are out of balance, weights that balance them.
+
+    The ratio of desirable_weight times good answers to undesirable_weight times bad ones should be from 1 to 4/3
+    (Ethayarajh et al. 2024, arXiv 2402.01306, sec. 4.3).
+    """
+    good = sum(sum(answer.desirable) for answer in answers)
+    bad = sum(len(answer.desirable) for answer in answers) - good
+    found = f"{good:,} desirable and {bad:,} undesirable answers"
+    if not good or not bad:
+        return f"{found}: KTO learns from one label only, and no weight can balance that"
+    ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad)
+    if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
+        return f"{found}, weighted {ratio:.2f} to 1"
+    least = settings.undesirable_weight * bad / good
+    most = settings.desirable_weight * good / bad
+    return (
+        f"{found}, weighted {ratio:.2g} to 1; from 1 to 1.33 is balanced. Use --desirable_weight {least:.4g} (up to "
+        f"{least * 4 / 3:.4g}) or --undesirable_weight {most:.4g} (down to {most * 3 / 4:.4g}), not both."
+    )

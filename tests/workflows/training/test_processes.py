@@ -144,6 +144,7 @@ def test_two_processes_with_half_the_accumulations_follow_one(strategy, alone, t
         pytest.param("dpo", "fsdp", marks=SHARDED),
         pytest.param("reward", "fsdp", marks=SHARDED),
         ("grpo", "ddp"),
+        pytest.param("grpo", "fsdp", marks=SHARDED),
         pytest.param("ppo", "ddp", marks=pytest.mark.slow),  # its rollouts are grpo's
     ],
 )
@@ -157,7 +158,7 @@ def test_alignment_in_two_processes_follows_one(step, strategy, tiny_llama, pair
     if data is questions:
         options["rewards"] = [WeightedReward(f"{alignment.__name__}.early_letters")]
     if step == "grpo":
-        options["group_size"] = 4
+        options |= {"group_size": 4, "updates": 2, "flat_groups": "resample", "missing_eos_penalty": 0.1}
     module = {"dpo": dpo_step, "reward": reward_step, "grpo": grpo_step, "ppo": ppo_step}[step]
     module.setup(checkpoint_dir=tiny_llama, data=data, out_dir=tmp_path / "one", train=train, **options)
     command = [sys.executable, "-m", "workflows", step, "--devices", "2", "--strategy", strategy]
@@ -168,6 +169,8 @@ def test_alignment_in_two_processes_follows_one(step, strategy, tiny_llama, pair
     run = subprocess.run([*command, "--train", json.dumps(vars(train))], capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    if step == "grpo":  # the old policy is computed as the updates compute theirs, by each process with its part
+        assert all(row["log_ratio_max"] == 0 for row in alignment.log_of(tmp_path / "two")[::2])
     one, two = (alignment.on_test_split(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) >= (1 if step == "reward" else 3)
     for name, row in one.items():

@@ -88,5 +88,5 @@ def test_alignment_trains_on_quantized_weights(step, pairs, questions, tmp_path)
         options |= {"max_new_tokens": 8, "rewards": [WeightedReward(f"{alignment.__name__}.early_letters")]}
     module.setup(base, questions if step == "grpo" else pairs, tmp_path / "out", **options)
     log = alignment.log_of(tmp_path / "out")
-    assert log[-1]["loss"] < log[0]["loss"] if step != "grpo" else log[0]["log_ratio_max"] < 1e-4
+    assert log[-1]["loss"] < log[0]["loss"] if step != "grpo" else log[0]["sampling_logp_diff_max"] < 1e-4
     assert check_checkpoint_dir(tmp_path / "out" / "final")
