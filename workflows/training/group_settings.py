@@ -62,9 +62,10 @@ class GroupSettings:
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --train.max_seq_length "
                 f"{train.max_seq_length}."
             )
-        if self.updates >= 1 and (train.save_interval % self.updates or train.max_steps % self.updates):
+        saved = (train.max_steps, train.save_interval, train.eval_interval)  # the best validation's step is saved, too
+        if self.updates >= 1 and any(steps % self.updates for steps in saved):
             found.append(
-                f"--train.max_steps and --train.save_interval must be multiples of --updates {self.updates}: "
-                "checkpoints do not keep answers."
+                "--train.max_steps, --train.save_interval and --train.eval_interval must be multiples of --updates "
+                f"{self.updates}: checkpoints do not keep answers."
             )
         return found

@@ -76,6 +76,7 @@ class GRPO(Objective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its later variants."""
 
     may_rest = True
+    best_by = ("val_reward", "max")
 
     def __init__(
         self,
@@ -105,6 +106,7 @@ class GRPO(Objective):
         self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
+        self.epoch_rows, self.updates = len(train_questions), settings.updates
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
         self._largest = 0.0

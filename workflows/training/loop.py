@@ -2,7 +2,7 @@
 
 In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
 gradient clipping, the learning-rate schedule, progress bar; beside it `processes.py` (devices and strategies),
-`resume.py` (checkpoints), `stopping.py` (Ctrl-C) and `logs.py`. A step file supplies an `Objective`: its batches, its
+`resume.py` (checkpoints), `stopping.py` (signals) and `logs.py`. A step file supplies an `Objective`: its batches, its
 loss, its validation.
 """
 
@@ -34,7 +34,16 @@ class TrainArgs:
     """Training settings; names are LitGPT's where LitGPT has them."""
 
     max_steps: int = 200
-    """Optimizer steps."""
+    """Maximum number of optimizer steps; 0, beside epochs, for no maximum."""
+    epochs: float | None = None
+    """Number of passes over the training rows; the run ends at max_steps where that comes first. null for max_steps
+    alone."""
+    keep: Literal["best", "last"] = "best"
+    """Step whose weights are the result: "best" is that of the best validation (every eval_interval, and the last
+    step), since a run over few rows overfits before it ends; "last" takes the last step."""
+    patience: int | None = None
+    """Early-stopping patience: the run stops after this many validations in a row without improvement. null never
+    stops."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all devices."""
     row_tokens: int = 512
@@ -67,13 +76,19 @@ class TrainArgs:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, as messages."""
-        positive = ("max_steps", "global_batch_size", "row_tokens", "max_seq_length")
+        positive = ("global_batch_size", "row_tokens", "max_seq_length")
         intervals = ("log_interval", "eval_interval", "save_interval")
         found = [
             f"--train.{name} must be at least 1, not {getattr(self, name)}."
             for name in positive + intervals
             if getattr(self, name) < 1
         ]
+        if self.max_steps < (1 if self.epochs is None else 0):
+            found.append(f"--train.max_steps must be at least 1 (0 beside --train.epochs), not {self.max_steps}.")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            found.append(f"--train.epochs must be positive, not {self.epochs}.")
+        if self.patience is not None and self.patience < 1:
+            found.append(f"--train.patience must be at least 1, or null, not {self.patience}.")
         if self.global_batch_size > MOST_SAMPLES:
             found.append(f"--train.global_batch_size {self.global_batch_size} exceeds {MOST_SAMPLES:,} samples a step.")
         if not 0 < self.learning_rate < math.inf:
@@ -83,7 +98,8 @@ class TrainArgs:
                 found.append(
                     f"--train.{name} must be 0 or more" + (f", and below {most}" * (most == 1)) + f", not {value}."
                 )
-        if not 0 <= self.lr_warmup_steps <= self.max_steps:
+        longest = math.inf if self.epochs is not None and self.max_steps == 0 else self.max_steps
+        if not 0 <= self.lr_warmup_steps <= longest:
             found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
         if self.max_norm is not None and not self.max_norm > 0:
             found.append("--train.max_norm must be positive, or null for no clipping.")
@@ -107,6 +123,14 @@ B = TypeVar("B", bound=Batch, contravariant=True)
 class Objective(ABC):
     """What a step trains on. The loss of a step is the sum over its units divided by their number."""
 
+    train: TrainArgs
+    """The training settings; `limited_to` has decided their number of steps before the first one."""
+    epoch_rows: int
+    """Rows of the training split: an epoch is one pass over them."""
+    updates = 1
+    """Optimizer steps on the same rows."""
+    best_by: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
+    """The validation metric that the best step is chosen by, and whether the smallest or the largest is best."""
     may_rest = False
     """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
 
@@ -175,7 +199,11 @@ class FitResult:
         steps: Optimizer steps in all, those before a resume included.
         seconds: Time in training steps alone (no validation, no saving), those before a resume included.
         real_tokens: Tokens trained on, without padding or sharing.
-        metrics: The last validation's metrics.
+        metrics: The last validation's metrics; at the end those of the step that is kept.
+        best: The best validation at a multiple of eval_interval so far: {"step", "metrics"}; empty if there was none.
+        stale: Validations since then.
+        plateau: The largest number of validations in a row without improvement.
+        kept_step: The step whose weights are the result.
         losses: Training loss of each step since the start or the resume.
         report: What the objective says of the trained model.
     """
@@ -184,6 +212,10 @@ class FitResult:
     seconds: float
     real_tokens: int
     metrics: dict[str, float]
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
+    plateau: int = 0
+    kept_step: int = 0
     losses: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
@@ -194,7 +226,18 @@ class FitResult:
             "seconds": self.seconds,
             "real_tokens": self.real_tokens,
             "metrics": self.metrics,
+            "best": self.best,
+            "stale": self.stale,
+            "plateau": self.plateau,
         }
+
+    def is_best(self, by: tuple[str, Literal["min", "max"]]) -> bool:
+        """Whether the last validation is better than the best one before it."""
+        name, direction = by
+        if not self.best or name not in self.metrics:
+            return name in self.metrics
+        value, best = self.metrics[name], self.best["metrics"][name]
+        return value < best if direction == "min" else value > best
 
 
 def learning_rate(step: int, train: TrainArgs) -> float:
@@ -256,19 +299,19 @@ def fit(
         train: Settings.
         out_dir: Where `metrics.csv` and `checkpoints/` go.
         seed: Seeds dropout, by step and rank.
-        identity: What the run's result depends on (model and data hashes, settings). A checkpoint with another identity
-            is not resumed.
+        identity: What the run's result depends on (model and data hashes, settings). `identity.resume_changes` says
+            with which others a checkpoint is resumed.
         resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew; "matching"
-            goes on from one of this very identity and deletes others.
+            goes on from one of this run and deletes others.
         loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
         peak: A memory watch that is running; each row of the log has its peak since the row before.
 
     Returns:
-        Steps, seconds, tokens and the last validation metrics.
+        Steps, seconds, tokens and the validation metrics of the step that is kept, whose weights the model has then.
 
     Raises:
         UserError: If loss or gradient stop being numbers, a file cannot be written, or `resume` finds none that fits.
-        KeyboardInterrupt: After Ctrl-C, once the step is finished and its checkpoint written.
+        KeyboardInterrupt: After Ctrl-C, SIGTERM or SIGHUP, once the step is finished and its checkpoint written.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -285,22 +328,30 @@ def fit(
     objective.begin(fabric, wrapped, out_dir)
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
     start = saver.restore(resume)
-    result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
+    result = FitResult(start.pop("step"), **start)
+    if result.steps > train.max_steps:
+        raise UserError(
+            f"The newest checkpoint in {saver.directory} is of step {result.steps:,}, beyond --train.max_steps "
+            f"{train.max_steps:,}. Raise that, or start from step 0 with --resume false."
+        )
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"
     )
 
-    def require_finite(name: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"The {name} is {value} at step {step}. Lower --train.learning_rate, or use --precision 32-true; "
-                f"the last good checkpoint is in {saver.directory}"
-            )
+    def require_finite(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(f"The {name} is {value} at step {step}. {_remedy(name)} {saver.last_good()}")
+
+    def stops_early() -> bool:
+        return train.patience is not None and result.stale >= train.patience
 
     bar = Bar(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step")
     with log, bar, Stopping(fabric) as stop:
         for step in range(result.steps, train.max_steps):
+            if stops_early():
+                break
             began = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
             for group in optimizer.param_groups:
@@ -308,13 +359,13 @@ def fit(
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
             waited = time.perf_counter() - began  # where answers are sampled and judged first
             logged = _accumulate(fabric, wrapped, objective, batches) | _mean(fabric, objective.step_metrics())
-            require_finite("loss", logged["loss"], step)
+            require_finite(logged, step)
             # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
             norm: Any = fabric.clip_gradients(
                 wrapped, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
             )
             logged["grad_norm"] = float(norm)
-            require_finite("gradient's norm", logged["grad_norm"], step)
+            require_finite({"gradient's norm": logged["grad_norm"]}, step)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -324,19 +375,25 @@ def fit(
             result.seconds += seconds
             result.real_tokens += int(tokens)
             result.losses.append(logged["loss"])
-            last = result.steps == train.max_steps
+            last, improved = result.steps == train.max_steps, False
             if last or result.steps % train.eval_interval == 0:
                 result.metrics = objective.validate(wrapped)
-                for name, value in result.metrics.items():
-                    require_finite(name, value, step)
+                require_finite(result.metrics, step)
                 logged |= result.metrics
+            if result.steps % train.eval_interval == 0:  # a longer run would validate here, too
+                improved, result.stale = result.is_best(objective.best_by), result.stale + 1
+                if improved:
+                    result.best, result.stale = {"step": result.steps, "metrics": result.metrics}, 0
+                result.plateau = max(result.plateau, result.stale)
+                last = last or stops_early()
             if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
                 rates = {"tokens_per_second": tokens / seconds, "updated_per_second": tokens / (seconds - waited)}
                 memory = {} if peak is None else {"peak_bytes": peak.lap()}
                 log.write(result.steps, {**logged, "lr": learning_rate(step, train), **rates, **memory})
             stopping = stop.asked() and objective.may_pause(result.steps)
-            if last or stopping or result.steps % train.save_interval == 0:
-                saver.save(result.counters())
+            is_kept = improved and train.keep == "best"
+            if last or stopping or is_kept or result.steps % train.save_interval == 0:
+                saver.save(result.counters(), keep_best=train.keep == "best")
             bar.set_postfix_str(
                 f"loss {logged['loss']:.3f}, {result.real_tokens / result.seconds:,.0f} tokens/s"
                 + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
@@ -344,8 +401,27 @@ def fit(
             bar.update()
             if stopping:
                 raise KeyboardInterrupt
+    result.kept_step = result.steps
+    if result.steps < train.max_steps:
+        fabric.print(
+            f"stopped after step {result.steps:,} of {train.max_steps:,}: {objective.best_by[0]} has not improved in "
+            f"{result.stale} validations (--train.patience)"
+        )
+    if train.keep == "best" and result.best and not result.is_best(objective.best_by):
+        result.kept_step, result.metrics = result.best["step"], result.best["metrics"]
+        if result.kept_step < result.steps:
+            saver.load(result.kept_step)
+            name = objective.best_by[0]
+            fabric.print(f"kept is step {result.kept_step:,}, with the best {name}: {result.metrics[name]:.4f}")
     result.report = objective.report(wrapped)
     return result
+
+
+def _remedy(name: str) -> str:
+    """What to do about a number of a training step that is none."""
+    if name.startswith(("reward", "val_reward")):
+        return "The rewards are too large to be summed up. Scale them, with a smaller `weight` in --rewards say."
+    return "Lower --train.learning_rate, or use --precision 32-true."
 
 
 def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:

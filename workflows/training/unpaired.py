@@ -96,6 +96,7 @@ class KTO(Objective):
         self.test = test
         self.strangers = [tree for answers in splits for tree in _with_strangers(answers, train.max_seq_length)]
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
+        self.epoch_rows = self.trained
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
