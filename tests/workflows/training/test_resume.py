@@ -1,4 +1,4 @@
-"""A run can be made longer, ends with its best step, and stops early: equal to the bit to a run that was never stopped."""
+"""A run can be made longer, ends with its best step and stops early, equal to the bit to one that was never stopped."""
 
 import csv
 from dataclasses import replace
