@@ -29,6 +29,7 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.evaluation.compare import with_interval
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, gigabytes, seconds_of_step, step_began
 from workflows.merge import write_merged
@@ -221,17 +222,13 @@ def report_text(report: Report) -> str:
     lines = []
     for answer in report.shown:
         lines += ["", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items())]
-    lines += ["", *(f"test {row['name']}: {row['value']:.4f}" + _spread(row) for row in report.metrics)]
+    lines += ["", *(f"test {row['name']}: {with_interval(row, 4)}" for row in report.metrics)]
     lines += [
         f"test {row['metric']}, after - before: {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to "
         f"{row['high']:+.4f}, n = {row['n']}"
         for row in report.gain
     ]
     return "\n".join(lines[:-1] if not lines[-1] else lines)
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
 
 
 def write_final(
