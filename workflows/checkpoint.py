@@ -269,30 +269,37 @@ def write_metrics(
         peak_bytes: Peak memory: anonymous plus shared memory of the process (GPU: `max_memory_allocated`).
         **more: Further facts of the step.
 
-    What is infinite or not a number, which JSON does not have, is null, and a row of "metrics" or "gain" without its
-    value left out; "not_finite" says where that is, and what it was. No result is lost for a figure.
+    What is infinite or not a number, which JSON does not have, is null, and a row of "metrics", "gain" or "comparison"
+    that lacks what readers rely on is left out; "not_finite" says where that is, and what it was. No result is lost
+    for a figure.
     """
     odd: dict[str, str] = {}
-    rows = [_finite(row, f"metrics.{row['name']}", odd) for row in metrics]
+    rows = [finite(row, odd, f"metrics.{row['name']}") for row in metrics]
     facts = {
         "metrics": [row for row in rows if row["value"] is not None],
-        **_finite({"seconds": seconds, "tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes}, "", odd),
-        **_finite(more, "", odd),
+        **finite({"seconds": seconds, "tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes}, odd),
+        **finite(more, odd),
     }
-    if "gain" in facts:
-        facts["gain"] = [row for row in facts["gain"] if None not in row.values()]
+    for compared in {"gain", "comparison"} & facts.keys():
+        facts[compared] = [row for row in facts[compared] if None not in row.values()]
     if odd:
         print(f"{path}: not finite, and left out: {', '.join(f'{name} ({value})' for name, value in odd.items())}")
     write_json(path, {**facts, **({"not_finite": odd} if odd else {})})
 
 
-def _finite(value: Any, where: str, odd: dict[str, str]) -> Any:
-    """A value with null for each number in it that is infinite or none; these go into `odd` by their place."""
+def finite(value: Any, odd: dict[str, str], where: str = "") -> Any:
+    """A value for JSON, with None for each number in it that is infinite or none.
+
+    Args:
+        value: Plain values, lists and dicts of such.
+        odd: Takes what these numbers were, by their place.
+        where: The value's own place.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         odd[where] = str(value)
         return None
     if isinstance(value, dict):
-        return {key: _finite(item, f"{where}.{key}".strip("."), odd) for key, item in value.items()}
+        return {key: finite(item, odd, f"{where}.{key}".strip(".")) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item, f"{where}.{i}".strip("."), odd) for i, item in enumerate(value)]
+        return [finite(item, odd, f"{where}.{i}".strip(".")) for i, item in enumerate(value)]
     return value

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import metric, versions, write_metrics
+from workflows.checkpoint import finite, metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
 from workflows.evaluation.compare import (
@@ -234,7 +234,7 @@ def write_results(out_dir: Path, results: dict[str, Any], samples: dict[str, lis
         ]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in named)
         write_text(samples_file(out_dir, task), "".join(lines))
-    write_json(out_dir / "results.json", results)
+    write_json(out_dir / "results.json", finite(results, {}))
 
 
 def _numbered(args: list[Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from workflows.checkpoint import load_weights, plain
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained
-from workflows.training.identity import STEPS, resume_changes
+from workflows.training.identity import STEPS, result_changes, resume_changes
 from workflows.training.shards import read_file, read_run, read_shards, read_whole, tensors_of, write_shards
 from workflows.training.whole import is_sharded
 
@@ -252,7 +252,7 @@ def clear_finished(directory: Path, identity: dict[str, Any]) -> None:
             newest = _read_rest(path)
         except Exception:  # as in `_newest`: damaged, and of no use to any run
             continue
-        if resume_changes(newest["identity"], identity)[0]:
+        if result_changes({name: value for name, value in newest["identity"].items() if name != STEPS}, identity):
             return
     train = identity["train"]
     may_grow = newest is not None and may_be_longer(train["lr_schedule"], newest["step"], newest["identity"][STEPS])
