@@ -133,7 +133,7 @@ variables_of_export   = NAME=$(NAME) FROM=$(LAST)
 args_for   = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(if $(filter demo,$(MAKECMDGOALS)),$(demo_args_$(1)),$(shell \
   sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null)))
 demo_args_dpo  := --max_test_rows 200
-demo_args_grpo := --train.max_steps 24 --max_test_rows 200
+demo_args_grpo := --train.max_steps 24 --train.eval_interval 24 --max_test_rows 200
 settings   = $(variables_of_$(1))$(if $(filter %-$(HARDWARE).yaml,$(call recipe,$(1))), HARDWARE=$(HARDWARE)) ARGS=$(call args_for,$(1))
 # FORCE if a step is to run although its files are new: its settings are others, or ARGS ask for it again.
 changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \

@@ -171,7 +171,8 @@ class ChatData(DataModule):
         if missing := [name for name in ("train.jsonl", "validation.jsonl") if not (self.path / name).is_file()]:
             raise UserError(
                 f"{self.path} is not a prepared data directory, it lacks {' and '.join(missing)}. "
-                f"Run `make data DATA={self.path.name}`, or point --data.path at a folder that `make data` wrote."
+                f"Run `make data DATA={self.path.name}`, or name a folder that `make data` wrote: --data (in LitGPT's "
+                "own commands --data.path)."
             )
 
     def connect(

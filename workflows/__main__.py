@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workflows import environment
 from workflows.errors import UserError, did_you_mean
+from workflows.lifetime import exit_code, interruptible
 from workflows.planning import PLANNED
 
 STEPS = {
@@ -214,7 +215,8 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
         program: The package whose steps they are.
 
     Returns:
-        The exit code: 0 if all went well, 1 for a condition the user can mend, 2 for wrong arguments, 130 for Ctrl-C.
+        The exit code: 0 if all went well, 1 for a condition the user can fix, 2 for wrong arguments; after a signal 128
+        and its number, which is 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP.
     """
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
@@ -232,6 +234,12 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
         print(f"There is no step {step!r}.{did_you_mean(step, steps)}\n{usage(steps, program)}", file=sys.stderr)
         return 2
 
+    with interruptible():
+        return _run(step, rest, steps, program)
+
+
+def _run(step: str, rest: list[str], steps: Steps, program: str) -> int:
+    """Run a step that there is; its exit code."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a run's processes
     try:
         environment.prepare()
@@ -260,7 +268,7 @@ def main(argv: list[str] | None = None, steps: Steps = STEPS, program: str = "wo
             from workflows.progress import command
 
             print(f"\nstopped; run the same command again to go on:\n  {command()}", file=sys.stderr)
-        return 130
+        return exit_code()
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TextIO
 
 from workflows.errors import UserError, report_all
 from workflows.files import write_json
+from workflows.lifetime import is_terminated
 from workflows.ollama.client import NOT_TEXT, ContextFull, rough_tokens, stream_chat
 from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.schema import InvalidAnswer, read_schema, validated
@@ -153,6 +154,8 @@ class Chat:
             if answer.finished and self.schema is not None:
                 validated(answer.text, self.schema)
         except KeyboardInterrupt:
+            if is_terminated():
+                raise
             self._show(answer, answer.close())
             self._print("\n[stopped]" if not self.as_json else "")
         except UserError:
@@ -237,6 +240,8 @@ class Chat:
             except UnicodeDecodeError:
                 raise UserError(NOT_TEXT) from None
             except KeyboardInterrupt:
+                if is_terminated():
+                    raise
                 print(f"\n{_HELP}", file=sys.stderr)
                 continue
             if line == "/exit":

@@ -80,7 +80,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise UserError(
                 f"{directory} has no chat template (chat_template.jinja): it looks like a base model. Use the "
-                "instruction-tuned variant, or put a chat_template.jinja of your own into that folder."
+                "instruction-tuned variant, or give `lora` a template, which its result keeps: --chat_template FILE."
             )
         tokenizer_file = directory / "tokenizer.json"
         if not tokenizer_file.is_file():

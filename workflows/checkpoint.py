@@ -18,6 +18,7 @@ import yaml
 from litgpt.config import Config
 
 from workflows.errors import UserError
+from workflows.evaluation.compare import wilson_interval
 from workflows.files import read_json, read_text, sha256, write_json, write_text
 from workflows.measure import hardware
 from workflows.untrusted import parse_yaml
@@ -240,8 +241,13 @@ def metric(
 
 
 def share_metric(name: str, share: float, n: int) -> dict[str, Any]:
-    """One row about a share of n rows of the test split, with its standard error."""
-    return metric(name, share, stderr=math.sqrt(share * (1 - share) / n), n=n, split="test")
+    """One row about a share of n rows of the test split, with the ends of its 95% interval (Wilson's).
+
+    The binomial standard error of a share of 0 or 1 would be 0, which is not true of any; it is null there.
+    """
+    low, high = wilson_interval(share, n)
+    stderr = math.sqrt(share * (1 - share) / n) or None
+    return {**metric(name, share, stderr=stderr, n=n, split="test"), "low": low, "high": high}
 
 
 def write_metrics(
@@ -262,14 +268,38 @@ def write_metrics(
         tokens_per_second: Real tokens (those of the samples, without padding) per second, where the step has them.
         peak_bytes: Peak memory: anonymous plus shared memory of the process (GPU: `max_memory_allocated`).
         **more: Further facts of the step.
+
+    What is infinite or not a number, which JSON does not have, is null, and a row of "metrics", "gain" or "comparison"
+    that lacks what readers rely on is left out; "not_finite" says where that is, and what it was. No result is lost
+    for a figure.
     """
-    write_json(
-        path,
-        {
-            "metrics": metrics,
-            "seconds": seconds,
-            "tokens_per_second": tokens_per_second,
-            "peak_bytes": peak_bytes,
-            **more,
-        },
-    )
+    odd: dict[str, str] = {}
+    rows = [finite(row, odd, f"metrics.{row['name']}") for row in metrics]
+    facts = {
+        "metrics": [row for row in rows if row["value"] is not None],
+        **finite({"seconds": seconds, "tokens_per_second": tokens_per_second, "peak_bytes": peak_bytes}, odd),
+        **finite(more, odd),
+    }
+    for compared in {"gain", "comparison"} & facts.keys():
+        facts[compared] = [row for row in facts[compared] if None not in row.values()]
+    if odd:
+        print(f"{path}: not finite, and left out: {', '.join(f'{name} ({value})' for name, value in odd.items())}")
+    write_json(path, {**facts, **({"not_finite": odd} if odd else {})})
+
+
+def finite(value: Any, odd: dict[str, str], where: str = "") -> Any:
+    """A value for JSON, with None for each number in it that is infinite or none.
+
+    Args:
+        value: Plain values, lists and dicts of such.
+        odd: Takes what these numbers were, by their place.
+        where: The value's own place.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        odd[where] = str(value)
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item, odd, f"{where}.{key}".strip(".")) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item, odd, f"{where}.{i}".strip(".")) for i, item in enumerate(value)]
+    return value

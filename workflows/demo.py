@@ -13,6 +13,7 @@ from data_prep.chat_data import ChatData
 from data_prep.rows import read_rows
 from workflows.checkpoint import metric, versions
 from workflows.errors import UserError
+from workflows.evaluation.compare import with_interval
 from workflows.files import read_json, write_json
 from workflows.lora import SFT
 from workflows.measure import hardware, seconds_of_step, step_began
@@ -209,7 +210,7 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
     named = {task: f" {task}" if len(tasks) > 1 else "" for task in tasks}
     width = 8 + max(map(len, named.values()))
     lines = ["", "Held-out questions"]
-    lines += [f"  {'stage':<{width}}{'acc':>16}{'acc_norm':>16}{'val loss':>10}{'tokens/s':>10}"]
+    lines += [f"  {'stage':<{width}}{'acc':>24}{'acc_norm':>24}{'val loss':>10}{'tokens/s':>10}"]
     for stage in summary["stages"]:
         losses = [row["value"] for row in stage["metrics"] if row["name"] == "val_loss"]
         loss = f"{losses[0]:.3f}" if losses and stage["name"] in LOSS_OF_SFT else ""
@@ -218,7 +219,7 @@ def as_text(summary: dict[str, Any], run_dir: Path) -> str:
             rows = {row["name"]: row for row in stage["metrics"] if row.get("task") == task}
             cells = [_score(rows.get("acc")), _score(rows.get("acc_norm"))]
             label = stage["name"] + named[task]
-            lines.append(f"  {label:<{width}}{cells[0]:>16}{cells[1]:>16}{loss:>10}{rate:>10}".rstrip())
+            lines.append(f"  {label:<{width}}{cells[0]:>24}{cells[1]:>24}{loss:>10}{rate:>10}".rstrip())
     for stage in summary["stages"][1:]:
         lines += [
             f"  {stage['name']} - base,{named.get(c['task'], '')} {c['metric']}: "
@@ -263,8 +264,8 @@ def _own_test(stage: dict[str, Any]) -> list[str]:
         return []
     lines = ["", f"{stage['name']}, {max(row['n'] for row in rows.values())} held-out rows"]
     for name, row in rows.items():
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-        lines.append(f"  {name.replace('_', ' '):<26}{row['value']:>8.3f}{error}")
+        value, _, interval = with_interval(row).partition(" ")
+        lines.append(f"  {name.replace('_', ' '):<26}{value:>8} {interval}".rstrip())
     for gain in stage.get("gain", []):
         what, interval = f"{gain['metric'].replace('_', ' ')} gained", f"{gain['low']:+.3f} to {gain['high']:+.3f}"
         lines.append(f"  {what:<26}{gain['difference']:>+8.3f}, 95% interval {interval}")
@@ -280,6 +281,4 @@ def _short(text: str) -> str:
 
 
 def _score(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['value']:.1f}% ± {100 * row['stderr']:.1f}" if row["stderr"] else f"{100 * row['value']:.1f}%"
+    return "" if row is None else with_interval(row, digits=1, in_percent=True)

@@ -10,10 +10,18 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import metric, versions, write_metrics
+from workflows.checkpoint import finite, metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
-from workflows.evaluation.compare import ANSWERS, Comparison, compare_samples, samples_file
+from workflows.evaluation.compare import (
+    ANSWERS,
+    Comparison,
+    compare_samples,
+    is_share,
+    samples_file,
+    wilson_interval,
+    with_interval,
+)
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
 from workflows.evaluation.tasks import LocalTask, load_tasks, split_of
 from workflows.files import atomic_update, write_json, write_text
@@ -211,6 +219,8 @@ def metric_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 stderr = scores.get(f"{name}_stderr,{kind}")
                 stderr = float(stderr) if isinstance(stderr, int | float) else None
                 row = metric(name, float(value), stderr=stderr, n=n, split=split_of(config))
+                if n and is_share(row["value"], stderr, n):
+                    row["low"], row["high"] = wilson_interval(row["value"], n)
                 rows.append({**row, "task": task})
     return rows
 
@@ -224,7 +234,7 @@ def write_results(out_dir: Path, results: dict[str, Any], samples: dict[str, lis
         ]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in named)
         write_text(samples_file(out_dir, task), "".join(lines))
-    write_json(out_dir / "results.json", results)
+    write_json(out_dir / "results.json", finite(results, {}))
 
 
 def _numbered(args: list[Any]) -> dict[str, Any]:
@@ -241,11 +251,10 @@ def table(results: dict[str, Any], compared: list[Comparison]) -> str:
         cells = [row["task"], row["name"], str(row["n"])]
         if (c := by_name.get((row["task"], row["name"]))) is not None:
             cells[2] = str(c.n)
-            cells += [f"{c.base:.3f} ± {c.base_stderr:.3f}", f"{c.tuned:.3f} ± {c.tuned_stderr:.3f}"]
+            cells += map(with_interval, c.means())
             cells += [f"{c.difference:+.3f} ± {c.stderr:.3f}", f"{c.low:+.3f} … {c.high:+.3f}", f"{c.p_value:.2g}"]
         else:
-            score = f"{row['value']:.3f}" + (f" ± {row['stderr']:.3f}" if row["stderr"] is not None else "")
-            cells += ["", score] if compared else [score]
+            cells += ["", with_interval(row)] if compared else [with_interval(row)]
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)

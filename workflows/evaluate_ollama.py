@@ -13,9 +13,9 @@ from typing import Any
 
 from data_prep.rows import Row, read_rows
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, metric, share_metric, write_metrics
+from workflows.checkpoint import WEIGHTS, check_checkpoint_dir, share_metric, write_metrics
 from workflows.errors import report_all
-from workflows.evaluation.compare import compare
+from workflows.evaluation.compare import compare, with_interval
 from workflows.evaluation.constrained import choose_options, enum_of, speakable, written
 from workflows.evaluation.tasks import LOCAL, local_file
 from workflows.files import atomic_update, write_text
@@ -175,7 +175,7 @@ class Scored:
         }
         if reference is not None and reference is not self:
             same = sum(a == b for a, b in zip(self.choices, reference.choices, strict=True))
-            found.append(metric("agreement", same / n, n=n, split="test"))
+            found.append(share_metric("agreement", same / n, n))
             base = [float(c == row["answer"]) for c, row in zip(reference.choices, questions, strict=True)]
             result["difference"] = compare(self.task, "acc", base, right).row()
         result["metrics"] = [{**row, "model": self.model, "task": self.task} for row in found]
@@ -295,8 +295,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 result["task"],
                 result["quantization"],
                 "" if result["bytes"] is None else f"{result['bytes'] / 1e6:.0f}",
-                f"{acc['value']:.3f} ± {acc['stderr']:.3f}",
-                "" if agreement is None else f"{agreement['value']:.3f}",
+                with_interval(acc),
+                "" if agreement is None else with_interval(agreement),
                 "" if difference is None else f"{difference['low']:+.3f} … {difference['high']:+.3f}",
                 "" if result["tokens_per_second"] is None else f"{result['tokens_per_second']:.0f}",
             ]

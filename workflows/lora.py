@@ -28,6 +28,7 @@ from workflows.lifetime import run_child
 from workflows.measure import seconds_of_step, step_began
 from workflows.prompt_style import replace_chat_template
 from workflows.training.batch import PackedBatch, Tree, pack
+from workflows.training.length import limited_to
 from workflows.training.loop import Objective, TrainArgs, step_indices
 from workflows.training.model import GPT
 from workflows.training.step import RunArgs, decided, done_before, run_step, sources
@@ -41,7 +42,7 @@ class SFT(Objective):
     ) -> None:
         self.trees = [_tree(row) for row in train_rows]
         self.validation = pack([_tree(row) for row in validation_rows], train.row_tokens)
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.epoch_rows = train, seed, len(self.trees)
 
     def batches(self, step: int, rank: int, world_size: int) -> list[PackedBatch]:
         """The rows of one step for one process; samples are dealt out in turn."""
@@ -165,8 +166,10 @@ def run_litgpt(settings: dict[str, Any]) -> None:
     base, final = Path(settings["checkpoint_dir"]), Path(settings["out_dir"]) / "final"
     unfinished = final.parent / "litgpt"
     rows = len(_chat_data(settings).rows("train"))
+    train = limited_to(train, rows)
     unused = {"max_norm": train.max_norm, "min_lr": train.min_lr or None, "loggers": settings["loggers"]}
     unused |= {name: settings[name] for name in ("strategy", "accelerator") if settings[name] != "auto"}
+    unused |= {"keep": train.keep if train.keep != "last" else None, "patience": train.patience}
     unused["lr_schedule"] = train.lr_schedule if train.lr_schedule != "cosine" else None
     if told := [f"{name} {value}" for name, value in unused.items() if value is not None]:
         print(f"LitGPT's finetune_lora has no use for: {', '.join(told)}")

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from workflows.checkpoint import PROVENANCE, WEIGHTS
+from workflows.evaluation.compare import interval_of
 from workflows.files import read_json
 
 _WARNING = """> **Not medical advice.** This is a small language model fine-tuned for study. It makes up facts, and
@@ -69,7 +70,7 @@ def model_card(checkpoint_dir: Path, name: str, usage: str) -> str:
             "",
             "## Numbers",
             "",
-            "| what | value | standard error | n | split |",
+            "| what | value | 95% interval | n | split |",
             "|---|---|---|---|---|",
             *metrics,
         ]
@@ -106,8 +107,10 @@ def _metric_lines(checkpoint_dir: Path) -> list[str]:
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
+    def ends(row: dict[str, Any]) -> str:
+        return "" if (interval := interval_of(row)) is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
     return [
-        f"| {row['name']} | {cell(row['value'])} | {cell(row.get('stderr'))} | {cell(row.get('n'))} | "
-        f"{cell(row.get('split'))} |"
+        f"| {row['name']} | {cell(row['value'])} | {ends(row)} | {cell(row.get('n'))} | {cell(row.get('split'))} |"
         for row in rows
     ]

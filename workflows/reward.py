@@ -35,7 +35,7 @@ class BradleyTerry(Objective):
         test_pairs: Sequence[Tree] = (),
     ) -> None:
         """Keep what a run needs: trees of two completions, chosen and rejected."""
-        self.pairs, self.train, self.seed = train_pairs, train, seed
+        self.pairs, self.train, self.seed, self.epoch_rows = train_pairs, train, seed, len(train_pairs)
         self.validation, self.test = (
             [batch for _, batch in pack_scored(pairs, train.row_tokens)] for pairs in (validation_pairs, test_pairs)
         )

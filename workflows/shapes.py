@@ -53,6 +53,8 @@ class Row(Shape):
     n: int | None
     split: str | None
     task: str | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
 
 
 class Metrics(Shape):

@@ -44,6 +44,7 @@ from custom_models.tokenization.bpe import SpecialBPE
 from data_prep.rows import Row, read_rows
 from workflows.checkpoint import metric, share_metric, write_metrics
 from workflows.errors import UserError, report_all
+from workflows.evaluation.compare import with_interval
 from workflows.files import write_text
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 from workflows.training import losses
@@ -191,8 +192,7 @@ def setup(
     write_metrics(out_dir / "metrics.json", told, seconds=seconds_of_step(began), peak_bytes=peak.bytes, shown=shown,
                   test_pairs=test, hardware=hardware())  # fmt: skip
     for row in told:
-        print(f"  {row['name'].replace('_', ' '):<28}{row['value']:.3f}"
-              + (f" ± {row['stderr']:.3f}" if row["stderr"] is not None else ""))  # fmt: skip
+        print(f"  {row['name'].replace('_', ' '):<28}{with_interval(row)}")
     for answer in shown:
         print("\n".join(f"  {name + ':':<10}{text}" for name, text in answer.items()) + "\n")
     print(f"{out_dir}/final, metrics.json")

@@ -36,6 +36,7 @@ from workflows.files import read_json, write_text
 from workflows.lifetime import run_child
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
 from workflows.progress import watched
+from workflows.training.length import length_text, limited_to
 from workflows.training.loop import Objective, TrainArgs, fit, step_indices
 from workflows.training.processes import Accelerator, device_problems, launched, make_fabric
 from workflows.training.step import run_identity
@@ -241,9 +242,11 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
         rows, validation = _conversations(settings, model)
         if method == "lora":
             add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, lora.rslora)
+        given, train = train, limited_to(train, len(rows))
+        print(length_text(given, train, len(rows)))
         objective = FineTuning(rows, validation, train, settings["seed"])
         before = objective.validate(model.to(fabric.device))["val_loss"]
-        identity = run_identity({**settings, "train": train})
+        identity = run_identity({**settings, "train": train}, train.max_steps)
         result = fit(
             fabric, model, objective, train, out_dir, seed=settings["seed"], identity=identity, resume="matching"
         )

@@ -1,5 +1,6 @@
 """The checkpoint directory: what must be in it, and what is said when it is not."""
 
+import math
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from workflows.checkpoint import (
     describe_source,
     load_config,
     load_weights,
+    metric,
     plain,
+    share_metric,
     write_hyperparameters,
+    write_metrics,
     write_provenance,
 )
 from workflows.errors import UserError
@@ -99,3 +103,29 @@ def test_provenance_hashes_the_weights_and_names_versions(tiny_llama, tmp_path):
     assert provenance["sources"]["base"]["files"] == read_json(tiny_llama / "provenance.json")["files"]
     assert {"python", "torch", "litgpt"} <= set(provenance["versions"])
     assert (tmp_path / "chat_template.jinja").is_file()
+
+
+def test_what_is_not_finite_loses_no_result(tmp_path, capsys):
+    rows = [metric("kl", math.inf, n=3), metric("perplexity", 9.0, stderr=math.nan), metric("loss", 1.5)]
+    gain = [{"metric": "reward", "difference": 0.5}, {"metric": "f1", "difference": -math.inf}]
+    file = tmp_path / "metrics.json"
+    write_metrics(file, rows, seconds=1.0, gain=gain, losses=[1.0, math.nan])
+    found = read_json(file)
+    assert [(row["name"], row["value"], row["stderr"]) for row in found["metrics"]] == [
+        ("perplexity", 9.0, None),
+        ("loss", 1.5, None),
+    ]
+    assert found["gain"] == gain[:1] and found["losses"] == [1.0, None]
+    odd = {"metrics.kl.value": "inf", "metrics.perplexity.stderr": "nan"}
+    odd |= {"gain.1.difference": "-inf", "losses.1": "nan"}
+    assert found["not_finite"] == odd
+    assert f"{file}: not finite, and left out: metrics.kl.value (inf), " in capsys.readouterr().out
+    write_metrics(file, rows[2:], seconds=1.0)
+    assert "not_finite" not in read_json(file)
+
+
+def test_a_share_has_an_interval_and_no_false_error_of_zero():
+    perfect = share_metric("accuracy", 1.0, 4)
+    assert perfect["stderr"] is None and perfect["high"] == 1.0 and perfect["low"] == pytest.approx(0.5101, abs=1e-4)
+    half = share_metric("accuracy", 0.5, 100)
+    assert half["stderr"] == pytest.approx(0.05) and (half["n"], half["split"]) == (100, "test")

@@ -119,7 +119,7 @@ def test_the_table_shows_what_the_summary_holds(run_dir, tiny_llama, data, reque
     summary["ollama"]["answers"][0]["question"] = "Abstract: " + "word " * 500 + "\n\nQuestion: does it help?"
     text = as_text(summary, run_dir)
     for expected in (
-        r"51.0% ± 2.5",
+        "51.0% (46.1 to 55.9)",
         "1.430",
         "lora - base, acc: +15.0 points, 95% interval +10.0 to +20.0, p = 1.6e-09, 400 questions",
         "In Ollama 0.9.3",
@@ -254,7 +254,7 @@ def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp
     found = stage_summary(tmp_path, "grpo", scored=False)
     assert (found["gain"], found["shown"], found["seconds"]) == ([gain], shown, 9.0)
     told = "\n".join(_own_test(found))
-    assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 ± 0\.020\n", told)
+    assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 \(0\.521 to 0\.599\)\n", told)
     assert re.search(r"reward gained +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
     assert "before:   This" in told and "after:    That" in told
     assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []

@@ -16,6 +16,7 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import WEIGHTS, copy_companions, load_weights
 from workflows.errors import UserError
 from workflows.evaluate import UNFINISHED, default_out_dir, setup
+from workflows.evaluation.compare import wilson_interval
 from workflows.evaluation.lm import LitGPTLM
 from workflows.evaluation.tasks import LocalTask
 from workflows.progress import PROGRESS
@@ -88,7 +89,9 @@ def test_accuracies_are_those_of_lm_evals_hf_model(tiny_llama, tiny_llama_hf, da
     assert json.loads((tmp_path / "results.json").read_text())["results"]["hpo_mcq"]["acc,none"] == rows["acc"]["value"]
     assert metrics["tokens_per_second"] > 0 and metrics["seconds"] > 0 and metrics["peak_bytes"] > 0
     assert not (tmp_path / UNFINISHED).exists()
-    assert f"{rows['acc']['value']:.3f} ± {rows['acc']['stderr']:.3f}" in capsys.readouterr().out
+    acc = rows["acc"]
+    assert (acc["low"], acc["high"]) == wilson_interval(acc["value"], QUESTIONS)
+    assert f"{acc['value']:.3f} ({acc['low']:.3f} to {acc['high']:.3f})" in capsys.readouterr().out
 
 
 def test_the_first_questions_are_answered_in_words(tiny_llama, data_dir, tmp_path):

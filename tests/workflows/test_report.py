@@ -14,6 +14,7 @@ import pytest
 from tests.workflows.alignment import TRAIN, log_of, question, write
 from workflows import dpo, evaluate, grpo, lora
 from workflows.__main__ import main
+from workflows.evaluation.compare import wilson_interval
 from workflows.files import read_json, write_json
 from workflows.report import render
 from workflows.reporting.charts import MOST_POINTS, charts, kinds_for, score_charts
@@ -138,11 +139,12 @@ def test_scores_and_gains_are_those_of_the_evaluations(run, out):
     made = {row["name"]: row for row in read_json(out / "tiny" / "evaluate" / "dpo" / "metrics.json")["metrics"]}
     acc = made["acc"]
     assert table[1][0] == "toy_mcq, acc, 20 questions"
-    assert table[1][3] == f"{100 * acc['value']:.1f}% ± {196 * acc['stderr']:.1f}"
+    low, high = (100 * end for end in wilson_interval(acc["value"], 20))
+    assert table[1][3] == f"{100 * acc['value']:.1f}% ({low:.1f} to {high:.1f})"
     (chart, _) = score_charts([run])
     assert chart["stages"] == ["base", "lora", "dpo", "grpo"] and chart["unit"] == "%"
     point = next(p for p in chart["points"] if p["stage"] == "dpo")
-    assert (point["value"], point["margin"]) == pytest.approx((100 * acc["value"], 196 * acc["stderr"]))
+    assert [point["value"], *point["interval"]] == pytest.approx([100 * acc["value"], low, high])
     compared = read_json(out / "tiny" / "evaluate" / "grpo" / "metrics.json")["comparison"][0]
     gains = {(row[0], row[1]): row for row in gains_table(run)}
     gain = gains[("grpo − base", "toy_mcq, acc")][2].replace("−", "-")

@@ -19,6 +19,8 @@ from workflows.errors import UserError
 BOOTSTRAP_SAMPLES = 10_000
 INTERVAL = 1.96
 """Standard errors on either side of a 95% interval."""
+_DIGITS = 1e-6
+"""Relative difference up to which a standard error counts as the binomial one, that of right-or-wrong scores."""
 ANSWERS = "answers.jsonl"
 """Where an evaluation keeps the first questions answered in words: {"task", "question", "wanted", "answer"}."""
 
@@ -61,6 +63,17 @@ class Comparison:
         """As JSON for metrics.json."""
         return asdict(self)
 
+    def means(self) -> list[dict[str, Any]]:
+        """The baseline's and the new model's mean, as rows of metrics.json."""
+        rows: list[dict[str, Any]] = [
+            {"value": self.base, "stderr": self.base_stderr},
+            {"value": self.tuned, "stderr": self.tuned_stderr},
+        ]
+        if self.test == "mcnemar":
+            for row in rows:
+                row["low"], row["high"] = wilson_interval(row["value"], self.n)
+        return rows
+
 
 def compare(task: str, metric: str, base: list[float], tuned: list[float], seed: int = 1234) -> Comparison:
     """Compare two models' scores on the same questions.
@@ -85,6 +98,42 @@ def compare(task: str, metric: str, base: list[float], tuned: list[float], seed:
         test = "bootstrap"
     means = (float(a.mean()), _stderr(a), float(b.mean()), _stderr(b))
     return Comparison(task, metric, a.size, *means, mean, stderr, low, high, p_value, test)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95% interval of a probability, from the share of n rows (Wilson 1927, JASA 22, p. 209).
+
+    Unlike the share plus and minus its standard errors it stays between 0 and 1, and is no point at a share of 0 or 1.
+    """
+    spread = INTERVAL**2 / n
+    centre, half = share + spread / 2, INTERVAL * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+def is_share(value: float, stderr: float | None, n: int | None) -> bool:
+    """Whether a mean is that of right-or-wrong scores, told by its standard error (of the sample, as lm-eval's)."""
+    if stderr is None or not n or not 0 <= value <= 1:
+        return False
+    return math.isclose(stderr**2 * max(1, n - 1), value * (1 - value), rel_tol=_DIGITS, abs_tol=1e-12)
+
+
+def interval_of(row: dict[str, Any]) -> tuple[float, float] | None:
+    """95% interval of a row of metrics.json: its own, which shares have, else from its standard error; None without."""
+    if row.get("low") is not None and row.get("high") is not None:
+        return row["low"], row["high"]
+    if not row.get("stderr"):  # 0 is that of a single row, or of rows that are all alike: it says nothing
+        return None
+    return row["value"] - INTERVAL * row["stderr"], row["value"] + INTERVAL * row["stderr"]
+
+
+def with_interval(row: dict[str, Any], digits: int = 3, in_percent: bool = False) -> str:
+    """A row of metrics.json as "value (low to high)", the 95% interval, as all tables show it."""
+    scale, unit = (100, "%") if in_percent else (1, "")
+    text = f"{scale * row['value']:.{digits}f}{unit}"
+    if (interval := interval_of(row)) is None:
+        return text
+    low, high = (f"{scale * end:.{digits}f}" for end in interval)
+    return f"{text} ({low} to {high})"
 
 
 def _stderr(scores: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data_prep.rows import iterate_jsonl
 from workflows.errors import UserError, report_all
 from workflows.planning import PLANNED, TRAINING
 from workflows.planning.architecture import Architecture, find_architecture
@@ -26,6 +27,7 @@ from workflows.planning.memory import (
 from workflows.planning.rows import RowShape, find_rows, scored_rows
 from workflows.planning.work import Disk, Work, decoding_flops, forward_flops, training_flops
 from workflows.shrink import choice_problems, evenly_spaced
+from workflows.training.length import limited_to
 from workflows.training.loop import TrainArgs
 from workflows.training.model import DTYPES
 from workflows.training.processes import choose_accelerator, default_precision
@@ -149,7 +151,8 @@ def _rotary(model: Architecture, length: int) -> int:
 
 def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bool) -> Plan:
     run = _run_args(settings)
-    train: TrainArgs = settings["train"]
+    train = _with_steps(settings)
+    settings = {**settings, "train": train}
     model = find_architecture(settings["checkpoint_dir"], run.lora)
     on_gpu = run.on_gpu
     devices = _count(run.devices, on_gpu)
@@ -216,6 +219,29 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     )  # fmt: skip
 
 
+def _with_steps(settings: dict[str, Any]) -> TrainArgs:
+    """Training settings with the number of steps that their epochs come to.
+
+    Raises:
+        UserError: If the data is not here, and nothing else says how many steps there are.
+    """
+    train: TrainArgs = settings["train"]
+    file = Path(settings["data"]) / "train.jsonl"
+    if train.epochs is None:
+        return train
+    if file.is_file():
+        kinds = settings.get("kinds")
+        rows = [row for _, row in iterate_jsonl(file) if isinstance(row, dict)]
+        count = sum(kinds is None or row.get("kind") in kinds for row in rows)
+        return limited_to(train, max(1, count), settings.get("updates", 1))
+    if not train.max_steps:
+        raise UserError(
+            f"--train.epochs {train.epochs:g} of how many rows? {file} does not exist. Run `make data`, or plan with "
+            "--train.max_steps."
+        )
+    return train
+
+
 def _writing(model: Architecture, device: Device, update: Moment) -> Moment:
     """`training/step.py`, `write_final`: beside what training has left stand the buffers that weights are merged in."""
     parts = {**update.parts}
@@ -265,8 +291,9 @@ def _compared_chunk(model: Architecture, device: Device) -> int:
 def _training_disk(step: str, model: Architecture, row: RowShape, train: TrainArgs, dtype: torch.dtype) -> Disk:
     parts = {
         "final/lit_model.pth": model.weights * (model.stored if model.lora.r > 0 else dtype).itemsize,
-        # the trained weights and two moments of each, in float32; a new one is written before the oldest goes
-        "checkpoints to resume from": (Checkpoints.KEEP + 1) * 3 * model.trained * 4,
+        # the trained weights and two moments of each, in float32; a new one is written before the oldest goes, the best
+        # one stays
+        "checkpoints to resume from": (Checkpoints.KEEP + 1 + (train.keep == "best")) * 3 * model.trained * 4,
     }
     if model.lora.r > 0:
         parts["final/lit_model.pth.lora"] = 4 * model.adapters

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from workflows.evaluation.compare import INTERVAL
+from workflows.evaluation.compare import interval_of
 from workflows.reporting.gather import Run, in_turn
 
 MOST_POINTS = 2000
@@ -121,7 +121,7 @@ def _score_chart(task: str, metric: str, rows: list[dict[str, Any]]) -> dict[str
             "run": row["run"],
             "stage": row["stage"],
             "value": scale * row["value"],
-            "margin": None if row["stderr"] is None else INTERVAL * scale * row["stderr"],
+            "interval": None if (ends := interval_of(row)) is None else [scale * end for end in ends],
         }
         for row in rows
     ]

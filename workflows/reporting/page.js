@@ -155,8 +155,11 @@ function drawScores(figure) {
     return {
       x: points.map((p) => p.value), y: points.map((p) => stages.indexOf(p.stage) + shift), type: "scatter", mode: "markers",
       marker: { color: paint(run), size: 9 }, name: run, text: points.map((p) => p.stage),
-      error_x: { array: points.map((p) => p.margin ?? 0), color: paint(run), thickness: 1.6, width: 0 },
-      customdata: points.map((p) => p.margin === null ? "" : ` ± ${p.margin.toFixed(1)}`),
+      error_x: {
+        symmetric: false, array: points.map((p) => (p.interval ?? [0, p.value])[1] - p.value),
+        arrayminus: points.map((p) => p.value - (p.interval ?? [p.value])[0]), color: paint(run), thickness: 1.6, width: 0,
+      },
+      customdata: points.map((p) => p.interval === null ? "" : ` (${p.interval.map((end) => end.toFixed(1)).join(" to ")})`),
       hovertemplate: `%{text}: %{x:.1f}%{customdata} ${chart.unit}<extra>${several ? "%{fullData.name}" : ""}</extra>`,
     };
   });

@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-from workflows.evaluation.compare import INTERVAL
+from workflows.evaluation.compare import with_interval
 from workflows.measure import duration, gigabytes
 from workflows.reporting.gather import Run, Step, in_turn
 
@@ -74,7 +74,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def scores_table(run: Run) -> Rows:
-    """For each task and metric a row: the stages' scores with half of their 95% interval. The first row is the head."""
+    """For each task and metric a row: the stages' scores with their 95% intervals. The first row is the head."""
     names = dict.fromkeys((row["task"], row["name"], row["n"]) for s in run.scores.values() for row in s["metrics"])
     stages = list(run.scores)
     table = [["", *stages]]
@@ -113,7 +113,7 @@ def own_tests(run: Run) -> list[tuple[str, Rows]]:
         table = [
             [
                 row["name"].removeprefix("val_").replace("_", " "),
-                f"{row['value']:.3f}" + ("" if row["stderr"] is None else f" ± {INTERVAL * row['stderr']:.3f}"),
+                with_interval(row),
                 ", ".join(filter(None, [row["split"], row["n"] and f"{row['n']:,} rows"])),
             ]
             for row in rows
@@ -185,11 +185,7 @@ def _signed(value: float, digits: int = 3) -> str:
 
 
 def _score(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    scale, unit = (100, "%") if 0 <= row["value"] <= 1 else (1, "")
-    spread = "" if row["stderr"] is None else f" ± {INTERVAL * scale * row['stderr']:.1f}"
-    return f"{scale * row['value']:.1f}{unit}{spread}"
+    return "" if row is None else with_interval(row, digits=1, in_percent=0 <= row["value"] <= 1)
 
 
 def _number(value: float | None) -> str:

@@ -43,6 +43,7 @@ class GRPO(Objective):
 
     may_rest = True
     without_signal = "all answers to a question got the same reward"
+    best_by = ("val_reward", "max")
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class GRPO(Objective):
         self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
+        self.epoch_rows, self.updates = len(train_questions), settings.updates
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
         self._largest: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
 gradient clipping, the learning-rate schedule, progress bar; beside it `processes.py` (devices and strategies),
-`resume.py` (checkpoints), `stopping.py` (Ctrl-C) and `logs.py`. A step file supplies an `Objective`: its batches, its
+`resume.py` (checkpoints), `stopping.py` (signals) and `logs.py`. A step file supplies an `Objective`: its batches, its
 loss, its validation.
 """
 
@@ -35,7 +35,16 @@ class TrainArgs:
     """Training settings; names are LitGPT's where LitGPT has them."""
 
     max_steps: int = 200
-    """Optimizer steps."""
+    """Maximum number of optimizer steps; 0, beside epochs, for no maximum."""
+    epochs: float | None = None
+    """Number of passes over the training rows; the run ends at max_steps where that comes first. null for max_steps
+    alone."""
+    keep: Literal["best", "last"] = "best"
+    """Step whose weights are the result: "best" is that of the best validation (every eval_interval, and the last
+    step), since a run over few rows overfits before it ends; "last" takes the last step."""
+    patience: int | None = None
+    """Early-stopping patience: the run stops after this many validations in a row without improvement. null never
+    stops."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all devices."""
     row_tokens: int = 512
@@ -68,13 +77,19 @@ class TrainArgs:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, as messages."""
-        positive = ("max_steps", "global_batch_size", "row_tokens", "max_seq_length")
+        positive = ("global_batch_size", "row_tokens", "max_seq_length")
         intervals = ("log_interval", "eval_interval", "save_interval")
         found = [
             f"--train.{name} must be at least 1, not {getattr(self, name)}."
             for name in positive + intervals
             if getattr(self, name) < 1
         ]
+        if self.max_steps < (1 if self.epochs is None else 0):
+            found.append(f"--train.max_steps must be at least 1 (0 beside --train.epochs), not {self.max_steps}.")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            found.append(f"--train.epochs must be positive, not {self.epochs}.")
+        if self.patience is not None and self.patience < 1:
+            found.append(f"--train.patience must be at least 1, or null, not {self.patience}.")
         if self.global_batch_size > MOST_SAMPLES:
             found.append(f"--train.global_batch_size {self.global_batch_size} exceeds {MOST_SAMPLES:,} samples a step.")
         if not 0 < self.learning_rate < math.inf:
@@ -84,7 +99,8 @@ class TrainArgs:
                 found.append(
                     f"--train.{name} must be 0 or more" + (f", and below {most}" * (most == 1)) + f", not {value}."
                 )
-        if not 0 <= self.lr_warmup_steps <= self.max_steps:
+        longest = math.inf if self.epochs is not None and self.max_steps == 0 else self.max_steps
+        if not 0 <= self.lr_warmup_steps <= longest:
             found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
         if self.max_norm is not None and not self.max_norm > 0:
             found.append("--train.max_norm must be positive, or null for no clipping.")
@@ -108,6 +124,14 @@ B = TypeVar("B", bound=Batch, contravariant=True)
 class Objective(ABC):
     """What a step trains on. The loss of a step is the sum over its units divided by their number."""
 
+    train: TrainArgs
+    """The training settings; `limited_to` has decided their number of steps before the first one."""
+    epoch_rows: int
+    """Rows of the training split: an epoch is one pass over them."""
+    updates = 1
+    """Optimizer steps on the same rows."""
+    best_by: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
+    """The validation metric that the best step is chosen by, and whether the smallest or the largest is best."""
     may_rest = False
     """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
     without_signal = "the gradient was zero"
@@ -178,7 +202,11 @@ class FitResult:
         steps: Optimizer steps in all, those before a resume included.
         seconds: Time in training steps alone (no validation, no saving), those before a resume included.
         real_tokens: Tokens trained on, without padding or sharing.
-        metrics: The last validation's metrics.
+        metrics: The last validation's metrics; at the end those of the step that is kept.
+        best: The best validation at a multiple of eval_interval so far: {"step", "metrics"}; empty if there was none.
+        stale: Validations since then.
+        plateau: The largest number of validations in a row without improvement.
+        kept_step: The step whose weights are the result.
         losses: Training loss of each step since the start or the resume.
         report: What the objective says of the trained model.
         loss_scale: float16's (`mixed_precision.LossScaler`).
@@ -189,6 +217,10 @@ class FitResult:
     seconds: float
     real_tokens: int
     metrics: dict[str, float]
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
+    plateau: int = 0
+    kept_step: int = 0
     losses: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     loss_scale: float = LOSS_SCALE
@@ -201,9 +233,20 @@ class FitResult:
             "seconds": self.seconds,
             "real_tokens": self.real_tokens,
             "metrics": self.metrics,
+            "best": self.best,
+            "stale": self.stale,
+            "plateau": self.plateau,
             "loss_scale": self.loss_scale,
             "steps_without_signal": self.steps_without_signal,
         }
+
+    def is_best(self, by: tuple[str, Literal["min", "max"]]) -> bool:
+        """Whether the last validation is better than the best one before it."""
+        name, direction = by
+        if not self.best or name not in self.metrics:
+            return name in self.metrics
+        value, best = self.metrics[name], self.best["metrics"][name]
+        return value < best if direction == "min" else value > best
 
 
 def learning_rate(step: int, train: TrainArgs) -> float:
@@ -265,19 +308,19 @@ def fit(
         train: Settings.
         out_dir: Where `metrics.csv` and `checkpoints/` go.
         seed: Seeds dropout, by step and rank.
-        identity: What the run's result depends on (model and data hashes, settings). A checkpoint with another identity
-            is not resumed.
+        identity: What the run's result depends on (model and data hashes, settings). `identity.resume_changes` says
+            with which others a checkpoint is resumed.
         resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew; "matching"
-            goes on from one of this very identity and deletes others.
+            goes on from one of this run and deletes others.
         loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
         peak: A memory watch that is running; each row of the log has its peak since the row before.
 
     Returns:
-        Steps, seconds, tokens and the last validation metrics.
+        Steps, seconds, tokens and the validation metrics of the step that is kept, whose weights the model has then.
 
     Raises:
         UserError: If loss or gradient stop being numbers, a file cannot be written, or `resume` finds none that fits.
-        KeyboardInterrupt: After Ctrl-C, once the step is finished and its checkpoint written.
+        KeyboardInterrupt: After Ctrl-C, SIGTERM or SIGHUP, once the step is finished and its checkpoint written.
     """
     wrapped = fabric.setup_module(model)
     masters = MasterWeights(wrapped.module)
@@ -294,25 +337,32 @@ def fit(
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, masters.weights, plain(identity))
     start = saver.restore(resume)
     masters.publish()
-    result = FitResult(start["step"], start["seconds"], start["real_tokens"], start["metrics"])
-    scaler = LossScaler(fabric, wrapped, start["loss_scale"])
-    result.steps_without_signal = start["steps_without_signal"]
+    result = FitResult(start.pop("step"), **start)
+    if result.steps > train.max_steps:
+        raise UserError(
+            f"The newest checkpoint in {saver.directory} is of step {result.steps:,}, beyond --train.max_steps "
+            f"{train.max_steps:,}. Raise that, or start from step 0 with --resume false."
+        )
+    scaler = LossScaler(fabric, wrapped, result.loss_scale)
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(weight.numel() for weight in masters.weights.values()):,} trained parameters, "
         f"steps {result.steps} to {train.max_steps}"
     )
 
-    def require_finite(name: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"The {name} is {value} at step {step}. Lower --train.learning_rate, or use --precision 32-true; "
-                f"the last good checkpoint is in {saver.directory}"
-            )
+    def require_finite(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(f"The {name} is {value} at step {step}. {_remedy(name)} {saver.last_good()}")
+
+    def stops_early() -> bool:
+        return train.patience is not None and result.stale >= train.patience
 
     bar = Bar(total=train.max_steps, initial=result.steps, disable=fabric.global_rank != 0, unit="step")
     with log, bar, Stopping(fabric) as stop:
         for step in range(result.steps, train.max_steps):
+            if stops_early():
+                break
             began = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
             for group in optimizer.param_groups:
@@ -322,7 +372,7 @@ def fit(
             while True:
                 logged = _accumulate(fabric, wrapped, objective, batches, masters, scaler)
                 logged |= _mean(fabric, objective.step_metrics()) | scaler.metrics()
-                require_finite("loss", logged["loss"], step)
+                require_finite(logged, step)
                 # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
                 norm: Any = fabric.clip_gradients(
                     wrapped, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
@@ -331,7 +381,7 @@ def fit(
                 if not scaler.backed_off(logged["grad_norm"], step):
                     break
                 optimizer.zero_grad()
-            require_finite("gradient's norm", logged["grad_norm"], step)
+            require_finite({"gradient's norm": logged["grad_norm"]}, step)
             optimizer.step()
             optimizer.zero_grad()
             masters.publish()
@@ -345,19 +395,25 @@ def fit(
             result.real_tokens += int(tokens)
             result.losses.append(logged["loss"])
             result.steps_without_signal += logged["grad_norm"] == 0 or logged.get("no_signal") == 1
-            last = result.steps == train.max_steps
+            last, improved = result.steps == train.max_steps, False
             if last or result.steps % train.eval_interval == 0:
                 result.metrics = objective.validate(wrapped)
-                for name, value in result.metrics.items():
-                    require_finite(name, value, step)
+                require_finite(result.metrics, step)
                 logged |= result.metrics
+            if result.steps % train.eval_interval == 0:  # a longer run would validate here, too
+                improved, result.stale = result.is_best(objective.best_by), result.stale + 1
+                if improved:
+                    result.best, result.stale = {"step": result.steps, "metrics": result.metrics}, 0
+                result.plateau = max(result.plateau, result.stale)
+                last = last or stops_early()
             if last or result.steps % train.log_interval == 0 or result.steps % train.eval_interval == 0:
                 rates = {"tokens_per_second": tokens / seconds, "updated_per_second": tokens / (seconds - waited)}
                 memory = {} if peak is None else {"peak_bytes": peak.lap()}
                 log.write(result.steps, {**logged, "lr": learning_rate(step, train), **rates, **memory})
             stopping = stop.asked() and objective.may_pause(result.steps)
-            if last or stopping or result.steps % train.save_interval == 0:
-                saver.save(result.counters())
+            is_kept = improved and train.keep == "best"
+            if last or stopping or is_kept or result.steps % train.save_interval == 0:
+                saver.save(result.counters(), keep_best=train.keep == "best")
             bar.set_postfix_str(
                 f"loss {logged['loss']:.3f}, {result.real_tokens / result.seconds:,.0f} tokens/s"
                 + "".join(f", {name} {value:.3f}" for name, value in result.metrics.items())
@@ -365,6 +421,19 @@ def fit(
             bar.update()
             if stopping:
                 raise KeyboardInterrupt
+    result.kept_step = result.steps
+    if result.steps < train.max_steps:
+        fabric.print(
+            f"stopped after step {result.steps:,} of {train.max_steps:,}: {objective.best_by[0]} has not improved in "
+            f"{result.stale} validations (--train.patience)"
+        )
+    if train.keep == "best" and result.best and not result.is_best(objective.best_by):
+        result.kept_step, result.metrics = result.best["step"], result.best["metrics"]
+        if result.kept_step < result.steps:
+            saver.load(result.kept_step)
+            masters.publish()
+            name = objective.best_by[0]
+            fabric.print(f"kept is step {result.kept_step:,}, with the best {name}: {result.metrics[name]:.4f}")
     result.report = objective.report(wrapped)
     if result.steps_without_signal:
         fabric.print(signal_report(result, objective.without_signal))
@@ -377,6 +446,13 @@ def signal_report(result: FitResult, reason: str) -> str:
     if result.steps_without_signal < result.steps:
         return count
     return f"{count}: this run has taught the model nothing. Change the data, the reward or the loss's settings."
+
+
+def _remedy(name: str) -> str:
+    """What to do about a number of a training step that is none."""
+    if name.startswith(("reward", "val_reward")):
+        return "The rewards are too large to be summed up. Scale them, with a smaller `weight` in --rewards say."
+    return "Lower --train.learning_rate, or use --precision 32-true."
 
 
 def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:

@@ -100,6 +100,7 @@ class DPO(Objective):
         self.pairs = [*train_pairs, *validation_pairs, *(pair.tree for pair in self.test.labelled)]
         self.trained, self.validated = len(train_pairs), len(train_pairs) + len(validation_pairs)
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
+        self.epoch_rows = self.trained
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that a stopped run goes on from.
+"""Checkpoints that a stopped run goes on from, and the one of its best step.
 
 A checkpoint holds trained weights, optimizer state and counters: one file, or a folder of shards (`shards.py`) where
 the model is sharded. Either is gone on with by any number of processes, sharded or not. Data order, dropout and
@@ -18,6 +18,7 @@ import torch
 from workflows.checkpoint import load_weights, plain
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained
+from workflows.training.identity import STEPS, result_changes, resume_changes
 from workflows.training.mixed_precision import LOSS_SCALE
 from workflows.training.shards import (
     copy_weights,
@@ -37,8 +38,27 @@ ResumeMode = Resume | Literal["matching"]
 deletes others."""
 
 
+_LONGER = (
+    " To train on from where this run ends, let it finish and give its `final` folder as the --checkpoint_dir of a run "
+    "with another --out_dir. With --train.lr_schedule constant a run can be made longer at any time."
+)
+
+_FRESH: dict[str, Any] = {
+    "step": 0,
+    "seconds": 0.0,
+    "real_tokens": 0,
+    "metrics": {},
+    "best": {},
+    "stale": 0,
+    "plateau": 0,
+    "loss_scale": LOSS_SCALE,
+    "steps_without_signal": 0,
+}
+"""The counters of a run that begins."""
+
+
 class Checkpoints:
-    """Checkpoints to resume from: written whole or not at all, the newest two kept."""
+    """Checkpoints to resume from, whole or not there at all: the newest two, and those of the best step they name."""
 
     KEEP = 2
 
@@ -73,29 +93,51 @@ class Checkpoints:
         """Load the newest checkpoint into the model and the optimizer, if `resume` says so.
 
         Returns:
-            The run's counters: step, seconds, real_tokens, metrics, loss_scale.
+            The run's counters, as `FitResult.counters` gives them.
 
         Raises:
             UserError: If the checkpoint belongs to a run with other settings, or there is none and `resume` is True, or
                 none of them can be read.
         """
-        optional = {"loss_scale": LOSS_SCALE, "steps_without_signal": 0}  # earlier checkpoints lack them
-        fresh = {"step": 0, "seconds": 0.0, "real_tokens": 0, "metrics": {}, **optional}
-        path, identity = (None, {}) if resume is False else self._newest()
+        path, written = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
-        if path is not None and identity != self.identity and resume not in (False, "matching"):
-            changed = [k for k in {**identity, **self.identity} if identity.get(k) != self.identity.get(k)]
+        forbidding, harmless = [], []
+        if path is not None:
+            forbidding, harmless = resume_changes(written["identity"], self.identity, written["plateau"])
+        if forbidding and resume != "matching":
             raise UserError(
-                f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}). "
-                "Give another --out_dir, or --resume false to start this one anew."
+                f"{path} belongs to a run with other settings:\n"
+                + "".join(f"  - {line}\n" for line in forbidding)
+                + "Give another --out_dir, or --resume false to train from step 0."
+                + (_LONGER if any("schedule depends on it" in line for line in forbidding) else "")
             )
-        if path is None or identity != self.identity:
+        if path is None or forbidding:
             self.fabric.barrier()
             if self.fabric.global_rank == 0:
                 for old in self.found():
                     _delete(old)
-            return fresh
+            return dict(_FRESH)
+        rest = self._load(path)
+        if odd := [name for name in _FRESH if type(rest.get(name)) is not type(_FRESH[name])]:
+            raise _damaged(path, f"{odd[0]} is {rest.get(odd[0])!r:.40}")
+        self.fabric.print(f"resuming from {path}" + "".join(f"\n  {line}" for line in harmless))
+        return {name: rest[name] for name in _FRESH}
+
+    def load(self, step: int) -> None:
+        """Load the weights of a step whose checkpoint was kept.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        self._load(self._path(step))
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Fill the model and the optimizer from a checkpoint.
+
+        Returns:
+            What it holds besides.
+        """
         try:
             if path.is_dir():
                 read_shards(path, self._tensors())
@@ -105,22 +147,22 @@ class Checkpoints:
             else:
                 rest = self.fabric.load(path, {"optimizer": self.optimizer}, strict=False, weights_only=True)
                 copy_weights(rest["model"], self.weights)
-            rest = {**optional, **rest}
-            counters = {name: rest[name] for name in fresh}
-            if odd := [name for name, value in counters.items() if type(value) is not type(fresh[name])]:
-                raise TypeError(f"{odd[0]} is {counters[odd[0]]!r:.40}")
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
             if isinstance(e, RuntimeError) and "loading state_dict" not in str(e) and _is_whole(path):
                 raise  # the device's or the connection's
-            raise UserError(
-                f"{path} is damaged ({first_line(e)}). Delete it to go on from the one before it, or start anew with "
-                "--resume false."
-            ) from None
-        self.fabric.print(f"resuming from {path}")
-        return counters
+            raise _damaged(path, first_line(e)) from None
+        return rest
+
+    def last_good(self) -> str:
+        """What a run that cannot go on has left to go on from, as a sentence."""
+        found = self.found()
+        return f"The last good checkpoint is {found[-1]}." if found else "No checkpoint was written yet."
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.pth"
 
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
-        """The newest checkpoint that can be read, with its identity; one that cannot is passed over, and said.
+        """The newest checkpoint that can be read, with its counters and identity; others are passed over, and said.
 
         Raises:
             UserError: If there are checkpoints, and none can be read.
@@ -128,20 +170,24 @@ class Checkpoints:
         found = self.found()
         for path in reversed(found):
             try:
-                return path, _read_identity(path)
+                return path, _read_rest(path)
             except Exception as e:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...: torch has no class for it
                 self.fabric.print(f"{path} is damaged and passed over ({first_line(e)})")
         if found:
             raise UserError(f"No checkpoint in {self.directory} can be read; start anew with --resume false.")
         return None, {}
 
-    def save(self, counters: dict[str, Any]) -> None:
+    def save(self, counters: dict[str, Any], keep_best: bool = False) -> None:
         """Write one checkpoint: trained weights, optimizer state and the run's counters.
+
+        Args:
+            counters: The run's.
+            keep_best: Keep the checkpoints of the best steps that the newest ones name, too.
 
         Raises:
             UserError: If there is no room for it; the older ones stay.
         """
-        path = self.directory / f"step-{counters['step']:08d}.pth"
+        path = self._path(counters["step"])
         temporary = self.directory / f".{path.name}.part"  # one name for all processes: they write shards together
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -162,8 +208,7 @@ class Checkpoints:
                             os.fsync(f.fileno())
                     _delete(path)  # one that was passed over
                     temporary.replace(path)
-                    for old in self.found()[: -self.KEEP]:
-                        _delete(old)
+                    keep_newest(self.directory, self.KEEP, keep_best)
         finally:
             if self.fabric.global_rank == 0:
                 _delete(temporary)
@@ -173,33 +218,93 @@ class Checkpoints:
         return tensors_of(self.weights, self.optimizer.optimizer)
 
 
-def trained_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a run's newest checkpoint by name, whole ones, whether it is one file or shards.
+def trained_weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    """The trained parameters of a run's checkpoint by name, whole ones, whether it is one file or shards.
 
     They are float32; where the model has fewer bits, its parameters are these, rounded.
 
     Args:
         directory: Where checkpoints are kept.
+        step: The checkpoint's step.
     """
-    newest = max(directory.glob("step-*.pth"))
-    return read_whole(newest) if newest.is_dir() else load_weights(directory, newest.name)
+    path = directory / f"step-{step:08d}.pth"
+    return read_whole(path) if path.is_dir() else load_weights(directory, path.name)
 
 
-def discard(directory: Path, identity: dict[str, Any]) -> None:
-    """Delete the checkpoints of a run that is finished but was killed before it had deleted them itself.
+def keep_newest(directory: Path, number: int, keep_best: bool = False) -> None:
+    """Delete all checkpoints but the newest, and the best steps that these name.
+
+    Args:
+        directory: Where checkpoints are kept.
+        number: How many of the newest stay.
+        keep_best: Keep the best steps' checkpoints.
+    """
+    found = sorted(directory.glob("step-*.pth"))
+    kept = {path.name for path in found[-number:]}
+    if keep_best:
+        kept |= {f"step-{step:08d}.pth" for path in found[-number:] if (step := _best_step(path)) is not None}
+    for path in found:
+        if path.name not in kept:
+            _delete(path)
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    try:
+        step = _read_rest(checkpoint)["best"].get("step")
+    except Exception:  # as in `_newest`: a damaged one names none
+        return None
+    return step if isinstance(step, int) else None
+
+
+def clear(directory: Path, may_grow: bool, keep_best: bool) -> None:
+    """Delete a finished run's checkpoints; where the run may be made longer, all but those that this takes.
+
+    Args:
+        directory: Where checkpoints are kept.
+        may_grow: Whether the run can go on from its last step.
+        keep_best: Whether it keeps its best step.
+    """
+    if not may_grow:
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    keep_newest(directory, 1, keep_best)
+
+
+def clear_finished(directory: Path, identity: dict[str, Any]) -> None:
+    """`clear` for a run that is finished but was killed before it had done that itself.
 
     Args:
         directory: Where checkpoints are kept. Those of another run, which may still be gone on with, stay.
         identity: What the finished run's result depends on.
     """
-    for path in directory.glob("step-*.pth"):
+    newest: dict[str, Any] | None = None
+    for path in sorted(directory.glob("step-*.pth")):
         try:
-            other = _read_identity(path) != identity
+            newest = _read_rest(path)
         except Exception:  # as in `_newest`: damaged, and of no use to any run
             continue
-        if other:
+        if result_changes({name: value for name, value in newest["identity"].items() if name != STEPS}, identity):
             return
-    shutil.rmtree(directory, ignore_errors=True)
+    train = identity["train"]
+    may_grow = newest is not None and may_be_longer(train["lr_schedule"], newest["step"], newest["identity"][STEPS])
+    clear(directory, may_grow, train["keep"] == "best")
+
+
+def may_be_longer(lr_schedule: str, done: int, steps: int) -> bool:
+    """Whether a finished run can go on with a larger max_steps, or more patience: no step of it depends on the end.
+
+    Args:
+        lr_schedule: Its learning rate's schedule.
+        done: Its steps.
+        steps: The steps that it would have made without early stopping.
+    """
+    return lr_schedule == "constant" or done < steps
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({why}). Delete it to go on from the one before it, or start anew with --resume false."
+    )
 
 
 def _delete(checkpoint: Path) -> None:
@@ -221,11 +326,16 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _read_identity(checkpoint: Path) -> dict[str, Any]:
+def _read_rest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides its tensors, which stay on the disk: counters and identity."""
+    rest: dict[str, Any]
     if checkpoint.is_dir():
-        identity = read_run(checkpoint)["identity"]
+        rest = read_run(checkpoint)
     else:
-        identity = torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")["identity"]
+        rest = torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")
+    identity = rest["identity"]
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
-    return identity
+    if type(rest["plateau"]) is not int:
+        raise TypeError(f"plateau is {rest['plateau']!r:.40}")
+    return rest

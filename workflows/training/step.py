@@ -4,7 +4,7 @@ A step file has a `setup` with arguments of its own and `**run`, which are the f
 how its `Objective` is made, and calls `run_step`.
 """
 
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,11 +29,14 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.evaluation.compare import with_interval
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
-from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.measure import PeakMemory, gigabytes, seconds_of_step, step_began
 from workflows.merge import write_merged
 from workflows.progress import watched
 from workflows.prompt_style import replace_chat_template
+from workflows.training.identity import STEPS, result_changes, result_settings
+from workflows.training.length import length_text, limited_to
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.model import DTYPES, LoRAArgs, Precision, load_model
 from workflows.training.processes import (
@@ -46,7 +49,7 @@ from workflows.training.processes import (
     make_fabric,
 )
 from workflows.training.qlora import Quantize, quantize_frozen
-from workflows.training.resume import Resume, ResumeMode, discard, trained_weights
+from workflows.training.resume import Resume, ResumeMode, clear, clear_finished, may_be_longer, trained_weights
 
 MOST_RANK = 1 << 16
 
@@ -161,7 +164,11 @@ def run_step(
     fabric = make_fabric(run.devices, run.num_nodes, run.strategy, run.accelerator)
     with launched(fabric), watched(final.parent, fabric.global_rank == 0):
         mode: ResumeMode = "matching" if run.resume == "auto" and final.is_dir() else run.resume
-        _train(fabric, step, settings, run, make_objective(fabric), final, mode)
+        objective = make_objective(fabric)
+        given: TrainArgs = settings["train"]
+        objective.train = limited_to(given, objective.epoch_rows, objective.updates)
+        fabric.print(length_text(given, objective.train, objective.epoch_rows, objective.updates))
+        _train(fabric, step, settings, run, objective, final, mode)
 
 
 def _train(
@@ -174,7 +181,7 @@ def _train(
     resume: ResumeMode,
 ) -> None:
     """Load the model, train it, and write the final checkpoint directory."""
-    train, base = settings["train"], Path(settings["checkpoint_dir"])
+    train, base = objective.train, Path(settings["checkpoint_dir"])
     began = step_began()
     torch.manual_seed(run.seed)
     with PeakMemory() as peak:
@@ -189,17 +196,21 @@ def _train(
             train,
             final.parent,
             seed=run.seed,
-            identity=run_identity(settings),
+            identity=run_identity(settings, train.max_steps),
             resume=resume,
             loggers=run.loggers or (),
             peak=peak,
         )
         if fabric.global_rank == 0:
             checkpoints = final.parent / "checkpoints"
-            trained = trained_weights(checkpoints)
+            trained = trained_weights(checkpoints, result.kept_step)
             seconds = seconds_of_step(began)
             write_final(final, step, base, trained, run.lora, settings, result, seconds, peak, objective)
-            shutil.rmtree(checkpoints)
+            may_grow = may_be_longer(train.lr_schedule, result.steps, train.max_steps)
+            clear(checkpoints, may_grow, train.keep == "best")
+            if may_grow:
+                size = gigabytes(sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()))
+                print(f"{checkpoints} stays ({size}): more --train.max_steps or --train.patience go on from there")
     fabric.barrier()
     fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -211,17 +222,13 @@ def report_text(report: Report) -> str:
     lines = []
     for answer in report.shown:
         lines += ["", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items())]
-    lines += ["", *(f"test {row['name']}: {row['value']:.4f}" + _spread(row) for row in report.metrics)]
+    lines += ["", *(f"test {row['name']}: {with_interval(row, 4)}" for row in report.metrics)]
     lines += [
         f"test {row['metric']}, after - before: {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to "
         f"{row['high']:+.4f}, n = {row['n']}"
         for row in report.gain
     ]
     return "\n".join(lines[:-1] if not lines[-1] else lines)
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
 
 
 def write_final(
@@ -279,6 +286,7 @@ def write_final(
             train_seconds=result.seconds,
             steps=result.steps,
             steps_without_signal=result.steps_without_signal,
+            kept_step=result.kept_step,
             gain=result.report.gain,
             shown=result.report.shown,
         )
@@ -287,13 +295,17 @@ def write_final(
 
 def done_before(settings: dict[str, Any]) -> bool:
     """Whether `OUT_DIR/final` is there already, made from the same checkpoint and data with the same settings; then its
-    left-over checkpoints are deleted, and that is said."""
+    left-over checkpoints are deleted, and that is said. What differs of another result is said, too."""
     final = Path(settings["out_dir"]) / "final"
     recover_dir(final)
-    if settings["resume"] is False or not is_finished(final, settings):
+    if settings["resume"] is False or not _is_whole(final):
+        return False
+    if differing := _differing(final, settings):
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a run's processes
+            print("\n  - ".join([f"{final} was made with other settings, and is replaced at the end:", *differing]))
         return False
     if (checkpoints := final.parent / "checkpoints").is_dir():
-        discard(checkpoints, run_identity(settings))
+        clear_finished(checkpoints, run_identity(settings))
     print(f"{final} is already there, made with these settings; --resume false makes it anew")
     (final / PROVENANCE).touch()  # tells make that it is up to date
     return True
@@ -301,39 +313,50 @@ def done_before(settings: dict[str, Any]) -> bool:
 
 def is_finished(final: Path, settings: dict[str, Any]) -> bool:
     """Whether a final folder is there that was made from the same checkpoint and data with the same settings."""
-    if not (final / PROVENANCE).is_file() or not (final / WEIGHTS).is_file():
-        return False
-    made = read_json(final / PROVENANCE)
-    return made["sources"] == sources(settings) and _deciding(made["settings"]) == _deciding(settings)
+    return _is_whole(final) and not _differing(final, settings)
 
 
-_PLACES = ("checkpoint_dir", "teacher_dir", "data", "out_dir", "chat_template")
-_NEUTRAL = ("resume", "loggers", "accelerator", "devices", "num_nodes", "strategy", *_PLACES)
-_NEUTRAL_TRAIN = ("log_interval", "eval_interval", "save_interval")
+def _is_whole(final: Path) -> bool:
+    return (final / PROVENANCE).is_file() and (final / WEIGHTS).is_file()
 
 
-def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides a run's result, as plain values: settings, data and base, not where the latter two are."""
+def _differing(final: Path, settings: dict[str, Any]) -> list[str]:
+    """What a final folder was made from or with that is another now, as lines."""
+    made, now = read_json(final / PROVENANCE), sources(settings)
+    kinds = [kind for kind in {**made["sources"], **now} if made["sources"].get(kind) != now.get(kind)]
+    told = [f"{kind}: {_source(made['sources'].get(kind))}, now {_source(now.get(kind))}" for kind in kinds]
+    return told + result_changes(result_settings(made["settings"]), result_settings(plain(settings)))
+
+
+def _source(entry: dict[str, Any] | None) -> str:
+    """A source in a few words: its path, and the beginning of a hash of its contents."""
+    if entry is None:
+        return "none"
+    digests = entry.get("files") or {name: digest for name, digest in entry.items() if name != "path"}
+    return f"{entry.get('path')}" + "".join(f" ({digest:.12}…)" for digest in list(digests.values())[:1])
+
+
+def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str, Any]:
+    """What decides a run's result, as plain values: settings, data and base, not where the latter two are.
+
+    Args:
+        settings: The step's arguments.
+        steps: The optimizer steps that they come to, where the rows have been counted.
+    """
     data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
     base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
     judges = {name: source.get("files") for name, source in _reward_models(settings).items()}
     teacher = {name: source.get("files") for name, source in _teacher(settings).items()}
     template = {name: source["sha256"] for name, source in _chat_template(settings).items()}
     return {
-        **_deciding(settings),
+        **result_settings(plain(settings)),
+        **({} if steps is None else {STEPS: steps}),
         "data": data,
         "base_files": base_files,
         **({"reward_files": judges} if judges else {}),
         **teacher,
         **template,
     }
-
-
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's result."""
-    settings = plain(settings)
-    train = {name: value for name, value in settings["train"].items() if name not in _NEUTRAL_TRAIN}
-    return {**{name: value for name, value in settings.items() if name not in _NEUTRAL}, "train": train}
 
 
 def sources(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Ctrl-C during training: the step is finished and kept before the run stops."""
+"""Signals during training: the step is finished and kept before the run stops."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,13 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 
-_TOLD = b"\nstopping when this step is done, with a checkpoint; Ctrl-C again stops at once, without one\n"
+from workflows.lifetime import ENDING, received
+
+_NOTICE = b"\nstopping when this step is done, with a checkpoint; a second signal stops at once, without one\n"
 
 
 class Stopping:
-    """Keeps the first Ctrl-C of the `with` block until the loop asks for it; the second one is raised as ever.
+    """Keeps the first signal of the `with` block until the loop asks for it; the second one raises KeyboardInterrupt.
 
-    A run of several processes stops at the same step in all of them, whichever was told.
+    A run of several processes stops at the same step in all of them, whichever got the signal.
     """
 
     def __init__(self, fabric: L.Fabric | None = None) -> None:
@@ -25,30 +28,36 @@ class Stopping:
             fabric: A launched Fabric; None if there is no other process.
         """
         self._fabric, self._told = fabric, False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread():  # Python handles signals there only
-            self._before = signal.getsignal(signal.SIGINT)
-        if callable(self._before):  # a job that ignores Ctrl-C goes on doing so
-            signal.signal(signal.SIGINT, self._note)
+            before = {number: signal.getsignal(number) for number in ENDING}
+            # what is ignored stays so; without a handler of Python's, Ctrl-C is another's
+            if before[signal.SIGINT] is signal.SIG_DFL:
+                del before[signal.SIGINT]
+            self._before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for number in self._before:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if callable(self._before):
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._told:
+        is_new = received.take(number)
+        if self._told and is_new:
             raise KeyboardInterrupt
+        if not self._told and (self._fabric is None or self._fabric.global_rank == 0):
+            with contextlib.suppress(OSError):
+                os.write(2, _NOTICE)  # print may be interrupted by this very signal
         self._told = True
-        if self._fabric is None or self._fabric.global_rank == 0:
-            os.write(2, _TOLD)  # print may be interrupted by this very signal
 
     def asked(self) -> bool:
-        """Whether Ctrl-C was pressed, here or in another process of the run; all of them are to ask together."""
+        """Whether a signal came, here or in another process of the run; all of them are to ask together."""
         if self._fabric is None or self._fabric.world_size == 1:
             return self._told
         told: Any = self._fabric.all_reduce(

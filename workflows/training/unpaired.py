@@ -105,6 +105,7 @@ class KTO(Objective):
             for tree in add_mismatched_completions(answers, train_answers, train.max_seq_length)
         ]
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
+        self.epoch_rows = self.trained
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 from scipy import stats
 
 from workflows.errors import UserError
-from workflows.evaluation.compare import compare, compare_samples, mcnemar
+from workflows.evaluation.compare import (
+    compare,
+    compare_samples,
+    interval_of,
+    is_share,
+    mcnemar,
+    wilson_interval,
+    with_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +96,29 @@ def test_baselines_that_do_not_fit(tmp_path):
     (tmp_path / "samples_t.jsonl").write_text(json.dumps(sample(0, 1.0)) + "\n{half")
     with pytest.raises(UserError, match="line 2: not a sample"):
         compare_samples(tmp_path, after)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (4, 4), (0, 40), (3, 40), (200, 400), (399, 400)])
+def test_the_interval_of_a_share_is_wilsons(right, n):
+    expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(right / n, n)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert 0 <= low <= right / n <= high <= 1 and low < high
+
+
+def test_right_or_wrong_scores_are_told_from_graded_ones_by_their_standard_error():
+    rng = np.random.default_rng(2)
+    binary, graded = (rng.random(50) < 0.7).astype(float), rng.random(50)
+    assert is_share(binary.mean(), stats.sem(binary), 50) and not is_share(graded.mean(), stats.sem(graded), 50)
+    assert is_share(1.0, 0.0, 50) and not is_share(1.0, None, 50) and not is_share(12.5, 0.3, 50)
+    assert not is_share(0.5, float("nan"), 50)
+
+
+def test_tables_show_95_percent_intervals():
+    assert with_interval({"value": 1.0, "stderr": None, "low": 0.51011, "high": 1.0}) == "1.000 (0.510 to 1.000)"
+    assert with_interval({"value": 0.5, "stderr": 0.1}, digits=1, in_percent=True) == "50.0% (30.4 to 69.6)"
+    assert interval_of({"value": 0.5, "stderr": None}) is None and interval_of({"value": 1.0, "stderr": 0.0}) is None
+    assert with_interval({"value": 1.0, "stderr": 0.0}) == "1.000"
+    right, graded = compare("t", "acc", [0.0] * 8, [1.0] * 8), compare("t", "f1", [0.5, 0.25], [0.25, 0.125])
+    assert [with_interval(row) for row in right.means()] == ["0.000 (0.000 to 0.324)", "1.000 (0.676 to 1.000)"]
+    assert [with_interval(row) for row in graded.means()] == ["0.375 (0.130 to 0.620)", "0.188 (0.065 to 0.310)"]

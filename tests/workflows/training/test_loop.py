@@ -143,7 +143,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path):
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(UserError, match=r"other settings \(name\).*--resume false"):
+    with pytest.raises(UserError, match=r"other settings:\n  - name: toy, now other\n.*--resume false"):
         run(tmp_path, identity={"name": "other"})
     run(tmp_path, identity={"name": "other"}, resume=False)
 

@@ -106,8 +106,10 @@ def test_a_process_dies_and_one_process_goes_on(strategy, victim, alone, tiny_ll
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny_llama, data, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "number"), [("ddp", signal.SIGINT), ("fsdp", signal.SIGINT), ("ddp", signal.SIGTERM)]
+)
+def test_a_signal_to_one_process_stops_both_at_the_same_step(strategy, number, alone, tiny_llama, data, tmp_path):
     run = start(tiny_llama, data, tmp_path, strategy)
     until = time.monotonic() + 120
     while not (tmp_path / "metrics.csv").is_file() or len(losses(tmp_path)) < 2:
@@ -115,10 +117,14 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(strategy, alone, tiny
         time.sleep(0.01)
     first = psutil.Process(run.pid)
     family = [first, *(p for p in first.children(recursive=True) if "lora" in p.cmdline())]
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     _, said = run.communicate(timeout=60)
     assert psutil.wait_procs(family, timeout=20)[1] == [] and len(family) == 2
-    assert run.returncode == 130 and said.count("run the same command again to go on:") == 1 and "Traceback" not in said
+    assert (
+        run.returncode == 128 + number
+        and said.count("run the same command again to go on:") == 1
+        and "Traceback" not in said
+    )
     done = len(losses(tmp_path))
     assert (tmp_path / "checkpoints" / f"step-{done:08d}.pth").is_file() and done < STEPS
 

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.children import limits
+from tests.children import Outcome, limits
 from tests.conftest import convert, make_llama
 from tests.workflows import alignment
 from tests.workflows.test_lora import write_rows
@@ -222,8 +222,8 @@ def test_a_checkpoint_is_a_shard_of_each_process_and_their_run(stopped):
 def test_shards_put_together_are_what_one_process_has(stopped, llama, data, tmp_path):
     with pytest.raises(UserError, match="stop here"):
         train("lora", llama, data, tmp_path / "one", stop_at=4, train=TRAIN)
-    one = resume.trained_weights(tmp_path / "one" / "checkpoints")
-    both = resume.trained_weights(stopped / "checkpoints")
+    one = resume.trained_weights(tmp_path / "one" / "checkpoints", 4)
+    both = resume.trained_weights(stopped / "checkpoints", 4)
     assert one.keys() == both.keys() and all("lora_" in name for name in one)
     for name, weight in one.items():
         torch.testing.assert_close(both[name], weight, atol=1e-3, rtol=0)
@@ -246,6 +246,56 @@ def test_sharded_processes_go_on_from_one_file(two, whole_run, llama, data, tmp_
         train("lora", llama, data, tmp_path, stop_at=3, train=TRAIN)
     train_in_two(two, "lora", llama, data, tmp_path, train=TRAIN, resume=True)
     assert losses(tmp_path) == pytest.approx(losses(whole_run), abs=1e-4)
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 4.0, 6: 0.5, 7: 0.75}
+
+
+def train_judged(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Train with a validation loss that is written down for each step."""
+    validate, batches = lora.SFT.validate, lora.SFT.batches
+
+    def counted(self: Any, step: int, rank: int, world_size: int) -> Any:
+        self.step = step + 1
+        return batches(self, step, rank, world_size)
+
+    def judged(self: Any, model: Any) -> dict[str, float]:
+        return {**validate(self, model), "val_loss": LOSSES[self.step]}
+
+    lora.SFT.validate, lora.SFT.batches = judged, counted  # type: ignore[method-assign]
+    try:
+        train(*args, **options)
+    finally:
+        lora.SFT.validate, lora.SFT.batches = validate, batches  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_the_best_step_is_kept_and_a_longer_run_goes_on(strategy, two, llama, data, tmp_path):
+    """With shards as in one process, stopped in between, and made longer when it had ended."""
+    options: dict[str, Any] = {"strategy": strategy, "lora_r": 0}
+    train_args = replace(TRAIN, eval_interval=1, save_interval=2, lr_schedule="constant")
+
+    def in_two(out_dir: Path, **more: Any) -> list[Outcome]:
+        return two.run(train_judged, ("lora", llama, data, out_dir), {**options, "train": train_args, **more})
+
+    stopped, whole, until_best = (tmp_path / name for name in ("stopped", "whole", "until_best"))
+    assert [outcome.text for outcome in in_two(stopped, stop_at=4)] == ["stop here"] * 2
+    for out_dir, more in ((stopped, {}), (whole, {}), (until_best, {"train": replace(train_args, max_steps=2)})):
+        outcomes = in_two(out_dir, **more)
+        assert [outcome.how for outcome in outcomes] == ["returned"] * 2, outcomes
+    kept = [load_weights(out_dir / "final") for out_dir in (stopped, whole, until_best)]
+    for weights in kept[:2]:
+        assert all(torch.equal(weights[name], tensor) for name, tensor in kept[2].items())
+    made = json.loads((whole / "final" / "metrics.json").read_text())
+    assert (made["steps"], made["kept_step"], made["metrics"][0]["value"]) == (5, 2, 1.0)
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert names == ["step-00000002.pth", "step-00000005.pth"]
+
+    train_judged(
+        ("lora", llama, data, whole), {**options, "strategy": "auto", "train": replace(train_args, max_steps=7)}
+    )
+    made = json.loads((whole / "final" / "metrics.json").read_text())
+    assert (made["steps"], made["kept_step"], made["metrics"][0]["value"]) == (7, 6, 0.5)
 
 
 def lose(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The first Ctrl-C waits for the step's end, the second does not; in several processes all stop at one step."""
+"""The first signal waits for the step's end, the second does not; in several processes all stop at one step."""
 
 import os
 import signal
@@ -8,24 +8,41 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from workflows import lifetime
 from workflows.training.stopping import Stopping
 
 ALONE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"))
 
 
-def press() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def press(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
 
 
-def test_the_first_one_is_kept_and_the_second_one_raised(capfd):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture(autouse=True)
+def no_earlier_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test sends is no repetition of what another sent."""
+    monkeypatch.setattr(lifetime.received, "_at", -float("inf"))
+
+
+@pytest.mark.parametrize("number", lifetime.ENDING)
+def test_the_first_one_is_kept_and_the_second_one_raised(number, capfd, monkeypatch):
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), Stopping(ALONE) as stop:
         assert not stop.asked()
-        press()
+        press(number)
         assert stop.asked()
         assert "stopping when this step is done" in capfd.readouterr().err
-        press()
-    assert signal.getsignal(signal.SIGINT) is before
+        if number != signal.SIGINT:
+            press(number)  # at once: make and the shell pass on what the process got already
+            monkeypatch.setattr(lifetime, "_SAME_EVENT", 0.0)  # as if a second had gone by
+        press(number)
+    assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_is_a_second_request_at_any_time():
+    with pytest.raises(KeyboardInterrupt), Stopping(ALONE):
+        press(signal.SIGTERM)
+        press(signal.SIGINT)
 
 
 def test_afterwards_ctrl_c_is_as_ever():
@@ -35,15 +52,16 @@ def test_afterwards_ctrl_c_is_as_ever():
         press()
 
 
-def test_a_job_that_ignores_ctrl_c_goes_on():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", lifetime.ENDING)
+def test_a_job_that_ignores_a_signal_goes_on(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with Stopping(ALONE) as stop:
-            press()
+        with lifetime.interruptible(), Stopping(ALONE) as stop:
+            press(number)
             assert not stop.asked()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_other_threads_leave_signals_alone():

@@ -1,0 +1,61 @@
+"""How long a run is: optimizer steps from max_steps and epochs, once the number of its rows is known."""
+
+import math
+from dataclasses import replace
+
+from workflows.errors import UserError
+from workflows.training.loop import TrainArgs
+
+MANY_EPOCHS = 10
+"""Epochs above which a run's length is printed with a hint how to train for fewer."""
+
+
+def limited_to(train: TrainArgs, rows: int, updates: int = 1) -> TrainArgs:
+    """The settings with the number of steps that max_steps and epochs come to, whichever ends first.
+
+    Args:
+        train: Training settings.
+        rows: Rows of the training split.
+        updates: Optimizer steps on the same rows.
+
+    Raises:
+        UserError: If the warm-up is longer than the run.
+    """
+    if train.epochs is None:
+        return train
+    steps = math.ceil(train.epochs * rows / train.global_batch_size) * updates
+    limited = replace(train, max_steps=min(steps, train.max_steps or steps))
+    if limited.lr_warmup_steps > limited.max_steps:
+        raise UserError(
+            f"--train.epochs {train.epochs:g} of {rows:,} rows are {limited.max_steps:,} steps of "
+            f"{train.global_batch_size}, fewer than --train.lr_warmup_steps {train.lr_warmup_steps}. Lower it, to "
+            f"{limited.max_steps // 10} say."
+        )
+    return limited
+
+
+def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 1) -> str:
+    """How long a run is, in steps and epochs, and what to do where the epochs are many.
+
+    Args:
+        train: Training settings as they were given.
+        limited: `limited_to` of them.
+        rows: Rows of the training split.
+        updates: Optimizer steps on the same rows.
+    """
+    epochs = limited.max_steps * train.global_batch_size / (rows * updates)
+    text = f"{limited.max_steps:,} steps of {train.global_batch_size} = {epochs:.1f} epochs of {rows:,} rows"
+    if updates > 1:
+        text += f", {updates} steps on the same rows"
+    if train.epochs is not None and epochs + 1 / rows < train.epochs:
+        text += (
+            f": --train.max_steps {train.max_steps} comes before --train.epochs {train.epochs:g}; --train.max_steps 0 "
+            "trains for all of them"
+        )
+    elif epochs > MANY_EPOCHS:
+        fewer = replace(train, epochs=3, max_steps=0, lr_warmup_steps=0)
+        text += (
+            f". So many are often too many: --train.epochs 3 would be {limited_to(fewer, rows, updates).max_steps:,} "
+            "steps; --train.patience 3 stops when validation no longer improves"
+        )
+    return text
