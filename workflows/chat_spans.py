@@ -112,7 +112,10 @@ def _unwritten(template: "ChatTemplate", messages: list["Message"], tools: list[
         template.unwritten[roles] = [
             role for n, role in enumerate(roles) if role != "assistant" and f"{MARKER}{n}." not in text
         ]
-    notes += [f"{role} messages not shown to the model: the template does not write them" for role in template.unwritten[roles]]
+    for role in template.unwritten[roles]:
+        if role == "user":
+            raise UserError("The chat template does not write the user's message; check chat_template.jinja.")
+        notes.append(f"{role} messages not shown to the model: the template does not write them")
     if tools and template.render(messages, tools=tools) == template.render(messages):
         notes.append(NO_TOOLS)
     return notes
@@ -138,11 +141,11 @@ def _whole(template: "ChatTemplate", messages: list["Message"], tools: list[Any]
 
     text = plain(messages)
     if len(messages) == 1:  # the assistant speaks first, and alone
-        header = template.generation_header
-        start = text.find(header, 0, _common_prefix(text, plain(_marked(messages, 0)))) if header else -1
-        if start < 0:
+        start = _after_header(template, alone := _Text(text, 0, plain), messages)
+        if start is None:
             raise UserError("The conversation holds no message that the answer replies to.")
-        return _Text(text, start + len(header), plain)
+        alone.last = start
+        return alone
     prompt = template.render(messages[:-1], True, tools)
     if text.startswith(prompt):
         return _Text(text, len(prompt), plain)
@@ -173,29 +176,33 @@ def _find_turn(
     """The start and the end of an assistant turn in the text; None, with a note, where it cannot be learned."""
     text, last = whole.text, i == len(messages) - 1
     content = _content(whole, messages, i)
-    written = _tool_calls_end(whole, messages, i) if messages[i].get("tool_calls") else content and content[1]
-    if last:
-        start: int | None = whole.last
-        written = max(whole.last, whole.last if written is None else written)
-        limit = len(text)
-    else:
-        if content is None or written is None:
-            notes.append(NO_TEXT)
-            return None
-        start = _start(template, whole, messages, i, tools, content, notes)
+    written = content and content[1]
+    if messages[i].get("tool_calls"):
+        written = _tool_calls_end(whole, messages, i)
+    elif messages[i]["content"].strip() and MARKER not in whole.build(_marked(messages, i)):
+        if last:
+            raise UserError("The chat template does not write the assistant's answer; check chat_template.jinja.")
+        notes.append(NO_TEXT)
+        return None
+    start: int | None = whole.last
+    limit = len(text)
+    if not last:
+        start = _start(template, whole, messages, i, tools, notes)
         if start is None:
             return None
         following = (_content(whole, messages, j) for j in range(i + 1, len(messages)))
-        limit = next((span[0] for span in following if span is not None and span[0] >= written), len(text))
+        limit = next((span[0] for span in following if span is not None and span[0] >= (written or start)), limit)
         if template.has_reasoning(messages[i]) and not _is_written(whole, messages, i):
             notes.append(NO_REASONING)
+    assert start is not None
+    written = max(start, written or start)
     end = template.find_stop(text, written, limit)
     if end is None:
         if last:
             raise template.no_stop_error(text[written:])
         notes.append(NO_END)
         end = written
-    return start, end  # type: ignore[return-value]
+    return start, end
 
 
 def _start(
@@ -204,18 +211,15 @@ def _start(
     messages: list["Message"],
     i: int,
     tools: list[Any] | None,
-    content: tuple[int, int],
     notes: list[str],
 ) -> int | None:
     """Where an earlier assistant turn begins: after the prompt, or after the prompt's last part where others differ."""
     text = whole.text
     if i == 0:
-        header = template.generation_header
-        start = text.find(header, 0, content[0] + len(header)) if header else -1
-        if start < 0 or start + len(header) > content[0]:
+        start = _after_header(template, whole, messages)
+        if start is None:
             notes.append(NO_PROMPT)
-            return None
-        return start + len(header)
+        return start
     try:
         if text.startswith(prompt := template.render(messages[:i], True, tools)):
             return len(prompt)
@@ -229,6 +233,15 @@ def _start(
         return None
     notes.append(OTHER_CONTEXT)
     return before[1] + len(header)
+
+
+def _after_header(template: "ChatTemplate", whole: _Text, messages: list["Message"]) -> int | None:
+    """Where the answer that opens a conversation begins: after the header that a prompt would end with."""
+    header, content = template.generation_header, _content(whole, messages, 0)
+    if not header or content is None:
+        return None
+    start = whole.text.find(header, 0, content[0])
+    return None if start < 0 else start + len(header)
 
 
 def _content(whole: _Text, messages: list["Message"], i: int) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ from workflows.errors import UserError
 from workflows.files import read_json, read_text
 from workflows.template_sandbox import render
 
-__all__ = ["ChatTemplate", "EncodedChat", "Message", "Reasoning"]
+__all__ = ["ChatTemplate", "EncodedChat", "Message", "Reasoning", "THINKING_OFF"]
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": TEXT}`, and for some roles `reasoning_content`,
@@ -36,6 +36,8 @@ removed, and thinking is switched off in the chat template, here and in all that
 THINKING_OFF = "{%- set enable_thinking = false -%}\n"
 """The first line of a chat template in which thinking is switched off."""
 # At both ends of a message it shows whether the template trims: no template writes this by itself.
+_BORDER = 24
+"""Characters after a prompt that may change how its end is tokenized."""
 _SPACED = f"  \t{MARKER}\t  "
 
 
@@ -129,6 +131,19 @@ class ChatTemplate:
         same = all(off.render(_PROBE + end, not end) == self.render(_PROBE + end, not end) for end in ([], [_ANSWER]))
         return changed if same else off  # a template without reasoning needs no switch
 
+    def asked_for(self, reasoning: Reasoning | None) -> "ChatTemplate":
+        """The template for questions to a trained checkpoint; None asks as it was trained.
+
+        Raises:
+            UserError: If reasoning is to be kept by a checkpoint that was trained with thinking switched off.
+        """
+        if reasoning == "keep" and self.thinking_is_off:
+            raise UserError(
+                "--reasoning keep: the checkpoint was trained with thinking switched off. Leave the option out, or "
+                f"remove the first line of its chat_template.jinja: {THINKING_OFF}"
+            )
+        return self if reasoning is None else self.with_reasoning(reasoning)
+
     @property
     def thinking_is_off(self) -> bool:
         """Whether the template's first line switches thinking off."""
@@ -142,7 +157,7 @@ class ChatTemplate:
     @staticmethod
     def has_reasoning(message: Message) -> bool:
         """Whether an assistant message holds reasoning, in a field of its own or before `</think>`."""
-        return any(message.get(name) for name in REASONING_FIELDS) or _split_reasoning(message["content"])[0]
+        return any(message.get(name) for name in REASONING_FIELDS) or bool(_split_reasoning(message["content"])[0])
 
     def prepared(self, messages: list[Message]) -> list[Message]:
         """Messages as they are handed to the template: reasoning in the form that it reads, or removed."""
@@ -228,6 +243,22 @@ class ChatTemplate:
                 "whose tokenizer and embedding belong together."
             )
         return ids
+
+    def encode_answered(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendered prompt with an answer or the beginning of one: no token straddles their border.
+
+        Args:
+            text: The text.
+            add_special_tokens: Add those that tokenizer.json adds.
+        """
+        header = self.generation_header
+        before, found, after = text.rpartition(header or MARKER)
+        if found and after:
+            alone = self.encode(header)
+            if self.encode(header + after[:_BORDER])[: len(alone)] != alone:
+                prompt = self.tokenizer.encode(before + header, add_special_tokens=add_special_tokens).ids
+                return self.checked_ids(prompt + self.encode_inside(after))
+        return self.checked_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that continues another one: a SentencePiece tokenizer adds no space before it."""
@@ -363,21 +394,14 @@ class ChatTemplate:
     def problems(self) -> list[str]:
         """What makes the template unfit for training, as messages: found on a conversation of two short turns."""
         try:
-            notes = self._probe_notes
-            self.single_turn()
+            _ = self._probe_notes, self.single_turn()
         except UserError as e:
             return [str(e)]
-        if chat_spans.RETOKENIZED in notes:
-            return [
-                "The last token of the prompt depends on the answer's first characters: the tokenizer joins them to "
-                f"one token. The prompt ends with {self.generation_header[-20:]!r}; correct chat_template.jinja so that "
-                "it ends with a special token or a line break."
-            ]
         return []
 
     def remarks(self) -> list[str]:
         """What is not learned, or in another form than the template writes it, of every longer conversation."""
-        return sorted({note for note in self._probe_notes if note != chat_spans.RETOKENIZED})
+        return sorted(set(self._probe_notes))
 
     @functools.cached_property
     def _probe_notes(self) -> tuple[str, ...]:
@@ -411,7 +435,7 @@ def _split_reasoning(content: str) -> tuple[str, str]:
     opened = before.lstrip().startswith("<think>")
     if not found or ("<think>" in before and not opened):
         return "", content
-    return (before.lstrip().removeprefix("<think>").strip() or " "), after.lstrip()
+    return before.lstrip().removeprefix("<think>").strip(), after.lstrip()
 
 
 def _token_text(token: Any) -> str:
