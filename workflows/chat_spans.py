@@ -103,12 +103,24 @@ def encode_chat(
 
 
 def _unwritten(template: "ChatTemplate", messages: list["Message"], tools: list[Any] | None) -> list[str]:
-    """Notes on what a template leaves out of a conversation: messages other than the assistant's, tools."""
+    """Notes on what a template leaves out of a conversation: messages other than the assistant's, tools.
+
+    Raises:
+        UserError: If it leaves out a user's message or tool calls: the rest would make no sense.
+    """
     notes = []
     roles = tuple(str(message["role"]) for message in messages)
-    if roles not in template.unwritten or any(message.get("tool_calls") for message in messages):
+    calls = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    if calls or roles not in template.unwritten:
         marked = [{**message, "content": f"{MARKER}{n}."} for n, message in enumerate(messages)]
+        for i in calls:
+            marked[i] = {**_marked_calls(messages[i], f"{_ARGUMENT}{i}."), "content": messages[i]["content"]}
         text = template.render(marked, tools=tools)
+        if any(f"{_ARGUMENT}{i}." not in text for i in calls):
+            raise UserError(
+                "The chat template does not write the assistant's tool calls. Use a model whose template does, or "
+                "remove such conversations from the data."
+            )
         template.unwritten[roles] = [
             role for n, role in enumerate(roles) if role != "assistant" and f"{MARKER}{n}." not in text
         ]
@@ -175,26 +187,27 @@ def _find_turn(
 ) -> tuple[int, int] | None:
     """The start and the end of an assistant turn in the text; None, with a note, where it cannot be learned."""
     text, last = whole.text, i == len(messages) - 1
+    start = whole.last if last else _start(template, whole, messages, i, tools, notes)
+    if start is None:
+        return None
+    if (end := _end_of_plain_turn(template, text, messages, i, start)) is not None:
+        return start, end
+
     content = _content(whole, messages, i)
     written = content and content[1]
     if messages[i].get("tool_calls"):
         written = _tool_calls_end(whole, messages, i)
-    elif messages[i]["content"].strip() and MARKER not in whole.build(_marked(messages, i)):
+    elif content is None and messages[i]["content"].strip() and MARKER not in whole.build(_marked(messages, i)):
         if last:
             raise UserError("The chat template does not write the assistant's answer; check chat_template.jinja.")
         notes.append(NO_TEXT)
         return None
-    start: int | None = whole.last
     limit = len(text)
     if not last:
-        start = _start(template, whole, messages, i, tools, notes)
-        if start is None:
-            return None
         following = (_content(whole, messages, j) for j in range(i + 1, len(messages)))
         limit = next((span[0] for span in following if span is not None and span[0] >= (written or start)), limit)
         if template.has_reasoning(messages[i]) and not _is_written(whole, messages, i):
             notes.append(NO_REASONING)
-    assert start is not None
     written = max(start, written or start)
     end = template.find_stop(text, written, limit)
     if end is None:
@@ -203,6 +216,43 @@ def _find_turn(
         notes.append(NO_END)
         end = written
     return start, end
+
+
+def _end_of_plain_turn(
+    template: "ChatTemplate", text: str, messages: list["Message"], i: int, start: int
+) -> int | None:
+    """The end of a turn that is nothing but its content in what the template writes around it; None for others.
+
+    It spares the renderings by which contents are found in general.
+    """
+    last = i == len(messages) - 1
+    if not messages[i].keys() <= {"role", "content"} or (not last and messages[i + 1]["role"] != "user"):
+        return None
+    if last not in template.frames:
+        template.frames[last] = _frame(template, last)
+    if (frame := template.frames[last]) is None:
+        return None
+    lead, tail, stop = frame
+    written = f"{lead}{messages[i]['content']}{tail}"
+    if not text.startswith(written, start) or (last and len(text) != start + len(written)):
+        return None
+    return start + len(written) - len(tail) + stop
+
+
+def _frame(template: "ChatTemplate", last: bool) -> tuple[str, str, int] | None:
+    """The template's text before an answer's content and after it, up to the next message, and its stop token's end."""
+    asked: list[Message] = [{"role": "user", "content": "?"}]
+    marked: list[Message] = [{"role": "assistant", "content": MARKER}, {"role": "user", "content": MARKER}]
+    try:
+        prompt = template.render(asked, True)
+        text = template.render([*asked, *marked[: 1 if last else 2]])
+    except UserError:
+        return None
+    lead, *tails = text.removeprefix(prompt).split(MARKER)
+    if not text.startswith(prompt) or len(tails) != (1 if last else 2):
+        return None
+    stop = template.find_stop(tails[0], 0, len(tails[0]))
+    return None if stop is None else (lead, tails[0], stop)
 
 
 def _start(
@@ -256,22 +306,21 @@ def _content(whole: _Text, messages: list["Message"], i: int) -> tuple[int, int]
     return whole.contents[i]
 
 
-def _tool_calls_end(whole: _Text, messages: list["Message"], i: int) -> int:
+def _tool_calls_end(whole: _Text, messages: list["Message"], i: int) -> int | None:
     """Where the arguments of an assistant turn's last tool call end in the text."""
-    calls = messages[i]["tool_calls"]
-    marked: list[Message] = [*messages]
-    call = calls[-1]
-    function = call.get("function", call)
-    function = {**function, "arguments": {_ARGUMENT: _ARGUMENT}}
-    call = {**call, "function": function} if "function" in call else function
-    marked[i] = {**messages[i], "tool_calls": [*calls[:-1], call]}
-    _, found, after = whole.build(marked).rpartition(_ARGUMENT)
-    if not found or not whole.text.endswith(after):
-        raise UserError(
-            "The chat template does not write the assistant's tool calls. Use a model whose template does, or remove "
-            "such conversations from the data."
-        )
-    return len(whole.text) - len(after)
+    version = [*messages[:i], _marked_calls(messages[i], _ARGUMENT), *messages[i + 1 :]]
+    _, found, after = whole.build(version).rpartition(_ARGUMENT)
+    return len(whole.text) - len(after) if found and whole.text.endswith(after) else None
+
+
+def _marked_calls(message: "Message", mark: str) -> "Message":
+    """An assistant message with the arguments of its last tool call replaced by a mark."""
+    *others, call = message["tool_calls"]
+    if "function" in call:
+        call = {**call, "function": {**call["function"], "arguments": {mark: mark}}}
+    else:
+        call = {**call, "arguments": {mark: mark}}
+    return {**message, "tool_calls": [*others, call]}
 
 
 def _is_written(whole: _Text, messages: list["Message"], i: int) -> bool:
@@ -317,7 +366,8 @@ def _encode(
         prompt = template.tokenizer.encode(text[begin:start], add_special_tokens=False)
         if prompt.ids == [token for token, _ in tokens[first:index]]:
             continue
-        notes.append(RETOKENIZED)
+        if APART not in notes:
+            notes.append(RETOKENIZED)
         after = next((n for n in range(index, len(tokens)) if tokens[n][1][0] >= start), len(tokens))
         upto = max(start, max((offset[1] for _, offset in tokens[first:after]), default=start))
         again = [(i, (begin + a, begin + b)) for i, (a, b) in zip(prompt.ids, prompt.offsets, strict=True)]

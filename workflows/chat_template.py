@@ -335,6 +335,11 @@ class ChatTemplate:
         return frozenset(self.tokenizer.get_added_tokens_decoder())
 
     @functools.cached_property
+    def frames(self) -> dict[bool, tuple[str, str, int] | None]:
+        """What the template writes around an answer, the last one or an earlier one; filled when needed."""
+        return {}
+
+    @functools.cached_property
     def unwritten(self) -> dict[tuple[str, ...], list[str]]:
         """For the roles of a conversation, those of the messages that the template leaves out; filled when needed."""
         return {}

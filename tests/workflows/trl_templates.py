@@ -13,11 +13,12 @@ from typing import Any
 
 import transformers.utils.chat_template_utils as transformers_templates
 import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import TEXT
 from workflows.chat_template import ChatTemplate
+from workflows.gguf_tokenizer import LLAMA3_SPLIT
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.jinja"))
@@ -94,7 +95,12 @@ def tokenizer_of(kind: str) -> Tokenizer:
     words = [message["content"] for messages, _ in CONVERSATIONS.values() for message in messages]
     if kind == "byte-level":
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
@@ -123,21 +129,24 @@ class _FixedDay(datetime.datetime):
         return datetime.datetime(2024, 7, 26)
 
 
-def transformers_rendering(name: str, kind: str, conversation: str) -> tuple[str, list[int], list[int]]:
-    """transformers' text, ids and assistant mask of a conversation.
+def transformers_rendering(
+    name: str, kind: str, conversation: str | list[dict[str, Any]], asked: bool = False, **variables: Any
+) -> tuple[str, list[int], list[int]]:
+    """transformers' text, ids and assistant mask of a conversation, or of the prompt that asks for its next answer.
 
     Raises:
         Exception: Whatever the template raises.
     """
-    messages, tools = CONVERSATIONS[conversation]
+    messages, tools = CONVERSATIONS[conversation] if isinstance(conversation, str) else (conversation, None)
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": asked, **variables}
     reference = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_of(kind), bos_token=BOS, eos_token=eos_of(name), chat_template=source_of(name)
     )
     day, transformers_templates.datetime = transformers_templates.datetime, _FixedDay  # type: ignore[attr-defined]
     try:
-        text = reference.apply_chat_template(messages, tools=tools, tokenize=False)
+        text = reference.apply_chat_template(messages, tokenize=False, **options)
         encoded = reference.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )
     finally:
         transformers_templates.datetime = day  # type: ignore[attr-defined]
