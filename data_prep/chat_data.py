@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.rows import Row, read_rows
-from workflows.chat_template import ChatTemplate, EncodedChat
+from workflows.chat_template import ChatTemplate, EncodedChat, Reasoning
 from workflows.checkpoint import load_config
 from workflows.errors import UserError
 from workflows.prompt_style import choose_prompt_style, read_prompt_style
@@ -40,6 +40,7 @@ class EncodingReport:
         kept: Samples made.
         truncated: Those of `kept` whose answer was cut at `max_seq_length`; the token that ends the turn is lost there.
         dropped: Rows left out, by reason.
+        notes: Answers of the samples that are not learned, or not in the form of the whole text, by reason.
         tokens: Tokens of the samples, prompts included.
         learned_tokens: Those of them that carry the loss.
         longest: Tokens of the longest sample.
@@ -51,6 +52,7 @@ class EncodingReport:
     kept: int = 0
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     learned_tokens: int = 0
     longest: int = 0
@@ -63,7 +65,8 @@ class EncodingReport:
             f"{self.truncated:,} answers truncated" + (" (their turn end is lost)" if self.truncated else ""),
             f"{self.dropped.total():,} dropped",
         ]
-        return "; ".join(parts) + "".join(f"\n  {count:,} dropped: {reason}" for reason, count in self.dropped.items())
+        lines = [f"\n  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        return "; ".join(parts) + "".join(lines + [f"\n  {count:,} {note}" for note, count in self.notes.items()])
 
 
 def encode_rows(
@@ -84,21 +87,25 @@ def encode_rows(
         The samples, in the order of their rows, and what became of the rows.
 
     Raises:
-        UserError: If the template refuses a conversation.
+        UserError: If the template refuses a conversation, or a token of it has no embedding.
     """
     report = EncodingReport(name, len(rows), max_seq_length)
     chats: list[EncodedChat] = []
     for number, row in enumerate(rows, start=1):
         try:
-            chat = template.encode_chat(row["messages"])
+            chat = template.encode_chat(row["messages"], tools=row.get("tools"))
         except UserError as e:
             raise UserError(f"{name}, row {number} ({row['messages'][0]['content'][:60]!r}): {e}") from None
+        report.notes.update(chat.notes)
         room = max_seq_length - len(chat.prompt)
+        if not chat.completion:
+            report.dropped["none of its answers is learned"] += 1
+            continue
         if room <= 0:
             report.dropped[f"the prompt alone fills {max_seq_length} tokens"] += 1
             continue
         if len(chat.completion) > room:
-            chat = EncodedChat(chat.prompt, chat.completion[:room], chat.loss_mask[:room])
+            chat = EncodedChat(chat.prompt, chat.completion[:room], chat.loss_mask[:room], chat.notes)
             report.truncated += 1
         length = len(chat.prompt) + len(chat.completion)
         report.kept += 1
@@ -153,6 +160,9 @@ class ChatData(DataModule):
     """The checkpoint whose chat template and tokenizer are used; LitGPT's commands need not be told, it is theirs."""
     chat_template: Path | None = None
     """A Jinja file to use in place of the checkpoint's own chat template."""
+    reasoning: Reasoning = "keep"
+    """The reasoning before answers: "keep" it as the data has it, "drop" it from the data, or "none": drop it and
+    switch thinking off in the chat template."""
     seed: int = 42
     """The random seed for choosing and shuffling rows."""
     num_workers: int = 0
@@ -191,13 +201,14 @@ class ChatData(DataModule):
         directory = self.checkpoint_dir or _running_checkpoint_dir()
         if directory is None:
             raise UserError("ChatData does not know the checkpoint; name it with --data.checkpoint_dir.")
-        self.template = ChatTemplate.from_checkpoint(directory, self.chat_template)
+        template = ChatTemplate.from_checkpoint(directory, self.chat_template)
+        self.template = template.with_reasoning(self.reasoning)
         if tokenizer is not None and tokenizer.processor.get_vocab() != self.template.tokenizer.get_vocab():
             raise UserError(
                 f"{directory} has another tokenizer than the model in training. "
                 "Make --data.checkpoint_dir the same as --checkpoint_dir, or leave it out."
             )
-        if self.chat_template is None and has_prompt_style(directory):
+        if self.template.source == template.source and self.chat_template is None and has_prompt_style(directory):
             self.prompt_style = read_prompt_style(directory)
         else:
             self.prompt_style = choose_prompt_style(directory, self.template)

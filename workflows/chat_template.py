@@ -5,42 +5,40 @@ asked in the form it was trained on. The template is Jinja as Hugging Face ships
 Jinja's sandbox; the text is tokenized by `tokenizer.json` without further special tokens, because the template writes
 them itself (a BOS token too, where the model wants one).
 
-Prompt and completion are encoded apart and concatenated: at inference the model continues the prompt's tokens, so no
-token may straddle the border. The token that ends the assistant's turn belongs to the completion.
+`chat_spans.py` encodes conversations for training: the text of the whole is encoded once, the prompt's ids are those of
+inference, and the token that ends the assistant's turn belongs to the completion.
 """
 
+import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from tokenizers import Tokenizer
 
+from workflows import chat_spans
+from workflows.chat_spans import MARKER, REASONING_FIELDS, EncodedChat
+from workflows.checkpoint import load_config
 from workflows.errors import UserError
 from workflows.files import read_json, read_text
 from workflows.template_sandbox import render
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": TEXT}`."""
+__all__ = ["THINKING_OFF", "ChatTemplate", "EncodedChat", "Message", "Reasoning"]
 
-# Private-use characters: no tokenizer or template treats them specially, and no real text holds them by accident.
-_CONTENT = "\ue000content\ue001"
-
-
-@dataclass(frozen=True)
-class EncodedChat:
-    """One conversation as token ids, split where the model begins to speak.
-
-    Attributes:
-        prompt: Ids up to and including the generation prompt of the first assistant turn that is learned from.
-        completion: The ids that follow.
-        loss_mask: For each completion id, whether the assistant wrote it (turn-ending tokens included).
-    """
-
-    prompt: list[int]
-    completion: list[int]
-    loss_mask: list[bool]
+Message = dict[str, Any]
+"""`{"role": "system" | "user" | "assistant" | "tool", "content": TEXT}`, and for some roles `reasoning_content`,
+`tool_calls`, `tool_call_id`, `name`, `train`."""
+Reasoning = Literal["keep", "drop", "none"]
+"""What becomes of the reasoning before answers: "keep" = as the data has it, "drop" = removed from the data, "none" =
+removed, and thinking is switched off in the chat template, here and in all that is made from the result."""
+THINKING_OFF = "{%- set enable_thinking = false -%}\n"
+"""The first line of a chat template in which thinking is switched off."""
+# At both ends of a message it shows whether the template trims: no template writes this by itself.
+_BORDER = 24
+"""Characters after a prompt that may change how its end is tokenized."""
+_SPACED = f"  \t{MARKER}\t  "
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class ChatTemplate:
         bos_token: The text of the beginning-of-sequence token, "" if the model has none.
         eos_token: The text of the end-of-sequence token.
         stop_ids: Every id that ends an answer (from `generation_config.json` and the EOS token), lowest first.
+        vocab_size: Rows of the model's embedding, as far as the folder holds a model; a larger id is an error.
+        drops_data_reasoning: Remove the reasoning of the data before it is rendered.
     """
 
     source: str
@@ -60,6 +60,8 @@ class ChatTemplate:
     bos_token: str
     eos_token: str
     stop_ids: tuple[int, ...]
+    vocab_size: int | None = None
+    drops_data_reasoning: bool = False
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path | str, template_file: Path | None = None) -> "ChatTemplate":
@@ -103,20 +105,113 @@ class ChatTemplate:
             raise UserError(
                 f"{directory}: neither tokenizer_config.json nor generation_config.json names an EOS token."
             )
-        return cls(source, tokenizer, _token_text(config.get("bos_token")), eos_token, tuple(sorted(stop_ids)))
+        vocab_size = None
+        if (directory / "model_config.yaml").is_file():
+            vocab_size = load_config(directory).padded_vocab_size
+        bos_token = _token_text(config.get("bos_token"))
+        return cls(source, tokenizer, bos_token, eos_token, tuple(sorted(stop_ids)), vocab_size)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def with_reasoning(self, reasoning: Reasoning) -> "ChatTemplate":
+        """The template with a `reasoning` setting; `keep` leaves it as it is, switched off or not.
+
+        Raises:
+            UserError: If thinking is to be switched off in a template that has no switch for it.
+        """
+        if reasoning == "keep":
+            return self
+        changed = replace(self, drops_data_reasoning=True)
+        if reasoning == "drop" or self.thinking_is_off:
+            return changed
+        off = replace(changed, source=THINKING_OFF + self.source)
+        if off.opens_thoughts:
+            raise UserError(
+                "--reasoning none: the chat template begins every answer with the reasoning and has no switch for it "
+                "(`enable_thinking`). Use --reasoning drop: answers then close the reasoning at once."
+            )
+        same = all(off.render(_PROBE + end, not end) == self.render(_PROBE + end, not end) for end in ([], [_ANSWER]))
+        return changed if same else off  # a template without reasoning needs no switch
+
+    def asked_for(self, reasoning: Reasoning | None) -> "ChatTemplate":
+        """The template for questions to a trained checkpoint; None asks as it was trained.
+
+        Raises:
+            UserError: If reasoning is to be kept by a checkpoint that was trained with thinking switched off.
+        """
+        if reasoning == "keep" and self.thinking_is_off:
+            raise UserError(
+                "--reasoning keep: the checkpoint was trained with thinking switched off. Leave the option out, or "
+                f"remove the first line of its chat_template.jinja: {THINKING_OFF}"
+            )
+        return self if reasoning is None else self.with_reasoning(reasoning)
+
+    @property
+    def thinking_is_off(self) -> bool:
+        """Whether the template's first line switches thinking off."""
+        return self.source.startswith(THINKING_OFF.strip())
+
+    @property
+    def removes_reasoning(self) -> bool:
+        """Whether the reasoning of the data is removed before it is rendered."""
+        return self.drops_data_reasoning or self.thinking_is_off
+
+    @staticmethod
+    def has_reasoning(message: Message) -> bool:
+        """Whether an assistant message holds reasoning, in a field of its own or before `</think>`."""
+        return any(message.get(name) for name in REASONING_FIELDS) or bool(_split_reasoning(message["content"])[0])
+
+    def prepared(self, messages: list[Message]) -> list[Message]:
+        """Messages as they are handed to the template: reasoning in the form that it reads, or removed."""
+        return [self._prepared(message) if message.get("role") == "assistant" else message for message in messages]
+
+    def _prepared(self, message: Message) -> Message:
+        message = {name: value for name, value in message.items() if name != "train"}
+        if self.removes_reasoning:
+            message = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
+            return {**message, "content": _split_reasoning(message["content"])[1]}
+        field_ = self._reasoning_field
+        reasoning = message.get("reasoning_content")
+        if reasoning is None or field_ == "reasoning_content":
+            return message
+        message.pop("reasoning_content")
+        if field_ is not None:
+            return {**message, field_: reasoning}
+        return (
+            {**message, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"} if reasoning else message
+        )
+
+    @functools.cached_property
+    def _reasoning_field(self) -> str | None:
+        """The field that the template reads an answer's reasoning from; None if it reads none."""
+        for name in REASONING_FIELDS:
+            try:
+                if MARKER in self._render([*_PROBE, {**_ANSWER, name: MARKER}], False, None):
+                    return name
+            except UserError:
+                continue
+        return None
+
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """Render a conversation to text, as `transformers`' `apply_chat_template` does.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Add the header of the assistant's next answer.
+            tools: JSON schemas of the tools that the assistant may call.
 
         Raises:
             UserError: If the template is malformed or refuses the messages (an unknown role, two user turns in a row).
         """
+        return self._render(self.prepared(messages), add_generation_prompt, tools)
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         variables = {
-            "messages": [{**message} for message in messages],  # Jinja's `indent` adds to the list that it is given
+            "messages": copy.deepcopy(messages),  # Jinja's `indent` adds to the list that it is given
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            "tools": None,
+            "tools": copy.deepcopy(tools) if tools else None,
             "documents": None,
         }
         try:
@@ -130,16 +225,65 @@ class ChatTemplate:
             raise UserError(f"The chat template refuses this conversation (roles: {roles}): {str(e)[:500]}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it become their ids, none are added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text; special tokens written in it become their ids, none are added.
+
+        Raises:
+            UserError: If one is beyond the model's embedding.
+        """
+        return self.checked_ids(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def checked_ids(self, ids: list[int]) -> list[int]:
+        """Token ids, after the check that the model has an embedding for each.
+
+        Raises:
+            UserError: If one is beyond the embedding.
+        """
+        if self.vocab_size is not None and ids and (worst := max(ids)) >= self.vocab_size:
+            raise UserError(
+                f"The text holds the token {self.tokenizer.id_to_token(worst)!r} (id {worst}), for which the model has "
+                f"no embedding: it has {self.vocab_size:,} rows. Remove the token from the text, or use a checkpoint "
+                "whose tokenizer and embedding belong together."
+            )
+        return ids
+
+    def encode_answered(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendered prompt with an answer or the beginning of one: no token straddles their border.
+
+        Args:
+            text: The text.
+            add_special_tokens: Add those that tokenizer.json adds.
+        """
+        header = self.generation_header
+        before, found, after = text.rpartition(header or MARKER)
+        if found and after:
+            alone = self.encode(header)
+            if self.encode(header + after[:_BORDER])[: len(alone)] != alone:
+                prompt = self.tokenizer.encode(before + header, add_special_tokens=add_special_tokens).ids
+                return self.checked_ids(prompt + self.encode_inside(after))
+        return self.checked_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that continues another one: a SentencePiece tokenizer adds no space before it."""
+        head, both = self.encode("\n"), self.encode("\n" + text)
+        return both[len(head) :] if both[: len(head)] == head else self.encode(text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Ids of a conversation that ends with the user's turn, plus the header of the assistant's answer."""
-        return self.encode(self.render(messages, add_generation_prompt=True))
+        return self.encode(self.render(messages, add_generation_prompt=True, tools=tools))
+
+    def answer_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """The text of a prompt and of what the template writes before an answer's content.
+
+        It is what a given answer is scored after: a space, a channel, an empty reasoning block are not the answer's.
+
+        Raises:
+            UserError: If the template refuses the messages, or writes no answer after the prompt.
+        """
+        return chat_spans.answer_prompt(self, messages, tools)
 
     def answer_text(self, content: str) -> str:
         """An assistant's answer as the model is to write it: trimmed where the template trims, turn end included.
@@ -161,16 +305,46 @@ class ChatTemplate:
         Raises:
             UserError: If the template writes no stop token there: a model trained on it would never learn to stop.
         """
-        after = self.render([*_PROBE, {"role": "assistant", "content": _CONTENT}]).partition(_CONTENT)[2]
-        encoding = self.tokenizer.encode(after, add_special_tokens=False)
-        for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self.stop_ids:
-                return after[:end]
-        raise UserError(
+        after = self.render([*_PROBE, _ANSWER]).partition(MARKER)[2]
+        end = self.find_stop(after, 0, len(after))
+        if end is None:
+            raise self.no_stop_error(after)
+        return after[:end]
+
+    def find_stop(self, text: str, begin: int, limit: int) -> int | None:
+        """The end of the first stop token of `text[begin:limit]`, as an index of the text; None if it has none."""
+        encoding = self.tokenizer.encode(text[begin:limit], add_special_tokens=False)
+        ends = (end for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if i in self.stop_ids)
+        return next((begin + end for end in ends), None)
+
+    def no_stop_error(self, after: str) -> UserError:
+        """The error for a template that ends an answer with the text `after`."""
+        return UserError(
             f"The chat template writes {after!r} after an answer, which holds none of the model's stop tokens "
-            f"{[self.tokenizer.id_to_token(i) for i in self.stop_ids]}. Mend chat_template.jinja or "
+            f"{[self.tokenizer.id_to_token(i) for i in self.stop_ids]}. Correct chat_template.jinja or "
             "generation_config.json (eos_token_id)."
         )
+
+    @functools.cached_property
+    def generation_header(self) -> str:
+        """The text that the generation prompt adds to a conversation; "" if it adds none."""
+        bare, asked = self.render(_PROBE), self.render(_PROBE, add_generation_prompt=True)
+        return asked[len(bare) :] if asked.startswith(bare) else ""
+
+    @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are cut out of a text before it is tokenized."""
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def frames(self) -> dict[bool, tuple[str, str, int] | None]:
+        """What the template writes around an answer, the last one or an earlier one; filled when needed."""
+        return {}
+
+    @functools.cached_property
+    def unwritten(self) -> dict[tuple[str, ...], list[str]]:
+        """For the roles of a conversation, those of the messages that the template leaves out; filled when needed."""
+        return {}
 
     @functools.cached_property
     def opens_thoughts(self) -> bool:
@@ -181,7 +355,7 @@ class ChatTemplate:
     def drops_thoughts(self) -> bool:
         """Whether of an earlier answer only what follows `</think>` is in the prompt, to the letter (DeepSeek-R1)."""
         texts = [
-            self.render([*_PROBE, {"role": "assistant", "content": f"{thoughts}\n\n{_CONTENT}"}, *_PROBE])
+            self.render([*_PROBE, {"role": "assistant", "content": f"{thoughts}\n\n{MARKER}"}, *_PROBE])
             for thoughts in ("", "<think>\n\ue003\n</think>")
         ]
         return texts[0] == texts[1]
@@ -195,52 +369,51 @@ class ChatTemplate:
     def default_system(self) -> str:
         """The system message the template writes when the conversation has none; "" if it writes none."""
         bare = self.render(_PROBE, add_generation_prompt=True)
-        explicit = self.render([{"role": "system", "content": _CONTENT}, *_PROBE], add_generation_prompt=True)
-        before, found, after = explicit.partition(_CONTENT)
+        explicit = self.render([{"role": "system", "content": MARKER}, *_PROBE], add_generation_prompt=True)
+        before, found, after = explicit.partition(MARKER)
         if found and len(bare) >= len(before) + len(after) and bare.startswith(before) and bare.endswith(after):
             return bare[len(before) : len(bare) - len(after)]
         return ""
 
     @functools.cached_property
     def _trims_answers(self) -> bool:
-        spaced = self.render([*_PROBE, {"role": "assistant", "content": f" {_CONTENT} "}])
-        return f" {_CONTENT} " not in spaced
+        return _SPACED not in self.render([*_PROBE, {"role": "assistant", "content": _SPACED}])
 
-    def encode_chat(self, messages: list[Message], prompt_turns: int = 0) -> EncodedChat:
+    def encode_chat(
+        self, messages: list[Message], prompt_turns: int = 0, tools: list[Any] | None = None
+    ) -> EncodedChat:
         """Encode a conversation for training: the assistant's tokens carry the loss, all others are context.
-
-        Each assistant turn is encoded on its own, after the text the template puts before it. Where a template rewrites
-        earlier turns (DeepSeek-R1 drops their thoughts), only the last answer is learned from.
 
         Args:
             messages: Turns of which the last is the assistant's.
-            prompt_turns: How many of them are the prompt, whatever their roles: nothing in these is learned from.
+            prompt_turns: How many of them are the prompt, whatever their roles: nothing in these is learned.
+            tools: JSON schemas of the tools that the assistant may call.
+
+        Returns:
+            The ids; without completion if no turn can be learned, which the notes explain.
 
         Raises:
-            UserError: If no turn, or not the last one, is the assistant's.
+            UserError: If the last turn is not the assistant's, the template refuses the conversation, or its text does
+                not continue the prompt that asks for the last answer.
         """
-        if not messages or messages[-1].get("role") != "assistant":
-            raise UserError("A training conversation must end with an assistant message.")
-        spoken = [i for i in range(prompt_turns, len(messages)) if messages[i]["role"] == "assistant"]
-        contexts = [self.render(messages[:i], add_generation_prompt=True) for i in spoken]
-        answers = [self.answer_text(messages[i]["content"]) for i in spoken]
-        for earlier in range(len(spoken) - 1):
-            if not contexts[earlier + 1].startswith(contexts[earlier] + answers[earlier]):
-                contexts, answers = contexts[-1:], answers[-1:]
-                break
+        return chat_spans.encode_chat(self, messages, prompt_turns, tools)
 
-        completion, loss_mask = [], []
-        text = contexts[0]
-        for turn, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
-            if turn > 0:
-                between = self.encode(context[len(text) :])
-                completion += between
-                loss_mask += [False] * len(between)
-            ids = self.encode(answer)
-            completion += ids
-            loss_mask += [True] * len(ids)
-            text = context + answer
-        return EncodedChat(self.encode(contexts[0]), completion, loss_mask)
+    def problems(self) -> list[str]:
+        """What makes the template unfit for training, as messages: found on a conversation of two short turns."""
+        try:
+            _ = self._probe_notes, self.single_turn()
+        except UserError as e:
+            return [str(e)]
+        return []
+
+    def remarks(self) -> list[str]:
+        """What is not learned, or in another form than the template writes it, of every longer conversation."""
+        return sorted(set(self._probe_notes))
+
+    @functools.cached_property
+    def _probe_notes(self) -> tuple[str, ...]:
+        answer: Message = {"role": "assistant", "content": "It is."}
+        return self.encode_chat([*_PROBE, answer, *_PROBE, answer]).notes
 
     def single_turn(self) -> tuple[str, str, bool]:
         """How a prompt of one user message, without a system message, is made.
@@ -251,16 +424,25 @@ class ChatTemplate:
         Raises:
             UserError: If the template does not write the user's message.
         """
-        spaced = f" {_CONTENT} "
-        text = self.render([{"role": "user", "content": spaced}], add_generation_prompt=True)
-        if _CONTENT not in text:
+        text = self.render([{"role": "user", "content": _SPACED}], add_generation_prompt=True)
+        if MARKER not in text:
             raise UserError("The chat template does not write the user's message; check chat_template.jinja.")
-        trims = spaced not in text
-        before, _, after = text.partition(_CONTENT if trims else spaced)
+        trims = _SPACED not in text
+        before, _, after = text.partition(MARKER if trims else _SPACED)
         return before, after, trims
 
 
 _PROBE: list[Message] = [{"role": "user", "content": "\ue002"}]
+_ANSWER: Message = {"role": "assistant", "content": MARKER}
+
+
+def _split_reasoning(content: str) -> tuple[str, str]:
+    """The reasoning that an answer begins with, "" if it has none, and what follows it."""
+    before, found, after = content.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if not found or ("<think>" in before and not opened):
+        return "", content
+    return before.lstrip().removeprefix("<think>").strip(), after.lstrip()
 
 
 def _token_text(token: Any) -> str:

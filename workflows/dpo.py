@@ -89,7 +89,7 @@ def setup(
         return
 
     def make_objective(fabric: L.Fabric) -> Objective:
-        template = ChatTemplate.from_checkpoint(checkpoint_dir)
+        template = ChatTemplate.from_checkpoint(checkpoint_dir).with_reasoning(common.reasoning)
         first: Any = next((row for _, row in iterate_jsonl(data / "train.jsonl")), {})
         shape = "labelled" if loss == "kto" and isinstance(first, dict) and "label" in first else "preference"
 

@@ -9,7 +9,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from workflows.chat_template import ChatTemplate
+from workflows.chat_template import ChatTemplate, Reasoning
 from workflows.checkpoint import finite, metric, versions, write_metrics
 from workflows.errors import UserError, report_all
 from workflows.evaluation.cache import ResultCache
@@ -45,6 +45,7 @@ def setup(
     precision: Literal["32-true", "bf16-true", "16-true"] | None = None,
     apply_chat_template: bool = False,
     num_fewshot: int | None = None,
+    reasoning: Reasoning | None = None,
     row_tokens: int = 1024,
     batch_size: int = 16,
     written: int = 4,
@@ -66,6 +67,8 @@ def setup(
         precision: "bf16-true", "32-true" or "16-true"; null takes bfloat16 where the device computes in it.
         apply_chat_template: Render lm-eval's tasks by the chat template; local tasks always are.
         num_fewshot: Examples before each question, for lm-eval's tasks.
+        reasoning: Reasoning before answers; null is as the checkpoint was trained. "none" asks with thinking switched
+            off, "drop" removes the reasoning of the prompts' earlier answers.
         row_tokens: Capacity of a packed row in tokens; bounds the memory.
         batch_size: Answers generated side by side, for tasks that generate.
         written: So many questions of each local task are answered in the model's own words, too (`answers.jsonl`).
@@ -89,7 +92,7 @@ def setup(
 
     began = step_began()
     check_for_evaluation(checkpoint_dir)
-    template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    template = ChatTemplate.from_checkpoint(checkpoint_dir).asked_for(reasoning)
     loaded = load_tasks(tasks, data_dir, template)
     with watched(out_dir), PeakMemory() as peak:
         model = load_for_evaluation(checkpoint_dir, precision, device)

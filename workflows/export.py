@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.rows import iterate_jsonl
-from workflows.chat_template import ChatTemplate, Message
+from workflows.chat_template import THINKING_OFF, ChatTemplate, Message, Reasoning
 from workflows.checkpoint import (
     LORA_WEIGHTS,
     PROVENANCE,
@@ -74,6 +74,7 @@ def setup(
     temperature: float | None = None,
     top_p: float | None = None,
     repeat_penalty: float = 1.0,
+    reasoning: Reasoning | None = None,
     shard_size: int = 1000,
     port: int | None = None,
 ) -> None:
@@ -96,6 +97,8 @@ def setup(
         temperature: Sampling temperature; the checkpoint's own by default, else 0.2.
         top_p: Nucleus sampling; the checkpoint's own by default, else 0.9.
         repeat_penalty: Penalty on repeated tokens; 1.0 is none.
+        reasoning: Reasoning before answers as the checkpoint was trained, which its chat template says; null takes that,
+            and a value that contradicts it is refused.
         shard_size: Largest safetensors file, in megabytes.
         port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
 
@@ -124,6 +127,11 @@ def setup(
 
     began = step_began()
     template = ChatTemplate.from_checkpoint(directory)
+    if template.asked_for(reasoning).source != template.source:
+        raise UserError(
+            f"--reasoning {reasoning}: {directory} was not trained with thinking switched off. Train with --reasoning "
+            "none, or write this line at the top of its chat_template.jinja: " + THINKING_OFF
+        )
     modelfile = make_modelfile(
         template,
         read_json(file) if (file := directory / "generation_config.json").is_file() else {},

@@ -109,12 +109,11 @@ def setup(
         problems.append("--quantize with --trainer litgpt needs a CUDA GPU: LitGPT quantizes on no other device.")
     if trainer == "litgpt" and common.lora_r == 0:
         problems.append("--trainer litgpt runs `finetune_lora`; it needs --lora_r of at least 1.")
-    if chat_template is not None:
-        if chat_template.is_file():
-            _ = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).turn_end
-        else:
-            problems.append(f"--chat_template {chat_template}: there is no such file.")
+    if chat_template is not None and not chat_template.is_file():
+        problems.append(f"--chat_template {chat_template}: there is no such file.")
     report_all(problems)
+    template = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).with_reasoning(common.reasoning)
+    report_all(template.problems())
 
     settings = decided(own, common)
     if done_before(settings):
@@ -149,6 +148,7 @@ def _chat_data(settings: dict[str, Any]) -> ChatData:
         max_val_rows=settings["max_val_rows"],
         checkpoint_dir=Path(settings["checkpoint_dir"]),
         chat_template=settings.get("chat_template"),
+        reasoning=settings["reasoning"],
     )
 
 
@@ -183,6 +183,7 @@ def run_litgpt(settings: dict[str, Any]) -> None:
         "data.path": settings["data"],
         "data.checkpoint_dir": base,
         "data.max_val_rows": settings["max_val_rows"],
+        "data.reasoning": settings["reasoning"],
         "out_dir": unfinished,
         "precision": settings["precision"],
         "devices": settings["devices"],
@@ -213,8 +214,7 @@ def run_litgpt(settings: dict[str, Any]) -> None:
         for path in (unfinished / "final").iterdir():
             path.rename(temporary / path.name)
         copy_companions(base, temporary)  # LitGPT leaves out the chat template
-        if settings["chat_template"]:
-            replace_chat_template(temporary, settings["chat_template"])
+        replace_chat_template(temporary, settings["chat_template"], settings["reasoning"])
         write_hyperparameters(temporary, settings)
         write_metrics(temporary / "metrics.json", [], seconds=seconds_of_step(began))
         write_provenance(temporary, "lora", sources(settings), settings)

@@ -8,7 +8,6 @@ installed.
 """
 
 import json
-import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -18,9 +17,9 @@ import yaml
 from litgpt.prompts import PromptStyle, prompt_styles, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 
-from workflows.chat_template import ChatTemplate
+from workflows.chat_template import ChatTemplate, Reasoning
 from workflows.errors import UserError
-from workflows.files import read_text
+from workflows.files import read_text, write_text
 from workflows.template_sandbox import LONGEST
 from workflows.untrusted import parse_yaml
 
@@ -101,7 +100,17 @@ def write_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> None:
     save_prompt_style(choose_prompt_style(checkpoint_dir, template), checkpoint_dir)
 
 
-def replace_chat_template(checkpoint_dir: Path, template_file: Path) -> None:
-    """Give a checkpoint directory another chat template, and the prompt style that goes with it."""
-    shutil.copyfile(template_file, checkpoint_dir / "chat_template.jinja")
-    write_prompt_style(checkpoint_dir, ChatTemplate.from_checkpoint(checkpoint_dir))
+def replace_chat_template(checkpoint_dir: Path, template_file: Path | None, reasoning: Reasoning = "keep") -> None:
+    """Give a checkpoint directory the chat template that it was trained with, and the prompt style that goes with it.
+
+    Args:
+        checkpoint_dir: The folder.
+        template_file: A Jinja file that takes the place of the folder's own template; None for no other.
+        reasoning: "none" switches thinking off in the template.
+    """
+    template = ChatTemplate.from_checkpoint(checkpoint_dir, template_file)
+    changed = template.with_reasoning(reasoning)
+    if template_file is None and changed.source == template.source:
+        return
+    write_text(checkpoint_dir / "chat_template.jinja", changed.source)
+    write_prompt_style(checkpoint_dir, changed)

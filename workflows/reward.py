@@ -138,7 +138,7 @@ def setup(
         return
 
     def make_objective(fabric: L.Fabric) -> BradleyTerry:
-        template = ChatTemplate.from_checkpoint(checkpoint_dir)
+        template = ChatTemplate.from_checkpoint(checkpoint_dir).with_reasoning(common.reasoning)
         pairs: dict[str, list[Tree]] = {"test": []}
         for split, most in (("train", None), ("validation", max_val_rows), ("test", max_test_rows)):
             if split == "test" and not (max_test_rows and (data / "test.jsonl").is_file()):

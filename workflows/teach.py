@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_prep.rows import Row, write_rows
-from workflows.chat_template import ChatTemplate
+from workflows.chat_template import ChatTemplate, Reasoning
 from workflows.checkpoint import (
     check_checkpoint_dir,
     describe_source,
@@ -41,7 +41,7 @@ from workflows.training.rollouts import Rollout, generate
 SLICE = 256
 """Answers that are kept together: a run that was stopped goes on after the last whole slice. Each slice's random
 numbers follow those of the one before it."""
-DECIDING = ("max_new_tokens", "temperature", "top_p", "batch_size", "precision", "seed")
+DECIDING = ("max_new_tokens", "temperature", "top_p", "reasoning", "batch_size", "precision", "seed")
 """Settings that decide the answer to a question."""
 STORY = ("title", "origin", "revision", "licence", "attribution", "files")
 """What the manifest hands on of the data that the questions are from."""
@@ -62,6 +62,7 @@ def setup(
     top_p: float = 1.0,
     rewards: list[WeightedReward] | None = None,
     threshold: float = 1.0,
+    reasoning: Reasoning = "keep",
     batch_size: int = 32,
     precision: Precision | None = None,
     accelerator: Accelerator = "auto",
@@ -82,6 +83,8 @@ def setup(
         top_p: Sample among the fewest tokens whose probabilities reach this sum.
         rewards: Keep only answers that these accept, as in `grpo`, e.g. [{reward: finding}].
         threshold: The least weighted sum of rewards that an answer is kept with.
+        reasoning: Reasoning in the prompts' earlier answers is kept ("keep") or removed ("drop"); "none" removes it and
+            switches the teacher's thinking off.
         batch_size: How many questions are answered side by side.
         precision: What the teacher computes in; null takes bfloat16 where the device computes in it, else float32.
         accelerator: One of "cuda", "cpu" and "mps"; "auto" takes CUDA where there is a GPU, else the CPU.
@@ -102,7 +105,7 @@ def setup(
     device = choose_accelerator(accelerator)
     settings["precision"] = precision = precision or default_precision(device == "cuda")
     judge = Rewards(rewards, precision, device) if rewards else None
-    template = ChatTemplate.from_checkpoint(directory)
+    template = ChatTemplate.from_checkpoint(directory).with_reasoning(reasoning)
     asked: dict[str, list[Question]] = {}
     for split, most in (("train", max_rows), ("validation", max_val_rows)):
         path = data / f"{split}.jsonl"

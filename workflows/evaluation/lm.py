@@ -122,7 +122,7 @@ class LitGPTLM(TemplateLM):
         """Token ids; by default with the special tokens that tokenizer.json adds, unless the text begins with BOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.template.decode([self.prefix_token_id], False))
-        return self.template.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        return self.template.encode_answered(string, add_special_tokens)
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts for lm-eval's results.json."""

@@ -81,8 +81,8 @@ class LocalTask(ConfigurableTask):
         self.dataset = {"test": datasets.Dataset.from_list([{name: row[name] for name in fields} for row in rows])}
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
-        """The prompt's text, up to where the assistant answers: thoughts that the template opens are closed."""
-        return self._template.render(doc["prompt"], add_generation_prompt=True) + self._template.empty_thoughts
+        """The prompt's text, up to where the answer's content begins: reasoning that the template opens is closed."""
+        return self._template.answer_prompt(doc["prompt"])
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """The prompt alone, whatever lm-eval would add: no examples, no second chat template."""

@@ -71,7 +71,8 @@ def find_rows(step: str, settings: dict[str, Any], vocabulary_dir: Path, process
     new = settings["max_new_tokens"] if asks else 0
     group = settings.get("group_size", 1) if asks else 1
     if read_data and (vocabulary_dir / "tokenizer.json").is_file() and (data / "train.jsonl").is_file():
-        trees = _trees(step, settings, data / "train.jsonl", ChatTemplate.from_checkpoint(vocabulary_dir))
+        template = ChatTemplate.from_checkpoint(vocabulary_dir).with_reasoning(settings.get("reasoning", "keep"))
+        trees = _trees(step, settings, data / "train.jsonl", template)
         if asks:
             prompt = max(len(tree.prompt) for tree in trees)
             trees = [part for tree in trees for part in _answered(tree.prompt, group, new, train.row_tokens)]
@@ -166,7 +167,7 @@ def scored_rows(settings: dict[str, Any]) -> list[PackedBatch]:
     trees = []
     for file in files:
         for row in read_rows(file, "scoring")[: settings["limit"]]:
-            prompt = template.prompt_ids(row["prompt"])
+            prompt = template.encode(template.answer_prompt(row["prompt"], row.get("tools")))
             trees.append(Tree(prompt, [template.encode(choice) for choice in row["choices"]]))
     return [batch for _, batch in pack(trees, settings["row_tokens"])]
 

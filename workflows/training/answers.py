@@ -42,11 +42,15 @@ def encode_answers(
     """
     answers: list[Labelled] = []
     dropped: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     truncated = 0
     for number, row in enumerate(rows, start=1):
         sides = [(row["completion"], row["label"])] if "label" in row else [(row[k], v) for k, v in SIDES.items()]
         try:
-            chats = [template.encode_chat([*row["prompt"], *turns], len(row["prompt"])) for turns, _ in sides]
+            chats = [
+                template.encode_chat([*row["prompt"], *turns], len(row["prompt"]), row.get("tools"))
+                for turns, _ in sides
+            ]
         except UserError as e:
             raise UserError(f"{name}, row {number} ({row['prompt'][0]['content'][:60]!r}): {e}") from None
         prompt = chats[0].prompt
@@ -63,9 +67,11 @@ def encode_answers(
             dropped["chosen and rejected answer are the same, as far as they fit"] += 1
         else:
             truncated += sum(len(chat.completion) > room for chat in chats)
+            notes.update(note for chat in chats for note in chat.notes)
             answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides], row))
     told = f"{name}: {len(answers):,} of {len(rows):,} rows; {truncated:,} answers truncated"
     told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())
+    told += "".join(f"\n  {count:,} {note}" for note, count in notes.items())
     if not answers:
         raise UserError(f"No row is left to use. {told}\nRaise --train.max_seq_length.")
     return answers, told

@@ -29,7 +29,7 @@ def questions_of(
     Raises:
         UserError: If the data is not usable, or no question is left.
     """
-    template = ChatTemplate.from_checkpoint(settings["checkpoint_dir"])
+    template = ChatTemplate.from_checkpoint(settings["checkpoint_dir"]).with_reasoning(settings["reasoning"])
     room = settings["train"].max_seq_length - settings["max_new_tokens"]
     questions: dict[str, list[Question]] = {}
     limits = {"train": None, "validation": settings["max_val_rows"], "test": settings["max_test_rows"]}
@@ -107,7 +107,12 @@ def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: s
     Returns:
         The questions, and what became of the rows, in words.
     """
-    questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            questions.append(Question(row, template.prompt_ids(row["prompt"], row.get("tools"))))
+        except UserError as e:
+            raise UserError(f"{name}, row {number} ({row['prompt'][0]['content'][:60]!r}): {e}") from None
     kept = [question for question in questions if len(question.prompt) <= room]
     return (
         kept,

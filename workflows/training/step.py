@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from workflows.chat_template import Reasoning
 from workflows.checkpoint import (
     LORA_WEIGHTS,
     PROVENANCE,
@@ -94,6 +95,10 @@ class RunArgs:
     anew."""
     loggers: list[Literal["tensorboard", "wandb"]] | None = None
     """Log to these besides metrics.csv."""
+    reasoning: Reasoning = "keep"
+    """The reasoning before answers (`reasoning_content`, `<think>`): "keep" it as the data has it, "drop" it from the
+    data, or "none": drop it and switch thinking off in the chat template, here and in all that is made from the
+    result."""
     seed: int = 1337
     """Seed of the adapters, the data order, dropout and sampling."""
 
@@ -259,8 +264,7 @@ def write_final(
     """
     with atomic_dir(final) as temporary:
         copy_companions(base, temporary)
-        if settings.get("chat_template"):
-            replace_chat_template(temporary, settings["chat_template"])
+        replace_chat_template(temporary, settings.get("chat_template"), settings.get("reasoning", "keep"))
         trained = objective.write_heads(temporary, trained, result.metrics)
         if lora.r > 0:
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
