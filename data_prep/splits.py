@@ -1,5 +1,6 @@
 """Splits that share nothing: whatever has a question, a passage or a term in common stays on one side."""
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,17 @@ class Item:
 def key(what: str, text: str) -> str:
     """A key of an `Item`: texts of the same sort (`what`) that differ only in case or punctuation are the same."""
     return f"{what}:{normalise(text)}"
+
+
+def conversation_key(messages: list[Row], tools: list[Row] | None = None) -> str:
+    """A key of what a model is asked: every message that it is shown, the system's included, and the tools.
+
+    Args:
+        messages: Those before the answer.
+        tools: What it may call.
+    """
+    asked = "\n".join(message["content"] for message in messages)
+    return key("question", asked + ("\n" + json.dumps(tools, sort_keys=True) if tools else ""))
 
 
 def groups_of(items: list[Item]) -> list[list[Item]]:
@@ -111,11 +123,16 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
             everything = [item for found in splits.values() for item in found]
             total, groups = len(everything), len(groups_of(everything))
             apart = "" if groups == total else f", {groups} groups that have something in common and stay together"
-            raise UserError(
-                f"{name}: the {split} split is empty ({total} usable items in all{apart}). "
-                "Give more data, or choose the sizes with --validation_size and --test_size so that every split "
-                "gets at least one."
-            )
+            fix = "Give more data"
+            if groups >= len(splits):
+                fix += (
+                    ", or choose the sizes with --validation_size and --test_size so that every split gets at least one"
+                )
+            elif groups < total:
+                fix += (
+                    ": rows with one question, document or term stay in one split, and each split needs one of its own"
+                )
+            raise UserError(f"{name}: the {split} split is empty ({total} usable items in all{apart}). {fix}.")
     owner: dict[str, str] = {}
     for split, items in splits.items():
         for k in {k for item in items for k in item.keys}:
