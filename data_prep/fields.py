@@ -114,7 +114,7 @@ class Fields:
         if differing := [name for name in filled if self._values[name] != self._values[filled[0]]]:
             raise ValueError(
                 f"it has both {self.names[filled[0]]!r} and {self.names[differing[0]]!r}, which differ, for the same "
-                "thing; leave one of them out (--ignore_fields)"
+                f"thing; leave one of them out: --ignore_fields+={differing[0]}"
             )
         self._left.difference_update(there)
         name = next(iter([*filled, *there]), names[0])
@@ -135,7 +135,7 @@ class Fields:
             if name in _MEANINGFUL:
                 raise ValueError(
                     f'it has the field "{self.names[name]}" ({_MEANINGFUL[name]}), which is not read in a row of this '
-                    f"form; rewrite the row, or leave the field out: --ignore_fields '[\"{name}\"]'"
+                    f"form; rewrite the row, or leave the field out: --ignore_fields+={name}"
                 )
             if name not in HARMLESS:
                 label = self.names[name] or _NAMELESS

@@ -135,7 +135,7 @@ def _conversation(fields: Fields) -> list[Row]:
             elif beside not in ANSWERED:  # those are for rewards
                 raise ValueError(
                     f'it has both "{name}" and "{beside}", and no message of role {role} is that text; leave one of '
-                    f"them out: --ignore_fields '[\"{beside}\"]'"
+                    f"them out: --ignore_fields+={beside}"
                 )
     return turns
 
@@ -197,7 +197,7 @@ def _label(fields: Fields) -> bool:
     if label is None:
         raise ValueError(
             f'"{name}" must say whether the answer is good, as true or false, but is {value!r:.40}; if it means '
-            f"something else, leave it out: --ignore_fields '[\"{name}\"]'"
+            f"something else, leave it out: --ignore_fields+={name}"
         )
     if not isinstance(value, bool):
         fields.notes.append("labels written as 0 and 1 or as texts")

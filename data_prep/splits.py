@@ -123,16 +123,12 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
             everything = [item for found in splits.values() for item in found]
             total, groups = len(everything), len(groups_of(everything))
             apart = "" if groups == total else f", {groups} groups that have something in common and stay together"
-            fix = "Give more data"
-            if groups >= len(splits):
-                fix += (
-                    ", or choose the sizes with --validation_size and --test_size so that every split gets at least one"
-                )
-            elif groups < total:
-                fix += (
-                    ": rows with one question, document or term stay in one split, and each split needs one of its own"
-                )
-            raise UserError(f"{name}: the {split} split is empty ({total} usable items in all{apart}). {fix}.")
+            fix = ", or choose the sizes with --validation_size and --test_size so that every split gets at least one"
+            if groups < min(total, len(splits)):
+                fix = ": what has a question, document or term in common stays in one split, whatever its size"
+            raise UserError(
+                f"{name}: the {split} split is empty ({total} usable items in all{apart}). Give more data{fix}."
+            )
     owner: dict[str, str] = {}
     for split, items in splits.items():
         for k in {k for item in items for k in item.keys}:

@@ -1,11 +1,14 @@
 """Rows in the forms of other tools: what each becomes, what is refused by name, what is counted."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_prep.fields import CHOICES, COMPLETIONS, CONVERSATIONS, LABELS, PROMPTS, REFERENCES
 from data_prep.formats import FORMATS, Intake
+from data_prep.readers import DOCUMENTS, SUMMARIES
 from data_prep.rows import SHAPES, row_problem
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -302,7 +305,7 @@ REFUSED = [
     ({"messages": [user("Q"), assistant("A")], "conversations": [user("R"), assistant("A")]}, "which differ"),
     ({"messages": [system("S"), user("Q"), assistant("A")], "system": "T"}, "the system message beside"),
     ({"messages": [user("Q"), assistant("A")], "label": "good"}, "must say whether the answer is good, as"),
-    ({"messages": [user("Q"), assistant("A")], "label": 2}, "--ignore_fields '[\"label\"]'"),
+    ({"messages": [user("Q"), assistant("A")], "label": 2}, "--ignore_fields+=label"),
     ({"messages": [user("Q"), {"role": "assistant", "content": None}]}, '"content" is null or missing'),
     ({"messages": [user("Q"), {"role": "assistant", "content": True}]}, "must be a text, but is true or false"),
     ({"messages": [{"role": "doctor", "content": "Q"}, assistant("A")]}, '"role" must be one of system, user'),
@@ -396,3 +399,13 @@ def test_the_first_row_decides_the_shape_and_a_name_overrules_it():
 def test_every_form_is_of_a_known_shape():
     assert {form.shape for form in FORMATS} <= set(SHAPES)
     assert len({form.name for form in FORMATS}) == len(FORMATS)
+
+
+def test_the_docs_list_every_form_and_its_names():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [line.split(" | ")[0].strip("| ") for line in table] == [form.name for form in FORMATS]
+    for line, form in zip(table, FORMATS, strict=True):
+        assert f"`{form.shape}`" in line
+    for names in (PROMPTS, COMPLETIONS, CONVERSATIONS, LABELS, REFERENCES, CHOICES, DOCUMENTS, SUMMARIES):
+        assert all(f"`{name}`" in page for name in names), names
