@@ -15,6 +15,9 @@ from workflows.errors import UserError
 from workflows.files import atomic_dir, sha256, write_json
 from workflows.measure import seconds_of_step
 
+SHARE_HELD_OUT, MOST_HELD_OUT = 0.1, 500
+"""Default share of the rows held out for validation and for the test, and maximum number."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -49,6 +52,8 @@ class DataSet:
         dropped: Numbers of what was left out, by reason.
         notes: Further numbers worth knowing, by what they count.
         shape: What the items' rows are (a key of `data_prep.rows.SHAPES`).
+        read_as: What a file of the user's was taken for; empty for data sets by name.
+        fields_not_used: Numbers of rows by the name of a field that nothing was made of.
     """
 
     name: str
@@ -58,6 +63,8 @@ class DataSet:
     dropped: dict[str, int]
     notes: dict[str, int] = field(default_factory=dict)
     shape: str = "messages"
+    read_as: str = ""
+    fields_not_used: dict[str, int] = field(default_factory=dict)
 
 
 def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
@@ -143,12 +150,14 @@ def _fill(
     manifest = {
         "name": name,
         "shape": shape,
+        **({"read_as": dataset.read_as} if dataset.read_as else {}),
         **asdict(dataset.source),
         "seed": seed,
         "split": dataset.split_rule,
         "splits": files,
         "dropped": dataset.dropped,
         "notes": dataset.notes,
+        "fields_not_used": dataset.fields_not_used,
     }
     write_json(folder / "manifest.json", manifest)
     counts = [metric("rows", len(members), split=split) for split, members in rows.items()]

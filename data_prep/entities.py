@@ -19,7 +19,7 @@ from data_prep.ontology import read_obo
 from data_prep.rows import Row, row_problem
 from data_prep.splits import Item, key, random_splits, without_shared
 from data_prep.tables import hub_splits
-from workflows.errors import UserError, report_all
+from workflows.errors import UserError, listed, report_all
 from workflows.files import sha256
 
 WORD = regex.compile(r"[\w\p{N}]+|[^\w\p{N}\s]")  # to `re`, a vowel sign of Hindi is no part of its word
@@ -88,7 +88,9 @@ def prepare(name: str, raw_dir: Path | None, validation_size: int | None, test_s
     )
 
 
-def prepare_iob(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
+def prepare_iob(
+    file: Path, validation_size: int | None, test_size: int | None, seed: int, skip_broken: bool = False
+) -> DataSet:
     """A file of one's own in IOB2.
 
     Args:
@@ -96,13 +98,24 @@ def prepare_iob(file: Path, validation_size: int | None, test_size: int | None, 
         validation_size: Number of sentences held out for validation; a tenth by default.
         test_size: Number of sentences held out for the test; a tenth by default.
         seed: Seed of the split.
+        skip_broken: Leave out sentences with a line that is no word and tag, instead of refusing the file.
 
     Raises:
         UserError: If the file is missing or malformed, or has too few sentences.
     """
-    items = _items([_row(words, tags) for words, tags in read_iob(file)])
+    broken: list[str] = []
+    sentences = read_iob(file, broken)
+    if broken:
+        told = listed(broken, f"sentences of {file} cannot be read")
+        if not skip_broken:
+            raise UserError(f"{told}\nFix these lines, or go on without their sentences: --skip_broken true.")
+        print(told)
+    items = _items([_row(words, tags) for words, tags in sentences])
     source = Source(file.name, str(file), "raw files", "yours", "yours", {file.name: sha256(file)})
-    return _random_data_set(file.stem, items, source, validation_size, test_size, seed)
+    dataset = _random_data_set(file.stem, items, source, validation_size, test_size, seed)
+    if broken:
+        dataset.dropped["broken sentence"] = len(broken)
+    return dataset
 
 
 def prepare_definitions(raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:

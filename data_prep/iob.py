@@ -90,14 +90,18 @@ class Dictionary:
         return found
 
 
-def read_iob(path: Path) -> list[tuple[list[str], list[str]]]:
+def read_iob(path: Path, broken: list[str] | None = None) -> list[tuple[list[str], list[str]]]:
     """Read a file of lines `WORD ... TAG`, with an empty line after each sentence.
 
     Columns lie between tabs, or between spaces where there are no tabs; those between the first and the last are
     ignored, and so are the lines `-DOCSTART-` that CoNLL's files have.
 
+    Args:
+        path: The file.
+        broken: Where the first wrong line of each sentence that has one is added; None raises at the first.
+
     Returns:
-        Each sentence's words and tags.
+        Each sentence's words and tags; those with a wrong line are left out.
 
     Raises:
         UserError: If the file is missing, empty or not UTF-8, or a line is no word and tag of IOB2; with its number.
@@ -105,20 +109,32 @@ def read_iob(path: Path) -> list[tuple[list[str], list[str]]]:
     sentences: list[tuple[list[str], list[str]]] = []
     words: list[str] = []
     tags: list[str] = []
+    problem: str | None = None
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         columns = [part for part in (line.strip("\r").split("\t") if "\t" in line else line.split()) if part]
         if not columns or columns[0] == _NOT_TEXT:
-            if words:
+            if problem is not None and broken is not None:
+                broken.append(problem)
+            elif words:
                 sentences.append((words, tags))
-            words, tags = [], []
-            continue
-        place = f"{path}, line {number}"
-        if len(columns) < 2 or columns[0].split() != [columns[0]]:
-            raise UserError(f"{place}: {line[:60]!r} is not a word and its tag. Mend that line.")
-        if problem := tag_problem(columns[-1], tags[-1] if tags else OUTSIDE):
-            raise UserError(f"{place}: {problem}. Mend that line; files of another scheme must be converted to IOB2.")
-        words.append(columns[0])
-        tags.append(columns[-1])
-    if not sentences:
+            words, tags, problem = [], [], None
+        elif problem is None:
+            problem = _line_problem(columns, line, tags[-1] if tags else OUTSIDE)
+            if problem is not None:
+                problem = f"{path}, line {number}: {problem}"
+                if broken is None:
+                    raise UserError(problem)
+            words.append(columns[0])
+            tags.append(columns[-1])
+    if not sentences and not broken:
         raise UserError(f"{path} holds no sentence. A line is a word and its tag: aspirin<TAB>B-Chemical")
     return sentences
+
+
+def _line_problem(columns: list[str], line: str, before: str) -> str | None:
+    """What is wrong with a line that is to be a word and its tag, or None."""
+    if len(columns) < 2 or columns[0].split() != [columns[0]]:
+        return f"{line[:60]!r} is not a word and its tag. Fix that line."
+    if problem := tag_problem(columns[-1], before):
+        return f"{problem}. Fix that line; files of another scheme must be converted to IOB2."
+    return None

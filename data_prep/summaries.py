@@ -14,8 +14,9 @@ from typing import Any
 from custom_models.tokenization.words import splitter
 from data_prep import pubmedqa
 from data_prep.dataset import DataSet, Source
+from data_prep.rows import Row
 from data_prep.splits import Item, hold_out, key, random_splits, without_shared
-from data_prep.tables import Table, hub_splits, read_folder, read_hub, read_table
+from data_prep.tables import Table, hub_splits, read_folder, read_hub
 from workflows.errors import UserError
 from workflows.files import sha256
 
@@ -24,12 +25,6 @@ MOST_FROM_HUB = 20_000
 """Documents read of each split on the Hub: CNN/DailyMail has 300,000, which would take hours on a CPU."""
 _LEARN_FROM = 1_000_000
 """Characters from which a collection's sentence ends are learned where nltk's own parameters are not installed."""
-DOCUMENT, SUMMARY = (
-    ("sentences", "document", "text", "article", "source"),
-    ("summaries", "summary", "highlights", "target"),
-)
-"""Names of a document and of its summary, or summaries, in one's own file."""
-ACCEPTED = '{"document": TEXT, "summary": TEXT}, or {"sentences": [TEXT, ...], "summaries": [TEXT, ...]}'
 
 
 @dataclass(frozen=True)
@@ -230,39 +225,26 @@ def prepare_pubmedqa(raw_dir: Path | None, validation_size: int | None, test_siz
     )
 
 
-def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
-    """One's own documents with summaries.
+def of_rows(
+    rows: list[Row],
+    source: Source,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    dropped: Counter[str],
+) -> DataSet:
+    """A data set of one's own documents with summaries; empty ones are left out and counted.
 
     Args:
-        file: A `.jsonl` file (`.json` and `.parquet` are read too), its rows as in `ACCEPTED`.
+        rows: "text" or "sentences", and "summaries".
+        source: Where they are from.
         validation_size: Number of documents held out for validation; a tenth by default.
         test_size: Number of documents held out for the test; a tenth by default.
         seed: Seed of the split.
-
-    Raises:
-        UserError: If the file is missing or a row is malformed; with its line. Empty documents and summaries are left
-            out and counted.
+        dropped: Counts what is left out.
     """
-    table = read_table(file)
-    documents = []
-    for index, row in enumerate(table.rows):
-        names = [next((n for n in names if isinstance(row, dict) and n in row), None) for names in (DOCUMENT, SUMMARY)]
-        if names[0] is None or names[1] is None:
-            raise UserError(f"{table.place(index)}: no document with a summary. A row is {ACCEPTED}.")
-        text, summary = row[names[0]], row[names[1]]
-        if not isinstance(text, str):
-            text = _texts(text, names[0], table.place(index))
-        summaries = [summary] if isinstance(summary, str) else _texts(summary, names[1], table.place(index))
-        documents.append(Document(text, summaries))
-    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
-    return with_random_splits("jsonl", documents, source, validation_size, test_size, seed)
-
-
-def holds_summaries(file: Path) -> bool:
-    """Whether a file's first row is a document with a summary."""
-    rows = read_table(file).rows
-    first = set(rows[0]) if rows and isinstance(rows[0], dict) else set()
-    return bool(first & set(DOCUMENT)) and bool(first & set(SUMMARY))
+    documents = [Document(row["text"] if "text" in row else row["sentences"], row["summaries"]) for row in rows]
+    return with_random_splits("jsonl", documents, source, validation_size, test_size, seed, dropped)
 
 
 def _with_official_splits(
@@ -283,9 +265,10 @@ def with_random_splits(
     validation_size: int | None,
     test_size: int | None,
     seed: int,
+    dropped: Counter[str] | None = None,
 ) -> DataSet:
     """A data set of documents that have no official splits; a tenth each is held out by default."""
-    dropped: Counter[str] = Counter()
+    dropped = Counter[str]() if dropped is None else dropped
     documents = [replace(d, keys=d.keys | {key("summary", text) for text in d.summaries}) for d in documents]
     items = _items(documents, _learn_from({"": documents}), dropped)
     sizes = [max(1, len(items) // 10) if size is None else size for size in (validation_size, test_size)]
@@ -364,7 +347,7 @@ def _tables(
 
 def _texts(value: Any, name: str, place: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{place}: {name!r} must be a list of texts. A row is {ACCEPTED}.")
+        raise UserError(f"{place}: {name!r} must be a list of texts.")
     return value
 
 

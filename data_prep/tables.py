@@ -1,21 +1,41 @@
-"""Tables of raw data: files in JSONL, JSON or Parquet, and data sets of the Hugging Face Hub, each row with its place.
+"""Tables of raw data: files and data sets of the Hugging Face Hub, each row with its place.
+
+A file is JSONL, JSON (a list, an object with one list in it, or one object per line), CSV, TSV or Parquet; the text
+formats may be compressed with gzip, and are UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
 
 From the Hub, data comes through `datasets`, which runs no code of the repository. Where a repository holds nothing but
 such code, the Parquet copy that the Hub itself keeps of it (revision `refs/convert/parquet`) is read.
 """
 
-from collections.abc import Iterable
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.rows import Row, iterate_jsonl, type_name
+from data_prep.rows import Row, parse_line, type_name
 from workflows.errors import UserError, first_line
 from workflows.files import no_room_explained, sha256
 from workflows.untrusted import parse_json
 
 PARQUET_REVISION = "refs/convert/parquet"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_ONE_ROW = ("messages", "conversations", "conversation", "prompt", "chosen")
+"""Fields with lists of objects that are messages of a row; any other such list of a JSON object holds the rows."""
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 _SPLIT_WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_WORDS |= {"dev": "validation", "test": "test"}
 _OFFLINE = (
@@ -62,26 +82,162 @@ class Table:
                     )
 
 
-def read_table(path: Path) -> Table:
-    """Read a `.jsonl` or `.parquet` file, or a `.json` file that holds a list or one object per line.
+def read_table(path: Path, broken: list[str] | None = None) -> Table:
+    """Read a file of rows; see the module's docstring for the formats.
+
+    Args:
+        path: The file.
+        broken: Where the lines that cannot be read are added, each with its place; None raises at the first.
 
     Raises:
-        UserError: If the file is missing, malformed or of another sort; with the line where there is one.
+        UserError: If the file is missing, malformed as a whole or of another format; with the line where there is one.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist.")
-    if path.suffix == ".parquet":
+        raise UserError(f"{path} is a folder; name a file." if path.is_dir() else f"{path} does not exist.")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if zipped else suffixes)[-1:] or [""]
+    if suffix == [".parquet"] and not zipped:
         return _read_parquet(path)
-    if path.suffix == ".json" and path.read_text(encoding="utf-8-sig", errors="replace").lstrip().startswith("["):
+    if suffix[0] not in _TEXT_SUFFIXES:
+        known = ", ".join(dict.fromkeys((*_TEXT_SUFFIXES, ".parquet")))
+        raise UserError(f"{path} is none of {known} (.gz but for .parquet). Convert it to one of them.")
+    content = _utf8(path, _unzipped(path) if zipped else path.read_bytes())
+    if suffix[0] in (".csv", ".tsv"):
+        return _read_csv(path, content, "\t" if suffix == [".tsv"] else ",", broken)
+    return _read_json(path, content, broken)
+
+
+def _unzipped(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as f:
+            return f.read()
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is not a whole gzip file ({first_line(e)}). Get it again.") from None
+
+
+def _utf8(path: Path, content: bytes) -> bytes:
+    """The content in UTF-8, without a byte-order mark."""
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            content = content[len(mark) :]
+            if encoding == "utf-8":
+                return content
+            try:
+                return content.decode(encoding).encode()
+            except UnicodeError as e:
+                raise UserError(f"{path}: not {encoding} text ({e}); save it as UTF-8.") from None
+    return content
+
+
+def _read_json(path: Path, content: bytes, broken: list[str] | None) -> Table:
+    """Rows of JSON text: a row a line, or one JSON value that holds them."""
+    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    if not lines:
+        return Table(str(path), [])
+    if len(lines) == 1 or not _is_json(lines[0][1]):
         try:
-            rows = parse_json(path.read_text(encoding="utf-8-sig"))
+            value = parse_json(content.decode())
+            rows = _rows_within(path, value)
+            return Table(str(path), rows, [lines[0][0]] if rows == [value] else None)
+        except UnicodeDecodeError as e:
+            if path.name.lower().endswith((".json", ".json.gz")):
+                raise UserError(f"{path}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
         except ValueError as e:
-            raise UserError(f"{path}: not valid JSON ({e}). The file may be cut short.") from None
-        return Table(str(path), rows)
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"{path} is none of {', '.join(_SUFFIXES)}.")
-    numbered = list(iterate_jsonl(path))
-    return Table(str(path), [row for _, row in numbered], [number for number, _ in numbered])
+            by_name = path.name.lower().endswith((".json", ".json.gz"))
+            one_value = by_name or content.lstrip().startswith(b"[") or lines[0][1].strip() == b"{"
+            if one_value and not (isinstance(e, json.JSONDecodeError) and e.msg == "Extra data"):
+                raise UserError(f"{path}: not valid JSON ({e}). Fix it there; the file may be cut short.") from None
+            if one_value:
+                raise UserError(
+                    f"{path}: several JSON values ({e}). Write one value a line (JSONL), or one list of all."
+                ) from None
+    rows, numbers = [], []
+    for number, line in lines:
+        try:
+            rows.append(parse_line(path, number, line))
+            numbers.append(number)
+        except UserError as e:
+            if broken is None:
+                raise
+            broken.append(str(e))
+    return Table(str(path), rows, numbers)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line.decode())
+    except ValueError:
+        return False
+    return True
+
+
+def _rows_within(path: Path, value: Any) -> list[Any]:
+    """The rows of a JSON value: a list, an object with one list of objects in it, or a row by itself."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict) or any(name in value for name in _ONE_ROW):
+        return [value]
+    lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and any(map(_is_object, rows))}
+    if len(lists) > 1:
+        names = ", ".join(map(repr, lists))
+        raise UserError(f"{path} is one JSON object with several lists of rows: {names}. Save one of them as a list.")
+    if lists:
+        return next(iter(lists.values()))
+    if value and all(isinstance(column, list | dict) for column in value.values()):
+        raise UserError(
+            f"{path} is one JSON object of columns ({', '.join(map(repr, value))}). Save it by rows: a list, "
+            'or an object a line (pandas: orient="records").'
+        )
+    return [value]
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _read_csv(path: Path, content: bytes, delimiter: str, broken: list[str] | None) -> Table:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as e:
+        number = content.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
+    header = text.partition("\n")[0]
+    if delimiter == "," and "," not in header:  # spreadsheets of many countries write semicolons
+        delimiter = next((other for other in (";", "\t") if other in header), delimiter)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    numbers: list[int] = []
+    names: list[str] = []
+    for number, cells in _records(path, reader):
+        if not names:
+            names = cells
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise UserError(f"{path}, line {number}: two columns are named {twice[0]!r}. Rename one of them.")
+        elif len(cells) != len(names):
+            problem = f"{path}, line {number}: {len(cells)} cells, {len(names)} columns. Quote texts with {delimiter!r}"
+            if broken is None:
+                raise UserError(f"{problem}.")
+            broken.append(f"{problem}.")
+        else:
+            rows.append(dict(zip(names, cells, strict=True)))
+            numbers.append(number)
+    return Table(str(path), rows, numbers)
+
+
+def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Records of a CSV file that are not empty, each with the line on which it begins."""
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            raise UserError(f"{path}, line {number}: not valid CSV ({e}). Close or double the quotes there.") from None
+        if any(cell.strip() for cell in cells):
+            yield number, cells
 
 
 def _read_parquet(path: Path) -> Table:

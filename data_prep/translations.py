@@ -20,9 +20,9 @@ from data_prep.dataset import DataSet, Source
 from data_prep.normalisation import words_of
 from data_prep.rows import Row
 from data_prep.splits import Item, groups_of, key, random_splits
-from data_prep.tables import Table, read_folder, read_hub, read_table
+from data_prep.tables import Table, read_folder, read_hub
 from workflows.errors import UserError
-from workflows.files import read_text, sha256
+from workflows.files import read_text
 from workflows.wheels import DJANGO, WAGTAIL, open_wheel
 
 Language = Literal["fr", "de"]
@@ -113,33 +113,26 @@ def prepare_books(
     return _data_set(f"opus_books_{language}", groups, source, validation_size, test_size, seed, dropped, Counter())
 
 
-def prepare_file(file: Path, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
-    """Parallel text of one's own; it stays as it is written, line breaks included.
+def of_rows(
+    rows: list[Row],
+    source: Source,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    dropped: Counter[str],
+) -> DataSet:
+    """A data set of parallel text of one's own; it stays as it is written, line breaks included.
 
     Args:
-        file: A `.jsonl` file (`.json` and `.parquet` are read too) of rows {"source": TEXT, "target": TEXT}.
+        rows: Texts and their translations.
+        source: Where they are from.
         validation_size: Number of pairs held out for validation; a tenth by default, at most 1,000.
         test_size: Number of pairs held out for the test; likewise.
         seed: Seed of the split.
-
-    Raises:
-        UserError: If the file is missing or a row is malformed; with its line.
+        dropped: Counts what is left out.
     """
-    table = read_table(file)
-    table.require({"source": str, "target": str})
-    dropped: Counter[str] = Counter()
-    rows = [{side: raw[side].strip() for side in ("source", "target")} for raw in table.rows]
     groups = [[row] for row in rows if _usable(row, dropped)]
-    source = Source(file.name, str(file), "raw files", "the user's own", "none", {file.name: sha256(file)})
     return _data_set("jsonl", groups, source, validation_size, test_size, seed, dropped, Counter())
-
-
-def holds_translations(file: Path) -> bool:
-    """Whether a file's first row is a text and its translation; with lists of texts it is a summary's, as SciTLDR's."""
-    rows = read_table(file).rows
-    return (
-        bool(rows) and isinstance(rows[0], dict) and all(isinstance(rows[0].get(s), str) for s in ("source", "target"))
-    )
 
 
 PREPARE = {

@@ -185,6 +185,8 @@ def _is_message(message: Any) -> bool:
     return (
         isinstance(message, dict)
         and message.get("role") in ROLES
+        and message["role"] != "tool"
+        and not message.get("tool_calls")
         and isinstance(message.get("content"), str)
         and bool(message["content"].strip())
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.preferences import COLLECTIONS, pair_of
+from data_prep.formats import Intake
+from data_prep.preferences import COLLECTIONS
 from data_prep.prepare import setup
 from data_prep.rows import read_rows
 from tests.data_prep.conftest import write_table
@@ -122,8 +123,8 @@ def test_ones_own_pairs(tmp_path: Path):
         ({"chosen": " "}, 'line 3: "chosen", message 1: "content" is empty'),
         ({"rejected": []}, 'line 3: "rejected" must be a list of at least one message'),
         ({"prompt": ""}, 'line 3: "prompt", message 1: "content" is empty'),
-        ({"rejected": 5}, "line 3: 'rejected' must be a text or a list of messages"),
-        ({"chosen": [user("what?")]}, 'line 3: "chosen" must end with a message of role assistant'),
+        ({"rejected": True}, "line 3: 'rejected' must be a text or a list of messages, but is true or false; write"),
+        ({"chosen": [user("what?")]}, "line 3: 'chosen' does not begin with the assistant's message"),
         ({"chosen": [user("what?"), assistant("so")]}, "line 3: 'chosen' does not begin with the assistant's message"),
     ],
 )
@@ -157,7 +158,7 @@ def test_without_its_files_a_collection_off_the_hub_says_where_they_are(tmp_path
 
 def test_a_prompt_may_be_what_both_conversations_begin_with():
     talk = [user("a"), assistant("b"), user("c")]
-    row = pair_of({"chosen": [*talk, assistant("good")], "rejected": [*talk, assistant("bad")]})
+    row = Intake().read({"chosen": [*talk, assistant("good")], "rejected": [*talk, assistant("bad")]})
     assert row == {"prompt": talk, "chosen": [assistant("good")], "rejected": [assistant("bad")]}
-    again = pair_of({"prompt": talk, "chosen": [assistant("good")], "rejected": [assistant("bad")], "id": 7})
-    assert again == {**row, "id": "7"}
+    again = Intake().read({"prompt": talk, "chosen": [assistant("good")], "rejected": [assistant("bad")], "id": 7})
+    assert again == {**row, "id": 7}
