@@ -27,6 +27,7 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.checkpoint_checks import checkpoint_problems
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_file, atomic_update, read_json, write_json, write_text
 from workflows.hf_export import write_hf
@@ -82,7 +83,8 @@ def setup(
     Args:
         checkpoint_dir: The LitGPT checkpoint directory, e.g. out/demo/lora/final.
         name: The model's name in Ollama. One that this project did not make is never overwritten.
-        quantize: One type or a list (`[f16,q8_0,q4_K_M]`); the first becomes NAME, the others NAME:TYPE.
+        quantize: One type or a list (`[f16,q8_0,q4_K_M]`); the first becomes NAME, the others NAME:TYPE. With
+            --create false, `[]` writes no GGUF file: for models that llama.cpp and Ollama cannot run.
         out_dir: Where the files go; out/RUN/ollama for a checkpoint of out/RUN, else out/NAME/ollama.
         data: Data directory whose test.jsonl holds the questions for the verification.
         hf: Write the Hugging Face directory OUT_DIR/hf.
@@ -108,8 +110,8 @@ def setup(
     context = load_config(directory).block_size
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "repeat_penalty": repeat_penalty}
     problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, name=name)
-    if not kinds:
-        problems.append("--quantize names no type.")
+    if not kinds and (create or not (hf or adapter)):
+        problems.append("--quantize names no type; that needs --create false, and --hf or --adapter.")
     if len(kinds) > 1 and ":" in name:
         problems.append(f"--name {name!r} has a tag, and several types need several; leave the tag out.")
     if verify_prompts < 0:
@@ -123,22 +125,26 @@ def setup(
     report_all(problems)
 
     began = step_began()
-    template = ChatTemplate.from_checkpoint(directory)
-    modelfile = make_modelfile(
-        template,
-        read_json(file) if (file := directory / "generation_config.json").is_file() else {},
-        num_ctx=min(num_ctx, context),
-        num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
-        **sampling,
-    )
-    prompts = (
-        held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
-    )
+    modelfile, prompts = None, []
+    if kinds:
+        found = checkpoint_problems(directory)
+        report_all(found.training + found.export)
+        template = ChatTemplate.from_checkpoint(directory)
+        modelfile = make_modelfile(
+            template,
+            read_json(file) if (file := directory / "generation_config.json").is_file() else {},
+            num_ctx=min(num_ctx, context),
+            num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
+            **sampling,
+        )
+        if create and verify_prompts:
+            prompts = held_out_prompts(data, verify_prompts, template, min(num_ctx, context))
     target = out_dir or default_out_dir(directory, name)
     with watched(target), PeakMemory() as peak:
         with atomic_update(target, last=_RESULTS, kept="*.gguf") as fresh:
             write_files(directory, target, fresh, name, kinds, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
-            write_instructions(directory, fresh, name, kinds, modelfile)
+            if modelfile is not None:
+                write_instructions(directory, fresh, name, kinds, modelfile)
             if not create:
                 finish(fresh, directory, settings, None, {}, seconds_of_step(began), peak.bytes)
         for kind in kinds:
@@ -146,7 +152,7 @@ def setup(
                 gguf_file(target, name, kind).unlink(missing_ok=True)
         results: dict[str, Verification] = {}
         version = None
-        if create:
+        if create and modelfile is not None:
             with open_server(port) as server:
                 version = server.version
                 create_models(server, target, name, kinds, modelfile)

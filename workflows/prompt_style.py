@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
-from workflows.files import read_text
+from workflows.files import read_json, read_text, write_json
 from workflows.template_sandbox import LONGEST
 from workflows.untrusted import parse_yaml
 
@@ -96,12 +96,22 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptS
     )
 
 
-def write_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> None:
-    """Write `prompt_style.yaml`, checked against the chat template on text with newlines, digits and unicode."""
+def write_prompt_files(checkpoint_dir: Path, template: ChatTemplate) -> None:
+    """Write `prompt_style.yaml`, and `add_bos_token` in tokenizer_config.json as LitGPT's tokenizer needs it.
+
+    LitGPT strips a leading BOS from every prompt when the flag is false, and adds one where it is absent when true.
+
+    Raises:
+        UserError: If no style gives the chat template's ids on text with newlines, digits and unicode.
+    """
+    file = checkpoint_dir / "tokenizer_config.json"
+    opening = template.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    adds_bos = bool(template.bos_token) and opening.startswith(template.bos_token)
+    write_json(file, {**read_json(file), "add_bos_token": adds_bos})
     save_prompt_style(choose_prompt_style(checkpoint_dir, template), checkpoint_dir)
 
 
 def replace_chat_template(checkpoint_dir: Path, template_file: Path) -> None:
     """Give a checkpoint directory another chat template, and the prompt style that goes with it."""
     shutil.copyfile(template_file, checkpoint_dir / "chat_template.jinja")
-    write_prompt_style(checkpoint_dir, ChatTemplate.from_checkpoint(checkpoint_dir))
+    write_prompt_files(checkpoint_dir, ChatTemplate.from_checkpoint(checkpoint_dir))
