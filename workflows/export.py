@@ -39,7 +39,7 @@ from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Reference, Verification, reference_answers, verify_model
-from workflows.peft_export import find_base, write_adapter
+from workflows.peft_export import adapter_contents, find_base, write_adapter
 from workflows.progress import watched
 from workflows.training.model import Precision
 from workflows.training.processes import choose_accelerator
@@ -123,6 +123,8 @@ def setup(
     if create and verify_prompts and not (data / "test.jsonl").is_file():
         problems.append(f"{data}/test.jsonl does not exist: run `make data`, or name another folder with --data.")
     report_all(problems)
+    if adapter:
+        adapter_contents(directory)  # refused before anything is written
 
     began = step_began()
     modelfile, prompts = None, []

@@ -81,7 +81,26 @@ def write_adapter(checkpoint_dir: Path, out_dir: Path, base: Base, card: str) ->
         card: The model card, for README.md.
 
     Raises:
-        UserError: If the checkpoint has no adapter, or it does not fit its settings.
+        UserError: If the checkpoint has no adapter, it does not fit its settings, or PEFT has none of its kind.
+    """
+    config, tensors = adapter_contents(checkpoint_dir)
+    with atomic_dir(out_dir) as temporary:
+        weights = temporary / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors makes files for their owner alone
+        named = {"base_model_name_or_path": base.name, "revision": base.revision}
+        write_json(temporary / "adapter_config.json", {**named, **config})
+        write_text(temporary / "README.md", card)
+
+
+def adapter_contents(checkpoint_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the fields of `adapter_config.json`, without the base, and the tensors under PEFT's names.
+
+    Args:
+        checkpoint_dir: The result of a LoRA step, with `lit_model.pth.lora`.
+
+    Raises:
+        UserError: If the checkpoint has no adapter, it does not fit its settings, or PEFT has none of its kind.
     """
     directory = check_checkpoint_dir(checkpoint_dir, LORA_WEIGHTS)
     settings = read_hyperparameters(directory)
@@ -99,29 +118,19 @@ def write_adapter(checkpoint_dir: Path, out_dir: Path, base: Base, card: str) ->
                 "for that. Export the model without --adapter, or train more layers than --lora_head."
             )
     tensors = peft_tensors(adapters, load_config(directory), rank, enabled)
-    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors})
-    with atomic_dir(out_dir) as temporary:
-        weights = temporary / "adapter_model.safetensors"
-        save_file(tensors | whole, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)  # safetensors makes files for their owner alone
-        write_json(
-            temporary / "adapter_config.json",
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": base.name,
-                "revision": base.revision,
-                "r": rank,
-                "lora_alpha": settings.get("lora_alpha", 1),
-                "lora_dropout": settings.get("lora_dropout", 0.0),
-                "target_modules": targets,
-                "modules_to_save": ["lm_head"] if whole else None,
-                "bias": "none",
-                "fan_in_fan_out": False,
-                "inference_mode": True,
-            },
-        )
-        write_text(temporary / "README.md", card)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": settings.get("lora_alpha", 1),
+        "lora_dropout": settings.get("lora_dropout", 0.0),
+        "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors}),
+        "modules_to_save": ["lm_head"] if whole else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    return config, tensors | whole
 
 
 def peft_tensors(
