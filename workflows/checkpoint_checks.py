@@ -55,25 +55,28 @@ class CheckpointProblems:
         return "\n".join(lines)
 
 
-def checkpoint_problems(checkpoint_dir: Path, template_file: Path | None = None) -> CheckpointProblems:
+def checkpoint_problems(
+    checkpoint_dir: Path, template_file: Path | None = None, place: str | None = None
+) -> CheckpointProblems:
     """Return what later steps would refuse in a checkpoint directory.
 
     Args:
         checkpoint_dir: The folder; its weights need not be there yet.
         template_file: A Jinja file that is to take the place of the checkpoint's chat template.
+        place: The folder's name in messages, where its own would mean nothing to a reader.
 
     Raises:
         UserError: If a file is missing or malformed.
     """
+    place = place or str(checkpoint_dir)
     if template_file is not None:
         with tempfile.TemporaryDirectory() as folder:
-            replaced = Path(folder)
-            copy_companions(checkpoint_dir, replaced)
+            copy_companions(checkpoint_dir, Path(folder))
             try:
-                replace_chat_template(replaced, template_file)
-                return checkpoint_problems(replaced)
+                replace_chat_template(Path(folder), template_file)
             except UserError as e:
-                return CheckpointProblems([str(e).replace(folder, str(checkpoint_dir))])
+                return CheckpointProblems([str(e).replace(folder, place)])
+            return checkpoint_problems(Path(folder), place=place)
     vocab_size = read_json(checkpoint_dir / "config.json").get("vocab_size") or load_config(checkpoint_dir).vocab_size
     file = checkpoint_dir / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
@@ -82,7 +85,7 @@ def checkpoint_problems(checkpoint_dir: Path, template_file: Path | None = None)
     try:
         template = ChatTemplate.from_checkpoint(checkpoint_dir)
     except UserError as e:
-        return CheckpointProblems([str(e)], export)
+        return CheckpointProblems([str(e).replace(str(checkpoint_dir), place)], export)
     training = [
         f"{message} `download` takes --stop TOKEN and --chat_template FILE."
         for message in _refusal(lambda: template.turn_end)
@@ -90,7 +93,9 @@ def checkpoint_problems(checkpoint_dir: Path, template_file: Path | None = None)
     if not training:
         export += _refusal(lambda: make_modelfile(template, generation, num_ctx=1, num_thread=1))
     beyond, notes = _beyond_embedding(template, vocab_size)
-    return CheckpointProblems(training + beyond, export, notes + _unknown_stops(template, generation))
+    notes += _unknown_stops(template, generation)
+    found = (training + beyond, export, notes)
+    return CheckpointProblems(*([text.replace(str(checkpoint_dir), place) for text in texts] for texts in found))
 
 
 def _refusal(check: Callable[[], object]) -> list[str]:

@@ -262,7 +262,7 @@ def write_checkpoint(
     write_text(output / "tokenizer.json", source.tokenizer_json)
     try:
         _write_prompt_files(source, output, stop)
-        problems = checkpoint_problems(output)
+        problems = checkpoint_problems(output, place=source.place)
         if source.chat_template is not None:
             report_all(problems.training)
     except UserError as e:  # the unfinished folder's name would mean nothing to a reader

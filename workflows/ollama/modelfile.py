@@ -199,7 +199,7 @@ def make_modelfile(
         repeat_penalty: 1.0 is none.
 
     Raises:
-        UserError: If the chat template cannot be derived.
+        UserError: If the chat template cannot be derived, or a setting is not a number.
     """
     own = {"temperature": 0.2, "top_p": 0.9, "top_k": 0}
     own |= {name: generation[name] for name in own if generation.get(name) is not None}
