@@ -99,7 +99,10 @@ def test_the_embedded_checkpoint_has_no_problems(embedded_checkpoint):
 
 EXPORT_ONLY = {
     "a tokenizer that llama.cpp lacks": (sentencepiece_like, "not SentencePiece ones"),
-    "a template that Ollama lacks": (lambda f: (f / "chat_template.jinja").write_text(COUNTED), "TEMPLATE cannot follow"),
+    "a template that Ollama lacks": (
+        lambda f: (f / "chat_template.jinja").write_text(COUNTED),
+        "TEMPLATE cannot follow",
+    ),
     "settings that are no numbers": (
         lambda f: edit_json(f / "generation_config.json", temperature="hot"),
         "temperature is 'hot', not a number",
