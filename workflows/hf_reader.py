@@ -10,6 +10,7 @@ from workflows.checkpoint import is_state_dict
 from workflows.conversion import LazyTensor, Source
 from workflows.errors import UserError, first_line
 from workflows.files import read_json, read_text
+from workflows.hf_export import hf_tensors
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _LONGEST_NAME = 255
@@ -31,7 +32,7 @@ def read_hf_dir(directory: Path) -> Source:
             f"`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
         )
     config = read_json(directory / "config.json")
-    tokenizer_config = _tokenizer_config(directory)
+    tokenizer_config = read_tokenizer_config(directory)
     return Source(
         place=str(directory),
         config=config,
@@ -39,11 +40,28 @@ def read_hf_dir(directory: Path) -> Source:
         tokenizer_json=read_text(tokenizer_json),
         tokenizer_config=tokenizer_config,
         generation_config=_generation_config(directory, config),
-        chat_template=_chat_template(directory, tokenizer_config),
+        chat_template=read_chat_template(directory, tokenizer_config),
     )
 
 
-def _tokenizer_config(directory: Path) -> dict[str, Any]:
+def read_checkpoint(checkpoint_dir: Path) -> Source:
+    """Describe a LitGPT checkpoint directory in Hugging Face's terms, as the base of an adapter."""
+    weights, tied = hf_tensors(checkpoint_dir)
+    config = read_json(checkpoint_dir / "config.json")
+    tokenizer_config = read_tokenizer_config(checkpoint_dir)
+    return Source(
+        place=str(checkpoint_dir),
+        config={**config, "tie_word_embeddings": tied},
+        tensors={n: LazyTensor(tuple(t.shape), t.dtype, partial(_copy, t)) for n, t in weights.items()},
+        tokenizer_json=read_text(checkpoint_dir / "tokenizer.json"),
+        tokenizer_config=tokenizer_config,
+        generation_config=_generation_config(checkpoint_dir, config),
+        chat_template=read_chat_template(checkpoint_dir, tokenizer_config),
+    )
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Return `tokenizer_config.json` with the special tokens that older checkpoints name elsewhere."""
     file, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
     config = read_json(file) if file.is_file() else {}
     specials = read_json(older) if older.is_file() else {}  # older checkpoints name BOS and EOS only there
@@ -71,7 +89,8 @@ def _generation_config(directory: Path, config: dict[str, Any]) -> dict[str, Any
     return generation
 
 
-def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
+def read_chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """Return the chat template of a folder, wherever it keeps it; None if it has none."""
     if (file := directory / "chat_template.jinja").is_file():
         return read_text(file)
     template = tokenizer_config.get("chat_template")
@@ -89,8 +108,13 @@ def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
     """The weights of a directory under their names, none read yet; a `UserError` for what is missing or damaged."""
     tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(directory):
-        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        tensors |= read_tensors(file)
     return tensors
+
+
+def read_tensors(file: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of one safetensors or `.bin` file under their names, none read yet."""
+    return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
 
 
 def _weight_files(directory: Path) -> list[Path]:

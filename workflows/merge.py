@@ -119,8 +119,8 @@ def write_merged(base_dir: Path, adapters: dict[str, torch.Tensor], lora: LoRAAr
             writer.store(name, merged.copy_(weight))
         if "lm_head.weight" not in writer.written:
             writer.tie("lm_head.weight", "transformer.wte.weight")
-    if tied and "lm_head.weight" in layers:
-        config = read_json(out_dir / "config.json")
+    config = read_json(out_dir / "config.json")
+    if config.get("tie_word_embeddings") and not (tied and "lm_head.weight" not in layers):
         write_json(out_dir / "config.json", {**config, "tie_word_embeddings": False})
 
 

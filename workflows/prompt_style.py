@@ -19,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 
 from workflows.chat_template import ChatTemplate, Reasoning
 from workflows.errors import UserError
-from workflows.files import read_text, write_text
+from workflows.files import read_json, read_text, write_json, write_text
 from workflows.template_sandbox import LONGEST
 from workflows.untrusted import parse_yaml
 
@@ -66,8 +66,19 @@ def read_prompt_style(checkpoint_dir: Path) -> PromptStyle:
         ) from None
 
 
-def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptStyle:
+def writes_bos(template: ChatTemplate) -> bool:
+    """Return whether a prompt begins with the BOS token."""
+    opening = template.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    return bool(template.bos_token) and opening.startswith(template.bos_token)
+
+
+def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate, add_bos_token: bool | None = None) -> PromptStyle:
     """The style with which LitGPT's CLI makes the same prompt ids as the checkpoint's chat template.
+
+    Args:
+        checkpoint_dir: The folder with the tokenizer's files.
+        template: The chat template, of the folder or in place of its own.
+        add_bos_token: The flag that tokenizer_config.json will have; the one that it has if None.
 
     Raises:
         UserError: If not even our own class gives the same ids through LitGPT's tokenizer (a BOS token too many).
@@ -76,6 +87,8 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptS
         tokenizer = Tokenizer(checkpoint_dir)
     except (ValueError, TypeError, KeyError, AttributeError) as e:  # a BOS or EOS token that tokenizer.json lacks, …
         raise UserError(f"{checkpoint_dir}: tokenizer_config.json does not fit tokenizer.json ({e}).") from None
+    if add_bos_token is not None:
+        tokenizer.use_bos = add_bos_token
     wanted = [template.prompt_ids([{"role": "user", "content": probe}]) for probe in _PROBES]
 
     def agrees(style: PromptStyle) -> bool:
@@ -95,8 +108,16 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> PromptS
     )
 
 
-def write_prompt_style(checkpoint_dir: Path, template: ChatTemplate) -> None:
-    """Write `prompt_style.yaml`, checked against the chat template on text with newlines, digits and unicode."""
+def write_prompt_files(checkpoint_dir: Path, template: ChatTemplate) -> None:
+    """Write `prompt_style.yaml`, and `add_bos_token` in tokenizer_config.json as LitGPT's tokenizer needs it.
+
+    LitGPT strips a leading BOS from every prompt when the flag is false, and adds one where it is absent when true.
+
+    Raises:
+        UserError: If no style gives the chat template's ids on text with newlines, digits and unicode.
+    """
+    file = checkpoint_dir / "tokenizer_config.json"
+    write_json(file, {**read_json(file), "add_bos_token": writes_bos(template)})
     save_prompt_style(choose_prompt_style(checkpoint_dir, template), checkpoint_dir)
 
 
@@ -113,4 +134,4 @@ def replace_chat_template(checkpoint_dir: Path, template_file: Path | None, reas
     if template_file is None and changed.source == template.source:
         return
     write_text(checkpoint_dir / "chat_template.jinja", changed.source)
-    write_prompt_style(checkpoint_dir, changed)
+    write_prompt_files(checkpoint_dir, changed)

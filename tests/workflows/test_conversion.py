@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_llama, make_qwen2
-from workflows.checkpoint import WEIGHTS, load_config, load_weights
+from workflows.checkpoint import WEIGHTS, is_tied, load_config, load_weights
 from workflows.conversion import litgpt_config, write_checkpoint
 from workflows.errors import UserError
+from workflows.gguf_header import read_header
+from workflows.hf_export import write_hf
 from workflows.hf_reader import read_hf_dir
+from workflows.merge import write_merged
+from workflows.ollama.gguf_writer import write_gguf
+from workflows.training.model import LoRAArgs, load_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -119,6 +125,70 @@ def test_tied_head_is_the_embedding_itself(tiny_llama_hf, tiny_qwen2_hf, tmp_pat
     assert untied["lm_head.weight"].data_ptr() != untied["transformer.wte.weight"].data_ptr()
 
 
+def untied(hf_dir: Path, folder: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a tied model whose file has an `lm_head.weight`, made from the embedding."""
+    copy = shutil.copytree(hf_dir, folder)
+    edit_weights(copy, lambda w: w.update({"lm_head.weight": head(w["model.embed_tokens.weight"])}))
+    return copy
+
+
+def test_the_tensors_decide_whether_a_head_is_tied_and_not_the_flag(tiny_llama_hf, tmp_path, capsys):
+    """As transformers 5 does: two tensors that differ are never tied, and one alone serves as both."""
+    same = untied(tiny_llama_hf, tmp_path / "same", lambda e: e.clone())
+    other = untied(tiny_llama_hf, tmp_path / "other", lambda e: e.flip(0).contiguous())
+    only_head = untied(tiny_llama_hf, tmp_path / "only-head", lambda e: e.clone())
+    edit_weights(only_head, lambda w: w.pop("model.embed_tokens.weight"))
+    for folder, tied in ((same, True), (only_head, True), (other, False)):
+        lit = convert(folder, tmp_path / f"{folder.name}-lit")
+        assert ("Both are kept, and the checkpoint is untied" in capsys.readouterr().out) == (not tied)
+        assert is_tied(lit) == tied
+        assert json.loads((lit / "config.json").read_text())["tie_word_embeddings"] is tied
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert largest_difference(lit_model(lit), hf) <= 1e-4
+        model = load_model(lit)
+        assert (model.lm_head.linear.weight is model.transformer.wte.weight) == tied
+
+
+def test_an_untied_head_survives_export_and_gguf(tiny_llama_hf, tmp_path):
+    other = untied(tiny_llama_hf, tmp_path / "other", lambda e: e.flip(0).contiguous())
+    lit = convert(other, tmp_path / "lit")
+    write_hf(lit, tmp_path / "hf", "")
+    expected = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    assert largest_difference(lit_model(convert(tmp_path / "hf", tmp_path / "again")), expected) <= 1e-4
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    write_gguf(lit, tmp_path / "m.gguf", "f32", "other", "0" * 64)
+    _, tensors = read_header(tmp_path / "m.gguf")
+    assert "output.weight" in tensors
+
+
+def test_a_checkpoint_of_other_making_is_tied_by_its_tensors(tiny_llama, tmp_path):
+    """LitGPT's own training unties a head and leaves config.json as it was."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "changed")
+    weights = torch.load(folder / WEIGHTS, weights_only=True)
+    torch.save({**weights, "lm_head.weight": weights["lm_head.weight"].clone()}, folder / WEIGHTS)
+    assert is_tied(folder)
+    torch.save({**weights, "lm_head.weight": weights["lm_head.weight"] * 2}, folder / WEIGHTS)
+    assert not is_tied(folder)
+    ids = torch.tensor([[5, 70, 12]])
+    with torch.no_grad():
+        assert torch.allclose(load_model(folder)(ids), 2 * load_model(tiny_llama)(ids), atol=1e-5)
+        write_merged(folder, {}, LoRAArgs(r=0), copied(folder, tmp_path / "merged"))
+        assert torch.allclose(load_model(tmp_path / "merged")(ids), 2 * load_model(tiny_llama)(ids), atol=1e-5)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    return shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(WEIGHTS))
+
+
+def test_weights_beyond_float16s_range_are_refused_with_the_cure(tiny_llama_hf, tmp_path):
+    folder = shutil.copytree(tiny_llama_hf, tmp_path / "large")
+    edit_weights(folder, lambda w: w["model.norm.weight"].mul_(1e6))
+    with pytest.raises(UserError, match=r"ln_f.weight holds values that are not finite(.|\n)*--dtype bfloat16"):
+        convert(folder, tmp_path / "half", torch.float16)
+    convert(folder, tmp_path / "lit")
+
+
 def test_sharded_and_pickled_weights_give_the_same_file(tiny_qwen2_hf, tmp_path):
     expected = load_weights(convert(tiny_qwen2_hf, tmp_path / "whole"))
     weights = load_file(tiny_qwen2_hf / "model.safetensors")
@@ -157,7 +227,12 @@ import sys
 from pathlib import Path
 import psutil, torch
 from workflows.conversion import write_checkpoint
+from workflows.gguf_header import read_header
+from workflows.hf_export import write_hf
 from workflows.hf_reader import read_hf_dir
+from workflows.merge import write_merged
+from workflows.ollama.gguf_writer import write_gguf
+from workflows.training.model import LoRAArgs, load_model
 from workflows.measure import PeakMemory, tree_bytes
 source, tiny, output = map(Path, sys.argv[1:])
 (output / "warm").mkdir(parents=True)
@@ -193,6 +268,12 @@ def break_config(hf_dir: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def edit_weights(hf_dir: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(hf_dir / "model.safetensors")
+    edit(weights)
+    save_file(weights, hf_dir / "model.safetensors", metadata={"format": "pt"})
+
+
 def shorten(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -219,9 +300,44 @@ BAD = {
         r"3 problems:(.|\n)*gelu(.|\n)*attention_bias(.|\n)*mlp_bias",
     ),
     "quantized weights": (lambda d: break_config(d, quantization_config={"bits": 4}), "quantized"),
-    "wrong size": (lambda d: break_config(d, intermediate_size=128), r"fc_1.weight has shape \(96, 48\), expected"),
-    "too many layers": (lambda d: break_config(d, num_hidden_layers=3), r"transformer.h.2.*is missing"),
-    "no head": (lambda d: break_config(d, tie_word_embeddings=False), "lm_head.weight is missing"),
+    "wrong size": (
+        lambda d: break_config(d, intermediate_size=128),
+        r"intermediate_size is 128 by config.json, but 96 by .*(.|\n)*fc_1.weight has shape \(96, 48\), expected",
+    ),
+    "too many layers": (
+        lambda d: break_config(d, num_hidden_layers=3),
+        r"num_hidden_layers is 3 by config.json, but the weights have 2(.|\n)*transformer.h.2.*is missing",
+    ),
+    "too few layers": (
+        lambda d: break_config(d, num_hidden_layers=1),
+        r"num_hidden_layers is 1 by config.json, but the weights have 2(.|\n)*h.1.* has no place in a model of this",
+    ),
+    "another vocabulary": (lambda d: break_config(d, vocab_size=400), r"vocab_size is 400 by config.json, but \d+ by"),
+    "another width": (lambda d: break_config(d, hidden_size=96), r"hidden_size is 96 by config.json, but 48 by"),
+    "another head size": (
+        lambda d: break_config(d, head_dim=24),
+        r"num_attention_heads \* head_dim is 96 by config.json, but 48 by(.|\n)*num_key_value_heads \* head_dim is 48",
+    ),
+    "fewer heads": (
+        lambda d: break_config(d, num_key_value_heads=4),
+        r"num_key_value_heads \* head_dim is 48 by config.json, but 24 by",
+    ),
+    "biases that config.json denies": (
+        lambda d: edit_weights(d, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
+        r"the weights have biases \(model.layers.0.self_attn.q_proj.bias, …\)",
+    ),
+    "no head": (
+        lambda d: break_config(d, tie_word_embeddings=False),
+        r"the weights have no lm_head.weight; if this model is tied, set tie_word_embeddings(.|\n)*lm_head.weight is",
+    ),
+    "a flag that is none": (
+        lambda d: break_config(d, tie_word_embeddings="no"),
+        "tie_word_embeddings is 'no', not true or false",
+    ),
+    "a weight that is no number": (
+        lambda d: edit_weights(d, lambda w: w["model.norm.weight"].fill_(float("nan"))),
+        "transformer.ln_f.weight holds values that are not finite",
+    ),
     "config cut short": (lambda d: shorten(d / "config.json", 40), r"config.json, line \d+: not valid JSON"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
@@ -240,7 +356,7 @@ def test_bad_directories_are_refused_before_weights_are_written(case, tiny_llama
     spoil(hf_dir)
     with pytest.raises(UserError, match=message):
         convert(hf_dir, tmp_path / "lit")
-    assert not list(tmp_path.glob("lit/lit_model*"))
+    assert case == "a weight that is no number" or not list(tmp_path.glob("lit/lit_model*"))
 
 
 def test_a_missing_shard_is_named(tiny_llama_hf, tmp_path):

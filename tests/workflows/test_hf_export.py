@@ -15,6 +15,7 @@ from tests.workflows.conftest import file_size_limit
 from workflows.checkpoint import write_hyperparameters
 from workflows.errors import UserError
 from workflows.hf_export import hf_module_names, write_hf
+from workflows.merge import write_merged
 from workflows.peft_export import Base, write_adapter
 from workflows.training.model import LoRAArgs, load_model
 
@@ -119,12 +120,8 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("adapted", ADAPTED)
-def test_peft_gives_the_adapted_models_logits(family: str, adapted: str, tmp_path: Path, request) -> None:
-    from peft import PeftModel
-
-    base, lora = request.getfixturevalue(f"tiny_{family}"), ADAPTED[adapted]
+def trained(base: Path, lora: LoRAArgs, final: Path) -> torch.Tensor:
+    """Write what a LoRA step on `base` ends with, and return the logits of its model."""
     model = load_model(base, lora)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -132,19 +129,42 @@ def test_peft_gives_the_adapted_models_logits(family: str, adapted: str, tmp_pat
             torch.nn.init.normal_(parameter, std=0.2)
     with torch.no_grad():
         expected = model(IDS)
-
-    final = shutil.copytree(base, tmp_path / "final")
+    shutil.copytree(base, final, ignore=shutil.ignore_patterns("lit_model.pth"))
     adapters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     torch.save({"model": adapters}, final / "lit_model.pth.lora")
     write_hyperparameters(final, {"checkpoint_dir": str(base), **lora.config_fields()})
-    write_adapter(final, tmp_path / "adapter", Base(str(base)), "# card")
+    write_merged(base, adapters, lora, final)
+    return expected
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_peft_gives_the_adapted_models_logits(family: str, adapted: str, tmp_path: Path, request) -> None:
+    """Adapted, merged by PEFT, and saved and loaded again; the tiny Llama's head is tied, the tiny Qwen2's is not."""
+    from peft import PeftModel
+
+    base, lora = request.getfixturevalue(f"tiny_{family}"), ADAPTED[adapted]
+    expected = trained(base, lora, tmp_path / "final")
+    write_adapter(tmp_path / "final", tmp_path / "adapter", Base(str(base)), "# card")
 
     hf = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"tiny_{family}_hf"))
     with torch.no_grad():
         before = hf(IDS).logits
-        got = PeftModel.from_pretrained(hf, tmp_path / "adapter")(IDS).logits
+        model = PeftModel.from_pretrained(hf, tmp_path / "adapter").eval()
+        got = model(IDS).logits
+        merged = model.merge_and_unload()
+        assert (merged(IDS).logits - expected).abs().max() <= 1e-4
     assert (got - expected).abs().max() <= 1e-4
     assert (got - before).abs().max() > 0.1  # the adapter does something
+    merged.save_pretrained(tmp_path / "merged")
+    assert (hf_logits(tmp_path / "merged") - expected).abs().max() <= 1e-4
+
+
+def test_an_adapter_of_a_tied_head_alone_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    nothing_else = {"query": False, "key": False, "value": False, "projection": False, "mlp": False}
+    trained(tiny_llama, LoRAArgs(r=4, head=True, **nothing_else), tmp_path / "final")
+    with pytest.raises(UserError, match="only the head was adapted, and the base ties it"):
+        write_adapter(tmp_path / "final", tmp_path / "adapter", Base("base"), "")
 
 
 def test_an_adapter_needs_a_lora_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:

@@ -199,10 +199,14 @@ def make_modelfile(
         repeat_penalty: 1.0 is none.
 
     Raises:
-        UserError: If the chat template cannot be derived.
+        UserError: If the chat template cannot be derived, or a setting is not a number.
     """
     own = {"temperature": 0.2, "top_p": 0.9, "top_k": 0}
     own |= {name: generation[name] for name in own if generation.get(name) is not None}
+    if odd := {name: value for name, value in own.items() if not isinstance(value, int | float)}:
+        raise UserError(
+            f"generation_config.json: {', '.join(f'{n} is {v!r:.40}, not a number' for n, v in odd.items())}."
+        )
     stops = [template.tokenizer.id_to_token(stop_id) for stop_id in template.stop_ids]
     return Modelfile(
         derive(template).source,

@@ -38,7 +38,8 @@ def read_tokenizer(file: Path, vocab_size: int) -> GGUFTokenizer:
 
     Args:
         file: `tokenizer.json`.
-        vocab_size: Rows of the embedding; ids without a token are filled with unused ones.
+        vocab_size: Rows of the embedding; ids without a token are filled with unused ones, added tokens without a row
+            are left out.
 
     Raises:
         UserError: If llama.cpp has no tokenizer that gives the same ids, as far as the file tells.
@@ -50,6 +51,8 @@ def read_tokenizer(file: Path, vocab_size: int) -> GGUFTokenizer:
         texts: dict[int, str] = {token_id: text for text, token_id in model["vocab"].items()}
         types = dict.fromkeys(texts, TokenType.NORMAL)
         for added in data.get("added_tokens") or []:
+            if added["id"] >= vocab_size and added["id"] not in texts:
+                continue  # no row of the embedding: the model cannot read this token anyway
             texts[added["id"]] = added["content"]
             types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]

@@ -30,6 +30,8 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.checkpoint_checks import checkpoint_problems
+from workflows.errors import report_all
 from workflows.evaluation.compare import with_interval
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, gigabytes, seconds_of_step, step_began
@@ -168,12 +170,21 @@ def run_step(
     final = Path(settings["out_dir"]) / "final"
     fabric = make_fabric(run.devices, run.num_nodes, run.strategy, run.accelerator)
     with launched(fabric), watched(final.parent, fabric.global_rank == 0):
+        _check_base(fabric, settings)
         mode: ResumeMode = "matching" if run.resume == "auto" and final.is_dir() else run.resume
         objective = make_objective(fabric)
         given: TrainArgs = settings["train"]
         objective.train = limited_to(given, objective.epoch_rows, objective.updates)
         fabric.print(length_text(given, objective.train, objective.epoch_rows, objective.updates))
         _train(fabric, step, settings, run, objective, final, mode)
+
+
+def _check_base(fabric: L.Fabric, settings: dict[str, Any]) -> None:
+    """Refuse a checkpoint that cannot be trained, and name what a later export would refuse, before the first step."""
+    problems = checkpoint_problems(Path(settings["checkpoint_dir"]), settings.get("chat_template"))
+    report_all(problems.training)
+    if notes := problems.notes_on(str(settings["checkpoint_dir"])):
+        fabric.print(notes)
 
 
 def _train(

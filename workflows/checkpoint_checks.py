@@ -1,0 +1,168 @@
+"""Checks of a checkpoint's small files for everything that a later step would refuse: training, evaluation, export.
+
+They run when a checkpoint is downloaded, before the first training step, and before an export writes its first file,
+with the same functions that the export uses. No weights are read.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflows.chat_template import ChatTemplate, Message
+from workflows.checkpoint import copy_companions, load_config
+from workflows.errors import UserError
+from workflows.files import read_json
+from workflows.hf_export import check_architecture
+from workflows.ollama.modelfile import make_modelfile
+from workflows.ollama.tokenizer_fields import read_tokenizer
+from workflows.prompt_style import replace_chat_template
+
+_MARK = "\ue020"  # private use: in no template and in no vocabulary
+_PROBE: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": f"A{_MARK}"},
+    {"role": "user", "content": "Why?"},
+]
+
+
+@dataclass(frozen=True)
+class CheckpointProblems:
+    """What is wrong with a checkpoint, as messages.
+
+    Attributes:
+        training: Reasons why it cannot be trained or evaluated.
+        export: Reasons why it can be trained, but not exported to GGUF and Ollama.
+        notes: What else a user should know; nothing is refused for it.
+    """
+
+    training: list[str] = field(default_factory=list)
+    export: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def notes_on(self, place: str) -> str:
+        """Return one block of text with everything that forbids no training; "" if there is nothing."""
+        lines = [f"{place}: {note}" for note in self.notes]
+        if self.export:
+            lines += [
+                f"{place}: training and evaluation work, but `make export` will make no Ollama model of it:",
+                *(f"  - {problem}" for problem in self.export),
+                "  `export --create false --quantize []` still writes its Hugging Face folder.",
+            ]
+        return "\n".join(lines)
+
+
+def checkpoint_problems(
+    checkpoint_dir: Path, template_file: Path | None = None, place: str | None = None
+) -> CheckpointProblems:
+    """Return what later steps would refuse in a checkpoint directory.
+
+    Args:
+        checkpoint_dir: The folder; its weights need not be there yet.
+        template_file: A Jinja file that is to take the place of the checkpoint's chat template.
+        place: The folder's name in messages, where its own would mean nothing to a reader.
+
+    Raises:
+        UserError: If a file is missing or malformed.
+    """
+    place = place or str(checkpoint_dir)
+    if template_file is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy_companions(checkpoint_dir, Path(folder))
+            try:
+                replace_chat_template(Path(folder), template_file)
+            except UserError as e:
+                return CheckpointProblems([str(e).replace(folder, place)])
+            return checkpoint_problems(Path(folder), place=place)
+    vocab_size = read_json(checkpoint_dir / "config.json").get("vocab_size") or load_config(checkpoint_dir).vocab_size
+    file = checkpoint_dir / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    export = _refusal(lambda: check_architecture(checkpoint_dir))
+    export += _refusal(lambda: read_tokenizer(checkpoint_dir / "tokenizer.json", vocab_size))
+    try:
+        template = ChatTemplate.from_checkpoint(checkpoint_dir)
+    except UserError as e:
+        return CheckpointProblems([str(e).replace(str(checkpoint_dir), place)], export)
+    training, notes = _beyond_embedding(template, vocab_size)
+    if not training:
+        training = [
+            f"{message} `download` takes --stop TOKEN and --chat_template FILE."
+            for message in _refusal(lambda: template.turn_end)
+        ] or template.problems()
+    if not training:
+        notes += template.remarks()
+        export += _refusal(lambda: make_modelfile(template, generation, num_ctx=1, num_thread=1))
+    notes += _unknown_stops(template, generation)
+    found = (training, export, notes)
+    return CheckpointProblems(*([text.replace(str(checkpoint_dir), place) for text in texts] for texts in found))
+
+
+def _refusal(check: Callable[[], object]) -> list[str]:
+    """Return the message with which a check refuses, if it does."""
+    try:
+        check()
+    except UserError as e:
+        return [str(e)]
+    return []
+
+
+def _beyond_embedding(template: ChatTemplate, vocab_size: int) -> tuple[list[str], list[str]]:
+    """Return refusals of and notes on tokens whose ids have no row in the embedding.
+
+    Many published tokenizers have a few added tokens too many, which no text of theirs uses. What the template writes,
+    what ends an answer, and what plain text is made of must have a row.
+    """
+    tokenizer = template.tokenizer
+    added = set(tokenizer.get_added_tokens_decoder())
+    beyond = {token_id: text for text, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
+    written = set(template.stop_ids)
+    for probe in (_PROBE, _PROBE[1:]):
+        with contextlib.suppress(UserError):  # a template may refuse system messages
+            text = template.render(probe, add_generation_prompt=True)
+            written |= set(tokenizer.encode(text, add_special_tokens=False).ids)
+    refused = [token_id for token_id in sorted(beyond) if token_id in written or token_id not in added]
+    rest = [token_id for token_id in sorted(beyond) if token_id not in refused]
+
+    def named(ids: list[int]) -> str:
+        shown = ", ".join(f"{beyond[token_id]!r} ({token_id})" for token_id in ids[:5])
+        return shown + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+
+    problems, notes = [], []
+    if refused:
+        problems.append(
+            f"The tokenizer has tokens that are needed but have no row in the embedding of {vocab_size} rows: "
+            f"{named(refused)}. Tokenizer and weights do not belong together, or the embedding was not resized when "
+            "tokens were added: resize it with transformers (resize_token_embeddings) and save the model again."
+        )
+    if rest:
+        notes.append(
+            f"the tokenizer has tokens without a row in the embedding of {vocab_size} rows: {named(rest)}. Neither the "
+            "template nor a stop needs them; a text that holds one cannot be used, and a GGUF file leaves them out."
+        )
+    return problems, notes
+
+
+def _unknown_stops(template: ChatTemplate, generation: dict[str, Any]) -> list[str]:
+    """Return a note on ids in generation_config.json that ought to end an answer, but that no token has."""
+    ids = generation.get("eos_token_id")
+    unknown = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and i not in template.stop_ids]
+    if not unknown:
+        return []
+    return [f"generation_config.json names stop tokens that the tokenizer does not have: {unknown}. They are ignored."]
+
+
+def unnamed_turn_end(template: ChatTemplate) -> str | None:
+    """Return the token that ends the assistant's turn, where it is exactly one special token and no stop token yet."""
+    try:
+        after = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}])
+    except UserError:  # whoever needs the template says why
+        return None
+    ids = template.tokenizer.encode(after.rpartition(_MARK)[2], add_special_tokens=False).ids
+    if set(ids) & set(template.stop_ids):
+        return None
+    specials = {token_id for token_id, token in template.tokenizer.get_added_tokens_decoder().items() if token.special}
+    found = [token_id for token_id in ids if token_id in specials]
+    return template.tokenizer.id_to_token(found[0]) if len(found) == 1 else None
