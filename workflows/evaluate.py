@@ -20,7 +20,7 @@ from workflows.evaluation.tasks import leaf_tasks, load_tasks, settle_prompts, s
 from workflows.files import atomic_update, read_json, write_json, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.progress import watched
-from workflows.training.processes import choose_accelerator, default_precision, device_problems
+from workflows.training.processes import choose_accelerator, default_precision, unusable_device
 
 UNFINISHED = "unfinished.jsonl"
 """Results of a run that was stopped; gone when the run is finished."""
@@ -189,7 +189,7 @@ def _problems(
     max_new_tokens: int,
     device: str | None,
 ) -> list[str]:
-    problems = device_problems(device)
+    problems = unusable_device(device)
     if not tasks:
         problems.append("--tasks names no task, e.g. --tasks '[hpo_mcq]'.")
     if doubled := sorted({task for task in tasks if tasks.count(task) > 1}):

@@ -193,13 +193,15 @@ def test_answers_that_are_no_option_count_as_wrong_and_are_told(
 
 
 def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:
-    tasks = "[arc_easy, absent_mcq]"
-    assert (
-        main(["evaluate-ollama", "--tasks", tasks, "--limit", "0", "--parallel", "0", "--data_dir", str(tmp_path)]) == 1
-    )
+    command = ["evaluate-ollama", "--tasks", "[arc_easy, absent_mcq, absent_mcq]", "--limit", "0", "--parallel", "0"]
+    command += ["--data_dir", str(tmp_path), "--device", "cpu", "--precision", "bf16-true"]  # and no --checkpoint_dir
+    assert main(command) == 1
     error = capsys.readouterr().err
     for part in (
-        "4 problems",
+        "7 problems",
+        "absent_mcq more than once",
+        "--device is about LitGPT",
+        "--precision is about LitGPT",
         "'arc_easy' is not a local one",
         "absent_mcq/test.jsonl, which does not exist",
         "--limit",

@@ -1,4 +1,5 @@
 import functools
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,9 @@ def load_tasks(
     if include_path is not None:
         problems += _ambiguous(foreign, include_path)
     report_all(problems)
-    for name in names:
-        if name in users and (name in LOCAL or name in OWN):
-            print(f"{name} is the task of {users[name].yaml_path}, not this project's.")
     own = {name: users[name] for name in foreign if name in users}
+    for name, entry in own.items():
+        print(f"{name}: as {entry.yaml_path or include_path} defines it")
     try:
         specifications = [
             LocalTask(name, file, template, num_fewshot or 0)
@@ -204,7 +204,9 @@ def load_tasks(
 
 def _why_not_loaded(error: Exception, own: dict[str, Entry], include_path: Path | None) -> str:
     """The message for a task that lm-eval could not make; an error that is none of the user's is raised again."""
-    reason = f"{type(error).__name__}: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    reason = f"{type(error).__name__}: {error} ({where})"
     if isinstance(error, ValueError) and "Duplicate task" in str(error):
         return f"--tasks names a task twice. {error}"
     if own:  # whatever a user's file or function may have raised
@@ -287,6 +289,10 @@ def settle_prompts(
     problems, remarks = [], []
     for task in tasks:
         name = task.task_name
+        if getattr(task, "MULTIMODAL", False):
+            problems.append(f"Task {name} asks about pictures or sound; checkpoints of this project read text.")
+        if getattr(task, "UNSAFE_CODE", False):
+            problems.append(f"Task {name} runs what the model writes as code, which is not supported here.")
         fixed = task.get_config("num_fewshot")
         number = int(fixed or 0) if num_fewshot is None else num_fewshot
         rendered = chat

@@ -30,7 +30,7 @@ def choose_accelerator(accelerator: Accelerator = "auto") -> Literal["cpu", "cud
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device_problems(device: str | None) -> list[str]:
+def unusable_device(device: str | None) -> list[str]:
     """What is wrong with `--device`, if anything."""
     try:
         if device is not None:
