@@ -62,7 +62,7 @@ def served(speaking_llama: Path, ollama_server: OllamaServer, tmp_path: Path, mo
 
 
 def margins(model: GPT, template: ChatTemplate, prompts: list[str], monkeypatch) -> list[float]:
-    """For each question the smallest difference of the two highest logits among allowed tokens on the way to a choice."""
+    """For each question the smallest difference of the two highest allowed logits on the way to a choice."""
     allowed: list[dict[int, bytes]] = []
     logits: list[torch.Tensor] = []
     real = constrained._allowed
