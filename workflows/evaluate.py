@@ -23,16 +23,20 @@ from workflows.evaluation.compare import (
     with_interval,
 )
 from workflows.evaluation.lm import LitGPTLM, check_for_evaluation, load_for_evaluation, model_hash
-from workflows.evaluation.tasks import LocalTask, load_tasks, split_of
-from workflows.files import atomic_update, write_json, write_text
+from workflows.evaluation.local_task import LocalTask
+from workflows.evaluation.tasks import leaf_tasks, load_tasks, settle_prompts, split_of
+from workflows.files import atomic_update, read_json, write_json, write_text
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.progress import watched
-from workflows.training.processes import choose_accelerator, default_precision
+from workflows.training.processes import choose_accelerator, default_precision, unusable_device
 
 UNFINISHED = "unfinished.jsonl"
 """Results of a run that was stopped; gone when the run is finished."""
 METRICS = "metrics.json"
 """Written last: a folder without it holds no finished evaluation."""
+WRITTEN, MAX_NEW_TOKENS = 4, 64
+_PLAIN = Path(__file__).parent / "evaluation" / "plain.jinja"
+"""What stands in for the chat template of a checkpoint that has none; no prompt of an evaluation is rendered by it."""
 
 
 def setup(
@@ -43,13 +47,15 @@ def setup(
     out_dir: Path | None = None,
     data_dir: Path = Path("data"),
     precision: Literal["32-true", "bf16-true", "16-true"] | None = None,
-    apply_chat_template: bool = False,
+    apply_chat_template: bool | None = None,
     num_fewshot: int | None = None,
     reasoning: Reasoning | None = None,
+    fewshot_as_multiturn: bool = True,
+    include_path: Path | None = None,
     row_tokens: int = 1024,
     batch_size: int = 16,
-    written: int = 4,
-    max_new_tokens: int = 64,
+    written: int = WRITTEN,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     resume: bool = True,
     device: str | None = None,
     seed: int = 1234,
@@ -58,21 +64,29 @@ def setup(
 
     Args:
         checkpoint_dir: A LitGPT checkpoint directory; one with `lit_model.pth.lora` alone is put on top of its base.
-        tasks: Local tasks (hpo_mcq, pubmedqa_local, medmcqa_local, medqa_local), `medical` (a group on the Hub), or any
-            task of lm-eval's.
+        tasks: Local tasks (hpo_mcq, pubmedqa_local, medmcqa_local, medqa_local), `medical` (a group on the Hub), tasks
+            of `include_path`, or any task of lm-eval's.
         limit: Score the first so many questions of each task only.
         baseline: The out_dir of an earlier evaluation, to compare with on the same questions.
         out_dir: Where results go; by default out/evaluate/NAME, or out/RUN/evaluate/STEP for out/RUN/STEP/final.
         data_dir: The folder of prepared data, for local tasks.
         precision: "bf16-true", "32-true" or "16-true"; null takes bfloat16 where the device computes in it.
-        apply_chat_template: Render lm-eval's tasks by the chat template; local tasks always are.
-        num_fewshot: Examples before each question, for lm-eval's tasks.
+        apply_chat_template: Render prompts by the checkpoint's chat template (true), or write them as plain text
+            (false); null renders them if the checkpoint has a template, that is, for every instruction-tuned one.
+        num_fewshot: Number of solved examples before each question. Local tasks take them from train.jsonl or
+            validation.jsonl beside their test.jsonl, lm-eval's from the split that they name; null leaves it to the
+            task, which is none for local ones.
         reasoning: Reasoning before answers; null is as the checkpoint was trained. "none" asks with thinking switched
             off, "drop" removes the reasoning of the prompts' earlier answers.
+        fewshot_as_multiturn: Write each example as a turn of the conversation; false puts all of them into the
+            user's message.
+        include_path: A folder with task files of your own (lm-eval's YAML, `*.yaml`). `!function` in them and their
+            templates run code from that folder, so name only a folder that you trust.
         row_tokens: Capacity of a packed row in tokens; bounds the memory.
-        batch_size: Answers generated side by side, for tasks that generate.
-        written: So many questions of each local task are answered in the model's own words, too (`answers.jsonl`).
-        max_new_tokens: The most tokens of such an answer.
+        batch_size: Answers generated side by side, for tasks that generate and answers in words.
+        written: Number of questions of each local task that are answered in the model's own words, too
+            (`answers.jsonl`).
+        max_new_tokens: Maximum number of tokens of such an answer. Tasks that generate name their own.
         resume: Keep the finished questions of a run that was stopped; false starts anew.
         device: "cpu", "cuda", …; null takes a GPU if there is one.
         seed: Seed of few-shot examples and of tasks that sample.
@@ -80,7 +94,7 @@ def setup(
     Raises:
         UserError: If an argument, the checkpoint, a task or its data is not usable.
     """
-    report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot, written, max_new_tokens))
+    report_all(_problems(tasks, limit, row_tokens, batch_size, num_fewshot, written, max_new_tokens, device))
     device = device or choose_accelerator()
     precision = precision or default_precision(on_gpu=device.startswith("cuda"))
     out_dir = out_dir or default_out_dir(checkpoint_dir)
@@ -92,8 +106,21 @@ def setup(
 
     began = step_began()
     check_for_evaluation(checkpoint_dir)
-    template = ChatTemplate.from_checkpoint(checkpoint_dir).asked_for(reasoning)
-    loaded = load_tasks(tasks, data_dir, template)
+    has_template = _has_template(checkpoint_dir)
+    if apply_chat_template and not has_template:
+        raise UserError(
+            f"--apply_chat_template true: {checkpoint_dir} has no chat template, it looks like a base model. Leave the "
+            "option out, or put a chat_template.jinja of your own into that folder."
+        )
+    template = ChatTemplate.from_checkpoint(checkpoint_dir, None if has_template else _PLAIN).asked_for(reasoning)
+    chat = has_template if apply_chat_template is None else apply_chat_template
+    loaded = load_tasks(tasks, data_dir, template if chat else None, num_fewshot, include_path)
+    leaves = leaf_tasks(loaded)
+    local = [task for task in leaves if isinstance(task, LocalTask)]
+    if not local and (written, max_new_tokens) != (WRITTEN, MAX_NEW_TOKENS):
+        raise UserError("--written and --max_new_tokens are about local tasks, and --tasks names none.")
+    prompts, remarks = settle_prompts(leaves, chat, apply_chat_template, num_fewshot, fewshot_as_multiturn)
+    print("\n".join(_told(prompts)))
     with watched(out_dir), PeakMemory() as peak:
         model = load_for_evaluation(checkpoint_dir, precision, device)
         identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
@@ -118,20 +145,27 @@ def setup(
             tasks=loaded,
             task_manager=TaskManager(include_defaults=False),  # the tasks are loaded
             limit=limit,
-            apply_chat_template=apply_chat_template,
+            apply_chat_template=chat,
             num_fewshot=num_fewshot,
+            fewshot_as_multiturn=fewshot_as_multiturn,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
         tokens, spent = cache.tokens, cache.seconds
-        answers = [
-            row for task in loaded if isinstance(task, LocalTask) for row in _written(lm, task, written, max_new_tokens)
-        ]
+        answers = [row for task in local for row in _written(lm, task, written, max_new_tokens)]
     results = json.loads(json.dumps(results, default=handle_non_serializable))
     samples = results.pop("samples")
-    compared, remarks = compare_samples(baseline, samples) if baseline is not None else ([], [])
+    results["prompts"] = {task: how | lm.prompts.get(task, {}) for task, how in prompts.items()}
+    compared = []
+    if baseline is not None:
+        compared, differences = compare_samples(baseline, samples)
+        remarks += differences + _prompts_differ(baseline, prompts)
+    if any(how["chat_template"] for how in prompts.values()) and not lm.takes_system:
+        remarks.append(
+            "the chat template takes no system message: a task's description opens its first message instead"
+        )
     if lm.truncated:
         remarks.append(f"{lm.truncated} requests were longer than the model's context and lost text at their beginning")
 
@@ -146,6 +180,7 @@ def setup(
             peak_bytes=peak.bytes,
             checkpoint_dir=str(checkpoint_dir),
             **identity,
+            prompts=prompts,
             comparison=[comparison.row() for comparison in compared],
             remarks=remarks,
         )
@@ -163,8 +198,9 @@ def _problems(
     num_fewshot: int | None,
     written: int,
     max_new_tokens: int,
+    device: str | None,
 ) -> list[str]:
-    problems = []
+    problems = unusable_device(device)
     if not tasks:
         problems.append("--tasks names no task, e.g. --tasks '[hpo_mcq]'.")
     if doubled := sorted({task for task in tasks if tasks.count(task) > 1}):
@@ -182,18 +218,48 @@ def _problems(
     return problems
 
 
+def _has_template(checkpoint_dir: Path) -> bool:
+    in_config = read_json(checkpoint_dir / "tokenizer_config.json").get("chat_template")
+    return (checkpoint_dir / "chat_template.jinja").is_file() or isinstance(in_config, str)
+
+
+def _told(prompts: dict[str, dict[str, Any]]) -> list[str]:
+    """How the prompts are made, a line for tasks that are alike."""
+    alike: dict[str, list[str]] = {}
+    for task, how in prompts.items():
+        text = "by the chat template" if how["chat_template"] else "without the chat template"
+        if number := how["num_fewshot"]:
+            turns = {True: ", a turn each", False: ", in one message", None: ""}[how.get("fewshot_as_multiturn")]
+            text += f", after {number} examples{turns}"
+        alike.setdefault(text, []).append(task)
+    return [f"{', '.join(tasks)}: prompts {text}" for text, tasks in alike.items()]
+
+
+def _prompts_differ(baseline: Path, prompts: dict[str, dict[str, Any]]) -> list[str]:
+    """Remarks on tasks whose prompts the baseline made in another way."""
+    earlier = read_json(baseline / METRICS).get("prompts")
+    if not isinstance(earlier, dict):
+        return ["the baseline does not say how its prompts were made (chat template, examples)"]
+    shared = {task: earlier[task] for task in prompts if task in earlier}
+    return [
+        f"{task}: the baseline's prompts were made in another way, {shared[task]} there, {prompts[task]} here"
+        for task in shared
+        if shared[task] != prompts[task]
+    ]
+
+
 def _written(lm: LitGPTLM, task: LocalTask, number: int, max_new_tokens: int) -> list[dict[str, str]]:
-    """The first questions of a task with the right answers, and the likeliest ones in the model's own words."""
-    docs = list(task.test_docs())[:number]
-    answers = lm.write([task.doc_to_text(doc) for doc in docs], max_new_tokens)
+    """The first questions that were scored, with the right answers and the model's own words after the same prompts."""
+    asked = [instance for instance in task.instances if instance.idx == 0][:number]
+    answers = lm.write([instance.args[0] for instance in asked], max_new_tokens)
     return [
         {
             "task": task.config.task,
-            "question": doc["prompt"][-1]["content"],
-            "wanted": doc["choices"][doc["answer"]],
+            "question": instance.doc["prompt"][-1]["content"],
+            "wanted": instance.doc["choices"][instance.doc["answer"]],
             "answer": answer,
         }
-        for doc, answer in zip(docs, answers, strict=True)
+        for instance, answer in zip(asked, answers, strict=True)
     ]
 
 
@@ -224,7 +290,7 @@ def metric_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 row = metric(name, float(value), stderr=stderr, n=n, split=split_of(config))
                 if n and is_share(row["value"], stderr, n):
                     row["low"], row["high"] = wilson_interval(row["value"], n)
-                rows.append({**row, "task": task})
+                rows.append({**row, "task": task} | ({"filter": kind} if kind != "none" else {}))
     return rows
 
 
@@ -251,7 +317,7 @@ def table(results: dict[str, Any], compared: list[Comparison]) -> str:
         ["task", "metric", "n"] + (["base", "tuned", "difference", "95% interval", "p"] if compared else ["score"])
     ]
     for row in metric_rows(results):
-        cells = [row["task"], row["name"], str(row["n"])]
+        cells = [row["task"], row["name"] + (f" ({row['filter']})" if "filter" in row else ""), str(row["n"])]
         if (c := by_name.get((row["task"], row["name"]))) is not None:
             cells[2] = str(c.n)
             cells += map(with_interval, c.means())

@@ -27,7 +27,7 @@ from workflows.ollama.options import chosen, option_problems
 from workflows.ollama.server import OllamaServer, open_server
 from workflows.progress import watched
 from workflows.training.model import Precision, load_model
-from workflows.training.processes import choose_accelerator
+from workflows.training.processes import choose_accelerator, unusable_device
 
 _GREEDY = {"temperature": 0.0, "top_k": 1, "repeat_penalty": 1.0, "seed": 0}
 _LITGPT = "LitGPT"
@@ -84,6 +84,16 @@ def setup(
             problems.append(f"Task {task} reads {file}, which does not exist. Prepare it with `make data`.")
     if not tasks:
         problems.append("--tasks names no task, e.g. --tasks '[hpo_mcq]'.")
+    if doubled := sorted({task for task in tasks if tasks.count(task) > 1}):
+        problems.append(f"--tasks names {', '.join(doubled)} more than once.")
+    problems += unusable_device(device)
+    if checkpoint_dir is None:
+        given = {"device": device is not None, "precision": precision != "32-true"}
+        problems += [
+            f"--{name} is about LitGPT, which is scored if --checkpoint_dir names the checkpoint; it does not."
+            for name, is_given in given.items()
+            if is_given
+        ]
     if limit is not None and limit < 1:
         problems.append(f"--limit must be at least 1, not {limit}.")
     if not 1 <= parallel <= 64:

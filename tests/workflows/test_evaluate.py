@@ -1,6 +1,7 @@
 """The evaluate step as a user runs it: files, comparison, a stop in the middle, wrong arguments."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_the_first_questions_are_answered_in_words(tiny_llama, data_dir, tmp_pat
     assert (tmp_path / "answers.jsonl").read_text() == ""
 
 
+def test_examples_are_read_before_each_question(tiny_llama, data_dir, tmp_path, capsys):
+    folder = tmp_path / "data" / "hpo_mcq"
+    folder.mkdir(parents=True)
+    rows = (data_dir / "hpo_mcq" / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "validation.jsonl").write_text("".join(rows[:20]))
+    (folder / "test.jsonl").write_text("".join(rows[20:]))
+    tokens = {}
+    for number in (0, 2):
+        found = evaluate(tiny_llama, folder.parent, tmp_path / str(number), num_fewshot=number, written=2)
+        assert found["prompts"]["hpo_mcq"]["num_fewshot"] == number
+        tokens[number] = int(re.search(r"([\d,]+) tokens, ", capsys.readouterr().out).group(1).replace(",", ""))
+        shown = json.loads((tmp_path / str(number) / "results.json").read_text())["prompts"]["hpo_mcq"]["prompt"]
+        assert shown.count("<|im_start|>assistant\n") + shown.endswith("<|im_start|>assistant") == number + 1
+    assert tokens[2] > 2 * tokens[0]
+    assert len((tmp_path / "2" / "answers.jsonl").read_text().splitlines()) == 2
+
+
 def test_comparison_with_a_baseline(tiny_llama, other_llama, data_dir, tmp_path, capsys):
     base = evaluate(tiny_llama, data_dir, tmp_path / "base", limit=30)
     tuned = evaluate(other_llama, data_dir, tmp_path / "tuned", baseline=tmp_path / "base")
@@ -203,10 +221,16 @@ def test_a_folder_between_an_old_and_a_new_result_is_taken_for_neither(
         (["--checkpoint_dir", "{tiny}", "--data_dir", "absent"], "make data DATA=hpo"),
         (["--checkpoint_dir", "{tiny}", "--baseline", "absent"], "--baseline absent has no metrics.json"),
         (["--checkpoint_dir", "{tiny}", "--tasks", "[]", "--limit", "0"], "2 problems"),
+        (["--checkpoint_dir", "{tiny}", "--device", "cuda:7"], "--device cuda:7 cannot be used here: "),
+        (["--checkpoint_dir", "{tiny}", "--device", "abacus"], "--device abacus cannot be used here: "),
+        (
+            ["--checkpoint_dir", "{tiny}", "--data_dir", "{data}", "--num_fewshot", "1"],
+            "hpo_mcq has no questions to take",
+        ),
     ],
 )
-def test_mistakes_are_explained(tiny_llama, tmp_path, capsys, arguments, expected):
-    filled = [argument.format(tiny=tiny_llama) for argument in arguments]
+def test_mistakes_are_explained(tiny_llama, data_dir, tmp_path, capsys, arguments, expected):
+    filled = [argument.format(tiny=tiny_llama, data=data_dir) for argument in arguments]
     assert main(["evaluate", *filled, "--out_dir", str(tmp_path / "out")]) == 1
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,18 +4,25 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from data_prep.rows import read_rows
 from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
+from tests.workflows.rounding import near_tie_of_8_bits
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.evaluate_ollama import setup
+from workflows.evaluation import constrained
 from workflows.ollama.client import connect, create_model
 from workflows.ollama.gguf_writer import fingerprint, write_gguf
 from workflows.ollama.modelfile import make_modelfile
 from workflows.ollama.server import OllamaServer
+from workflows.ollama.verify import NEAR_TIE
+from workflows.training.model import GPT, load_model
 
 NAMES = (
     *("Tachypnea", "Tachypnea of the uterus", 'A "leiomyoma"', "Anémie 漢", "blood", "density of hemoglobin"),
@@ -54,18 +61,50 @@ def served(speaking_llama: Path, ollama_server: OllamaServer, tmp_path: Path, mo
         connect(ollama_server).delete(tag)
 
 
+def margins(model: GPT, template: ChatTemplate, prompts: list[str], monkeypatch) -> list[float]:
+    """For each question the smallest difference of the two highest allowed logits on the way to a choice."""
+    allowed: list[dict[int, bytes]] = []
+    logits: list[torch.Tensor] = []
+    real = constrained._allowed
+
+    def noted(*args: Any) -> dict[int, bytes]:
+        allowed.append(real(*args))
+        return allowed[-1]
+
+    monkeypatch.setattr(constrained, "_allowed", noted)
+    handle = model.register_forward_hook(lambda _, __, output: logits.append(output[0, -1]))
+    found = []
+    for prompt, options in zip(prompts, OPTIONS, strict=True):
+        allowed.clear()
+        logits.clear()
+        constrained.choose_options(model, template, [prompt], [options], progress=False)
+        steps = [list(tokens) for tokens in allowed if len(tokens) > 1]
+        tops = [row[tokens].topk(2).values for row, tokens in zip(logits, steps, strict=True)]
+        found.append(min(float(first - second) for first, second in tops))
+    handle.remove()
+    return found
+
+
 @pytest.mark.ollama
-def test_a_served_model_chooses_what_litgpt_chooses(served: str, data: Path, speaking_llama, tmp_path, capsys) -> None:
+def test_a_served_model_chooses_what_litgpt_chooses(
+    served: str, data: Path, speaking_llama, tmp_path, capsys, monkeypatch
+) -> None:
     out = tmp_path / "out"
     setup(served, ["tiny_mcq"], checkpoint_dir=speaking_llama, out_dir=out, data_dir=data)
     metrics = json.loads((out / "metrics.json").read_text())
     values = {(row["model"], row["name"]): row["value"] for row in metrics["metrics"]}
-    assert values["choose:latest", "agreement"] == 1.0 and values["choose:q8_0", "agreement"] >= 0.7
-    assert values["choose:latest", "acc"] == values["LitGPT", "acc"]
     rows = [json.loads(line) for line in (out / "choices_tiny_mcq.jsonl").read_text().splitlines()]
     assert len({row["LitGPT"] for row in rows}) > 1  # it does not always say the same
-    share = sum(row["LitGPT"] == row["answer"] for row in rows) / len(rows)
-    assert share == values["LitGPT", "acc"]
+    for name in ("LitGPT", "choose:latest", "choose:q8_0"):
+        assert values[name, "acc"] == sum(row[name] == row["answer"] for row in rows) / len(rows)
+    template, model = ChatTemplate.from_checkpoint(speaking_llama), load_model(speaking_llama)
+    questions = [row["prompt"] for row in read_rows(data / "tiny_mcq" / "test.jsonl", "scoring")]
+    gaps = margins(model, template, [template.render(question, True) for question in questions], monkeypatch)
+    near_tie, _ = near_tie_of_8_bits(model, [template.prompt_ids(question) for question in questions])
+    for name, bound in (("choose:latest", NEAR_TIE), ("choose:q8_0", near_tie)):
+        assert values[name, "agreement"] == sum(row[name] == row["LitGPT"] for row in rows) / len(rows)
+        decided = [row for row, gap in zip(rows, gaps, strict=True) if gap > bound]
+        assert len(decided) >= 4 and all(row[name] == row["LitGPT"] for row in decided), (name, gaps, bound)
     assert not list(out.glob("unfinished*")) and [m["unanswered"] for m in metrics["models"]] == [0, 0, 0]
     table = capsys.readouterr().out
     assert "choose:q8_0" in table and "agreement" in table
@@ -193,13 +232,15 @@ def test_answers_that_are_no_option_count_as_wrong_and_are_told(
 
 
 def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:
-    tasks = "[arc_easy, absent_mcq]"
-    assert (
-        main(["evaluate-ollama", "--tasks", tasks, "--limit", "0", "--parallel", "0", "--data_dir", str(tmp_path)]) == 1
-    )
+    command = ["evaluate-ollama", "--tasks", "[arc_easy, absent_mcq, absent_mcq]", "--limit", "0", "--parallel", "0"]
+    command += ["--data_dir", str(tmp_path), "--device", "cpu", "--precision", "bf16-true"]  # and no --checkpoint_dir
+    assert main(command) == 1
     error = capsys.readouterr().err
     for part in (
-        "4 problems",
+        "7 problems",
+        "absent_mcq more than once",
+        "--device is about LitGPT",
+        "--precision is about LitGPT",
         "'arc_easy' is not a local one",
         "absent_mcq/test.jsonl, which does not exist",
         "--limit",

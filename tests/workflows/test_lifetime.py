@@ -27,7 +27,7 @@ Path(sys.argv[1], "checkpoint").write_text(str(len(asked)))
 
 def press_ctrl_c(folder: Path, times: int) -> threading.Thread:
     def press() -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not (folder / "began").exists() and time.monotonic() < until:
             time.sleep(0.01)
         for _ in range(times):
@@ -48,11 +48,10 @@ def test_a_child_is_waited_for_after_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_kills_it(tmp_path: Path) -> None:
-    began = time.monotonic()
     pressing = press_ctrl_c(tmp_path, 2)
     with pytest.raises(KeyboardInterrupt):
         run_child([sys.executable, "-c", CHILD, str(tmp_path), "30"])
-    assert time.monotonic() - began < 20 and not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoint").exists()  # which it writes 30 seconds after the first one
     pressing.join()
 
 

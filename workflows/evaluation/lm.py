@@ -6,7 +6,9 @@ work done: the context that a question's choices share is computed once (a `Tree
 row without padding, and the language-model head runs only where a continuation's token is predicted.
 """
 
+import functools
 import logging
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -42,6 +44,8 @@ class LitGPTLM(TemplateLM):
 
     Attributes:
         truncated: How many requests were longer than the context and lost tokens on the left, as in lm-eval's `hf`.
+        prompts: The first prompt of each task, as the model is shown it: its text with the special tokens, its number
+            of tokens, and the continuation that is scored after it.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class LitGPTLM(TemplateLM):
         self.cache = cache if cache is not None else ResultCache()
         self.seed = seed
         self.truncated = 0
+        self.prompts: dict[str, dict[str, Any]] = {}
         self._name = name
         self._progress = progress
         self._device = next(model.parameters()).device
@@ -109,14 +114,33 @@ class LitGPTLM(TemplateLM):
         return self.template.source if chat_template else None
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-        """Render a conversation; without generation prompt its last message is left open, to be continued."""
+        """Render a conversation; without generation prompt its last message is left open, to be continued.
+
+        Reasoning that the generation prompt opens is closed, as in local tasks. A task's description opens the first
+        question where the template takes no system message.
+        """
+        if chat_history[0]["role"] == "system" and not self.takes_system:
+            system, user, *others = chat_history
+            chat_history = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
         text = self.template.render(chat_history, add_generation_prompt)
         if add_generation_prompt:
-            return text
+            return text + self.template.empty_thoughts
         last = chat_history[-1]["content"]
+        if self.template.opens_thoughts:
+            return self.apply_chat_template(chat_history[:-1]) + last
         begin = text.rindex(last.strip())
         kept = last.lstrip() if text[begin:].startswith(last.lstrip()) else last.strip()
         return text[: begin + len(kept)]
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes a system message; some refuse it, some leave it out."""
+        system, user = "\ue000system\ue001", "\ue000user\ue001"
+        try:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            return system in self.template.render(messages, add_generation_prompt=True)
+        except UserError:
+            return False
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; by default with the special tokens that tokenizer.json adds, unless the text begins with BOS."""
@@ -133,10 +157,28 @@ class LitGPTLM(TemplateLM):
             "model_name": self._name,
         }
 
+    def _note_prompts(self, requests: list[Instance]) -> None:
+        """Keep the first request of each task in `prompts`, and print it."""
+        for request in requests:
+            name = str(request.task_name)
+            if name in self.prompts or not request.args[0]:
+                continue
+            context, scored = self.tok_encode(request.args[0]), []
+            if len(request.args) > 1 and isinstance(request.args[1], str):
+                context, scored = self._encode_pair(*request.args[:2])
+            shown = {"prompt": self.template.decode(context, False), "tokens": len(context)}
+            self.prompts[name] = shown | ({"scored": self.template.decode(scored, False)} if scored else {})
+            if self._progress:
+                text = textwrap.indent(_shortened(str(shown["prompt"])), "  | ", lambda line: True)
+                print(f"{name}, first prompt ({len(context)} tokens):\n{text}")
+                if scored:
+                    print(f"{name}, scored after it: {self.prompts[name]['scored']!r}")
+
     # ---- log-likelihoods ----
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
+        self._note_prompts(requests)
         return super().loglikelihood(requests, disable_tqdm=True)  # a bar for the tokenizer is not worth a line
 
     def _loglikelihood_tokens(
@@ -183,6 +225,7 @@ class LitGPTLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the full context that predict each token once."""
+        self._note_prompts(requests)
         windows: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -202,6 +245,7 @@ class LitGPTLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to one of its task's stop strings, a stop token, or the limit."""
+        self._note_prompts(requests)
         settings: dict[str, dict[str, Any]] = {}
         groups: dict[str, list[tuple[int, list[int], str]]] = {}  # settings -> (request's number, prompt, key)
         seen: Counter[str] = Counter()
@@ -288,6 +332,13 @@ class LitGPTLM(TemplateLM):
 
     def _watch(self, units: Sequence[Any], what: str) -> Any:
         return Bar(units, desc=what, disable=not self._progress, leave=False)
+
+
+def _shortened(text: str, most: int = 1600) -> str:
+    """A text without its middle if it is long."""
+    left_out = len(text) - most
+    half = most // 2
+    return f"{text[:half]}\n[... {left_out:,} characters ...]\n{text[-half:]}" if left_out > 0 else text
 
 
 def check_for_evaluation(checkpoint_dir: Path) -> str:

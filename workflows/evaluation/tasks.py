@@ -1,13 +1,6 @@
-"""What is scored: our own tasks over local files, a group of medical tasks on the Hub, and whatever lm-eval knows.
-
-A local task reads `data/NAME/test.jsonl`, rows of `{"prompt": [messages], "choices": [...], "answer": INDEX}`. A
-choice's score is the log-likelihood of its text as the assistant's answer: `acc` takes the likeliest choice, `acc_norm`
-the likeliest per character, as lm-eval defines them. The prompt is always rendered by the checkpoint's chat template,
-the one source of our prompts; nothing has to be asked for.
-"""
-
 import functools
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +11,14 @@ from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from data_prep.pubmedqa import HUB_ID, official_test_ids
-from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError, did_you_mean, report_all
+from workflows.evaluation.local_task import METRICS, LocalTask
 
 LOCAL = {
     "hpo_mcq": "hpo_mcq",
@@ -42,52 +38,6 @@ MMLU_MEDICAL = (
 )
 """The subjects of MMLU that Med-PaLM and others report as its medical part (Singhal et al. 2023, arXiv 2212.13138)."""
 
-_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-
-
-class LocalTask(ConfigurableTask):
-    """Multiple choice over one local JSONL file, each prompt rendered by the checkpoint's chat template."""
-
-    def __init__(self, name: str, file: Path, template: ChatTemplate) -> None:
-        """Read the rows.
-
-        Args:
-            name: The task's name in results.
-            file: The JSONL file.
-            template: Renders each row's messages.
-
-        Raises:
-            UserError: If the file is missing, empty or has a bad row.
-        """
-        self._file, self._template = file, template
-        config = {
-            "task": name,
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "prompt",  # a field; `doc_to_text` below renders it
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "target_delimiter": "",
-            "num_fewshot": 0,
-            "metric_list": _METRICS,
-            "metadata": {"version": 1.0, "file": str(file)},
-        }
-        super().__init__(config=config)
-
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Read the file; nothing is downloaded."""
-        rows = read_rows(self._file, "scoring")
-        fields = ("prompt", "choices", "answer")
-        self.dataset = {"test": datasets.Dataset.from_list([{name: row[name] for name in fields} for row in rows])}
-
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
-        """The prompt's text, up to where the answer's content begins: reasoning that the template opens is closed."""
-        return self._template.answer_prompt(doc["prompt"])
-
-    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
-        """The prompt alone, whatever lm-eval would add: no examples, no second chat template."""
-        return self.doc_to_text(doc)
-
 
 def _pubmedqa_text(doc: dict[str, Any]) -> str:
     """lm-eval's own prompt for PubMedQA, over the columns of `qiaojin/PubMedQA`."""
@@ -95,11 +45,11 @@ def _pubmedqa_text(doc: dict[str, Any]) -> str:
     return f"Abstract: {abstract}\nQuestion: {doc['question']}\nAnswer:"
 
 
-def _official_test(questions: datasets.Dataset) -> datasets.Dataset:
-    """The official 500 test questions among PubMedQA's 1,000 labelled ones."""
+def _official(questions: datasets.Dataset, test: bool) -> datasets.Dataset:
+    """The official 500 test questions among PubMedQA's 1,000 labelled ones, or the others."""
     ids = [str(pubid) for pubid in questions["pubid"]]
     test_ids = official_test_ids(dict(zip(ids, questions["final_decision"], strict=True)))
-    return questions.select([i for i, pubid in enumerate(ids) if pubid in test_ids])
+    return questions.select([i for i, pubid in enumerate(ids) if (pubid in test_ids) == test])
 
 
 def hub_pubmedqa() -> dict[str, Any]:
@@ -111,12 +61,14 @@ def hub_pubmedqa() -> dict[str, Any]:
         "training_split": None,
         "validation_split": None,
         "test_split": "train",  # the only one there is; `process_docs` picks the official test
-        "process_docs": _official_test,
+        "process_docs": functools.partial(_official, test=True),
+        "fewshot_split": "train",
+        "fewshot_config": {"process_docs": functools.partial(_official, test=False)},
         "output_type": "multiple_choice",
         "doc_to_text": _pubmedqa_text,
         "doc_to_target": "final_decision",
         "doc_to_choice": ["yes", "no", "maybe"],
-        "metric_list": _METRICS[:1],
+        "metric_list": METRICS[:1],
         "metadata": {"version": 1.0, "scored_split": "test"},
     }
 
@@ -139,6 +91,39 @@ def all_tasks() -> TaskManager:
     return TaskManager()
 
 
+def _manager(include_path: Path | None, include_defaults: bool) -> TaskManager:
+    """The tasks of a user's folder, before lm-eval's own of the same name."""
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if include_defaults:
+        manager._index = {**all_tasks().task_index, **manager.task_index}
+    manager._factory = _BesideItsData()
+    return manager
+
+
+class _BesideItsData(TaskFactory):
+    """Reads task files; data that a file names by a relative path may be beside the file, too."""
+
+    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config = super()._load_full_config(entry, overrides)
+        if entry.yaml_path is not None:
+            folder = entry.yaml_path.resolve().parent
+            config |= {name: _found(config[name], folder) for name in ("dataset_path",) if config.get(name)}
+            kwargs = dict(config.get("dataset_kwargs") or {})
+            kwargs |= {name: _found(kwargs[name], folder) for name in ("data_files", "data_dir") if kwargs.get(name)}
+            config |= {"dataset_kwargs": kwargs} if kwargs else {}
+        return config
+
+
+def _found(named: Any, folder: Path) -> Any:
+    """Paths that do not exist in the current folder but do in this one, made whole; also in lists and by split."""
+    if isinstance(named, dict):
+        return {split: _found(value, folder) for split, value in named.items()}
+    if isinstance(named, list):
+        return [_found(value, folder) for value in named]
+    beside = isinstance(named, str) and not Path(named).exists() and (folder / named).exists()
+    return str(folder / named) if beside else named
+
+
 OWN: dict[str, Callable[[], Any]] = {"medical": medical_group, "pubmedqa": hub_pubmedqa}
 """What we define on the Hub's data; these take precedence over lm-eval's own of the same name."""
 
@@ -152,61 +137,211 @@ def local_file(name: str, data_dir: Path) -> Path | None:
     return None
 
 
-def load_tasks(names: list[str], data_dir: Path, template: ChatTemplate) -> list[Task | Group]:
+def load_tasks(
+    names: list[str],
+    data_dir: Path,
+    template: ChatTemplate | None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+) -> list[Task | Group]:
     """Turn task names into what lm-eval evaluates; data sets on the Hub are downloaded by that.
 
     Args:
-        names: Local tasks, `medical`, or any task, group or tag of lm-eval's.
+        names: Local tasks, `medical`, tasks of `include_path`, or any task, group or tag of lm-eval's.
         data_dir: The folder of prepared data.
-        template: The checkpoint's chat template, for local tasks.
+        template: The checkpoint's chat template, for local tasks; None has them as plain text.
+        num_fewshot: Number of examples before each question of a local task.
+        include_path: A user's folder of task files. A name that one of them defines means that one.
 
     Returns:
         Groups, and the tasks that are in none of them.
 
     Raises:
         UserError: If a name is unknown or a local task's data is missing (all of that at once), if a data set cannot be
-            had, or a task is named twice.
+            had, a user's task file is faulty, or a task is named twice.
     """
-    files = {name: local_file(name, data_dir) for name in names}
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(
+            f"--include_path {include_path} is not a folder. Name the one that holds your task files (*.yaml)."
+        )
+    manager = _manager(include_path, include_defaults=False)
+    users = manager.task_index
+    files = {name: None if name in users else local_file(name, data_dir) for name in names}
     problems = [
         f"Task {name} reads {file}, which does not exist. Make it with `make data DATA={file.parent.name[:-4]}`."
         for name, file in files.items()
         if file is not None and not file.is_file()
     ]
-    foreign = [name for name, file in files.items() if file is None and name not in OWN]
-    manager = all_tasks() if foreign else TaskManager(include_defaults=False)
-    problems += [_unknown(name, manager.all_tasks) for name in foreign if name not in manager.all_tasks]
+    foreign = [name for name, file in files.items() if file is None and (name in users or name not in OWN)]
+    if any(name not in users or users[name].kind is Kind.GROUP for name in foreign):  # a group may name lm-eval's
+        manager = _manager(include_path, include_defaults=True)
+    known = {*manager.task_index, *LOCAL, *OWN}
+    problems += [_unknown(name, known, include_path) for name in foreign if name not in manager.task_index]
+    if include_path is not None:
+        problems += _ambiguous(foreign, include_path)
     report_all(problems)
+    own = {name: users[name] for name in foreign if name in users}
+    for name, entry in own.items():
+        print(f"{name}: as {entry.yaml_path or include_path} defines it")
     try:
-        loaded = manager.load([_specification(name, file, template) for name, file in files.items()])
-    except (DatasetsError, httpx.HTTPError, OSError) as e:
-        raise UserError(
-            f"A task's data set could not be loaded: {type(e).__name__}: {e}\n"
-            "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "
-            f"{', '.join(LOCAL)}."
-        ) from None
-    except ValueError as e:
-        if "Duplicate task" not in str(e):
-            raise
-        raise UserError(f"--tasks names a task twice. {e}") from None
+        specifications = [
+            LocalTask(name, file, template, num_fewshot or 0)
+            if file is not None
+            else OWN[name]()
+            if name in OWN and name not in users
+            else name
+            for name, file in files.items()
+        ]
+        loaded = manager.load(specifications)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(_why_not_loaded(e, own, include_path)) from None
     inside = {child for children in loaded["group_map"].values() for child in children}
     found: dict[str, Task | Group] = {**loaded["groups"], **loaded["tasks"]}
     return [item for name, item in found.items() if name not in inside]
 
 
-def _specification(name: str, file: Path | None, template: ChatTemplate) -> Any:
-    """What lm-eval's task manager loads for a name."""
-    if file is not None:
-        return LocalTask(name, file, template)
-    return OWN[name]() if name in OWN else name
+def _why_not_loaded(error: Exception, own: dict[str, Entry], include_path: Path | None) -> str:
+    """The message for a task that lm-eval could not make; an error that is none of the user's is raised again."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    reason = f"{type(error).__name__}: {error} ({where})"
+    if isinstance(error, ValueError) and "Duplicate task" in str(error):
+        return f"--tasks names a task twice. {error}"
+    if own:  # whatever a user's file or function may have raised
+        return (
+            f"A task could not be loaded. Of {include_path} are {', '.join(own)}. {reason}\n"
+            "Data that a task file names by a relative path is looked for in the current folder and beside the file."
+        )
+    if isinstance(error, ImportError):
+        return f"A task needs a package that is not installed. {reason}"
+    if isinstance(error, DatasetsError | httpx.HTTPError | OSError):
+        return (
+            f"A task's data set could not be loaded: {reason}\n"
+            "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "
+            f"{', '.join(LOCAL)}."
+        )
+    raise error
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def _unknown(name: str, known: set[str], include_path: Path | None) -> str:
+    faulty = [f"{file}: {why}" for file, _, why in _task_files(include_path) if why]
     return (
-        f"There is no task {name!r}.{did_you_mean(name, sorted({*known, *LOCAL, *OWN}))} "
+        f"There is no task {name!r}.{did_you_mean(name, sorted(known))} "
         f"Local tasks: {', '.join(LOCAL)}. Groups: medical (on the Hugging Face Hub), and all of lm-eval's: "
         "`.venv/bin/lm-eval ls tasks`."
+        + (f" Of --include_path these files could not be read: {'; '.join(faulty)}." if faulty else "")
     )
+
+
+def _ambiguous(names: list[str], include_path: Path) -> list[str]:
+    """Names that two files of a folder define; lm-eval would take the first without a word."""
+    by_name: dict[str, list[str]] = {}
+    for file, name, _ in _task_files(include_path):
+        by_name.setdefault(name, []).append(str(file))
+    return [
+        f"Task {name!r} is defined by {' and '.join(files)}. Give each a name of its own."
+        for name in names
+        if len(files := by_name.get(name, [])) > 1
+    ]
+
+
+def _task_files(include_path: Path | None) -> Iterator[tuple[Path, str, str]]:
+    """The YAML files of a folder, each with the name that it defines and why it cannot be read; "" for neither."""
+    for file in sorted(include_path.rglob("*.y*ml")) if include_path is not None else []:
+        if file.suffix == ".yml":
+            yield file, "", "lm-eval reads files that end in .yaml; rename it"
+            continue
+        try:
+            config = load_yaml(file, resolve_func=False)
+        except Exception as e:  # of the YAML parser, of the file system, of an include
+            yield file, "", " ".join(str(e).split())
+            continue
+        name = config.get("group") or config.get("task")
+        yield file, name if isinstance(name, str) else "", ""
+
+
+def leaf_tasks(loaded: list[Task | Group]) -> list[Task]:
+    """The tasks of `load_tasks`, those inside groups included."""
+    return [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+
+
+def settle_prompts(
+    tasks: list[Task], chat: bool, asked: bool | None, num_fewshot: int | None, multiturn: bool
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Find out how each task's prompts are made, before anything is scored.
+
+    Args:
+        tasks: The tasks, as `leaf_tasks` gives them.
+        chat: Whether prompts are rendered by the chat template.
+        asked: What `--apply_chat_template` says.
+        num_fewshot: What `--num_fewshot` says.
+        multiturn: What `--fewshot_as_multiturn` says.
+
+    Returns:
+        For each task `{"chat_template", "num_fewshot", "fewshot_as_multiturn"}`, and remarks.
+
+    Raises:
+        UserError: If an option would have no effect on a task, or there are fewer examples than asked for.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    problems, remarks = [], []
+    for task in tasks:
+        name = task.task_name
+        if getattr(task, "MULTIMODAL", False):
+            problems.append(f"Task {name} asks about pictures or sound; checkpoints of this project read text.")
+        if getattr(task, "UNSAFE_CODE", False):
+            problems.append(f"Task {name} runs what the model writes as code, which is not supported here.")
+        fixed = task.get_config("num_fewshot")
+        number = int(fixed or 0) if num_fewshot is None else num_fewshot
+        rendered = chat
+        if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE == "loglikelihood_rolling":
+            what = "scores whole texts" if isinstance(task, ConfigurableTask) else "makes its own prompts"
+            rendered, number = False, 0
+            options = {"apply_chat_template true": asked is True, f"num_fewshot {num_fewshot}": bool(num_fewshot)}
+            problems += [
+                f"Task {name} {what}: --{option} would have no effect." for option, given in options.items() if given
+            ]
+        elif isinstance(task, LocalTask):
+            if task.shared_examples:
+                remarks.append(f"{name}: {task.shared_examples} examples are questions of the test, too: not used")
+        elif num_fewshot and fixed == 0:
+            problems.append(
+                f"Task {name} is defined without examples (num_fewshot: 0): --num_fewshot has no effect on it."
+            )
+        elif number:
+            problem, remark = _check_examples(task, number)
+            problems += problem
+            remarks += remark
+        made[name] = {"chat_template": rendered, "num_fewshot": number}
+        if rendered and number:
+            made[name]["fewshot_as_multiturn"] = multiturn
+    if not multiturn and not any("fewshot_as_multiturn" in how for how in made.values()):
+        problems.append("--fewshot_as_multiturn false has no effect without --num_fewshot and the chat template.")
+    report_all(problems)
+    return made, remarks
+
+
+def _check_examples(task: ConfigurableTask, number: int) -> tuple[list[str], list[str]]:
+    """Problems and remarks about a task's examples; a question is kept from being its own example.
+
+    lm-eval leaves the question out only where `fewshot_split` names the test split. Here it does wherever examples come
+    from the questions that are scored.
+    """
+    config, fewshot = task.config, task.fewshot_cfg
+    source = fewshot.split
+    if source is None and fewshot.samples is None:
+        source = config.training_split or config.validation_split or config.test_split
+    scored = config.test_split or config.validation_split
+    shared = source is not None and source == scored and fewshot.process_docs is config.process_docs
+    if shared:
+        fewshot.split = config.test_split
+    available = len(task.sampler.df) - (fewshot.split == config.test_split)  # one may be the question itself
+    if available < number:
+        return [f"--num_fewshot {number}: task {config.task} has {available} examples."], []
+    remark = f"{config.task}: its examples are other questions of the split that is scored ({scored})"
+    return [], [remark] if shared else []
 
 
 def split_of(config: dict[str, Any]) -> str:

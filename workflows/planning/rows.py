@@ -159,6 +159,8 @@ def scored_rows(settings: dict[str, Any]) -> list[PackedBatch]:
     """The rows of an evaluation's local tasks, whose data is here; none if a task is another."""
     from workflows.evaluation.tasks import LOCAL  # brings lm-eval along, which other steps do not load
 
+    if settings["num_fewshot"] or settings["apply_chat_template"] is False:
+        return []  # other prompts than those below
     directory = Path(settings["checkpoint_dir"])
     files = [settings["data_dir"] / LOCAL.get(task, task) / "test.jsonl" for task in settings["tasks"]]
     if not (directory / "tokenizer.json").is_file() or not all(file.is_file() for file in files):

@@ -30,6 +30,16 @@ def choose_accelerator(accelerator: Accelerator = "auto") -> Literal["cpu", "cud
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def unusable_device(device: str | None) -> list[str]:
+    """What is wrong with `--device`, if anything."""
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        return [f"--device {device} cannot be used here: {first_line(e)}"]
+    return []
+
+
 def default_precision(on_gpu: bool) -> Precision:
     """bfloat16 where the device multiplies in it, else float32 (emulation is slow, on CPUs and older GPUs alike)."""
     if on_gpu:

@@ -92,9 +92,9 @@ def test_encoding_equals_the_textbook_loop(text, learned_from):
 
 def test_a_word_of_200000_letters_does_not_take_quadratic_time(rungs):
     text = "abnormality" * 18_000
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock's: other processes may have the core
     ids = rungs["gpt2 words"].encode(text)
-    assert time.perf_counter() - began < 20  # under a second on a free core; a loop over all pairs takes hours
+    assert time.process_time() - began < 60  # under a second; a loop over all pairs takes hours
     assert rungs["gpt2 words"].decode(ids) == text
 
 

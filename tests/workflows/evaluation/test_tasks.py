@@ -12,7 +12,8 @@ from data_prep import pubmedqa
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.evaluation import tasks
-from workflows.evaluation.tasks import MMLU_MEDICAL, LocalTask, load_tasks, split_of
+from workflows.evaluation.local_task import LocalTask
+from workflows.evaluation.tasks import MMLU_MEDICAL, load_tasks, settle_prompts, split_of
 
 pytestmark = pytest.mark.long
 
@@ -49,6 +50,66 @@ def test_a_local_task_asks_for_each_choice_after_the_chat_prompt(tmp_path, templ
     scores = task.process_results({**ROWS[1]}, [(-5.0, False), (-5.5, False), (-4.0, False)])
     assert scores == {"acc": 0.0, "acc_norm": 1.0}
     assert split_of(task.dump_config()) == "test"
+
+
+def test_a_local_task_as_plain_text(tmp_path):
+    asked = [{"role": "system", "content": "Be brief."}, *ROWS[0]["prompt"]]
+    write(tmp_path, "hpo_mcq", [{**ROWS[0], "prompt": asked}, ROWS[1]])
+    (task,) = load_tasks(["hpo_mcq"], tmp_path, None)
+    task.build_all_requests()
+    assert task.instances[0].args == ("Be brief.\n\nFast breathing?", " Tachypnea")
+    assert task.instances[2].args == ("Few red cells?", " Fever")
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+SOLVED = [
+    {"prompt": [{"role": "user", "content": f"Solved {i}?"}], "choices": [f"No {i}", f"Yes {i}"], "answer": 1}
+    for i in range(4)
+]
+
+
+def contexts(task, seed=1, **settings) -> list[str]:
+    task.set_fewshot_seed(seed)
+    task.build_all_requests(**settings)
+    return [instance.args[0] for instance in task.instances if instance.idx == 0]
+
+
+@pytest.mark.parametrize("file", ["train", "validation"])
+def test_examples_of_a_local_task_are_solved_questions_that_are_not_scored(tmp_path, template, file):
+    write(tmp_path, "hpo_mcq", ROWS)
+    rows = [*SOLVED, {**ROWS[1], "answer": 2}]  # the last one is scored, so it must not be shown
+    (tmp_path / "hpo_mcq" / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_tasks(["hpo_mcq"], tmp_path, template, num_fewshot=4)
+    made, remarks = settle_prompts([task], True, None, 4, True)
+    assert made == {"hpo_mcq": {"chat_template": True, "num_fewshot": 4, "fewshot_as_multiturn": True}}
+    assert remarks == ["hpo_mcq: 1 examples are questions of the test, too: not used"]
+    found = contexts(task, fewshot_as_multiturn=True)
+    assert found == contexts(task, fewshot_as_multiturn=True) != contexts(task, 2, fewshot_as_multiturn=True)
+    for text, row in zip(found, ROWS, strict=True):
+        order = sorted(range(4), key=lambda i: text.index(f"Solved {i}?"))
+        turns = [turn for i in order for turn in (*SOLVED[i]["prompt"], {"role": "assistant", "content": f"Yes {i}"})]
+        assert text == template.render([*turns, *row["prompt"]], add_generation_prompt=True)
+    (single, _) = contexts(task, fewshot_as_multiturn=False)
+    order = sorted(range(4), key=lambda i: single.index(f"Solved {i}?"))
+    joined = "".join(f"Solved {i}? Yes {i}\n\n" for i in order) + "Fast breathing?"
+    assert single == template.render([{"role": "user", "content": joined}], add_generation_prompt=True)
+    (plain,) = load_tasks(["hpo_mcq"], tmp_path, None, num_fewshot=4)
+    assert contexts(plain)[0] == joined
+
+
+def test_examples_have_the_questions_system_message_once(tmp_path, template):
+    prompt = [*SYSTEM, *ROWS[0]["prompt"]]
+    write(tmp_path, "hpo_mcq", [{**ROWS[0], "prompt": prompt}])
+    rows = [*SOLVED[:2], {**SOLVED[2], "prompt": [*SYSTEM, *SOLVED[2]["prompt"]]}]
+    (tmp_path / "hpo_mcq" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_tasks(["hpo_mcq"], tmp_path, template, num_fewshot=1)
+    turns = [*SYSTEM, *SOLVED[2]["prompt"], {"role": "assistant", "content": "Yes 2"}, *ROWS[0]["prompt"]]
+    assert contexts(task, fewshot_as_multiturn=True) == [template.render(turns, add_generation_prompt=True)]
+    with pytest.raises(UserError, match=r"validation.jsonl has 1 examples .* system message 'Be brief.'"):
+        load_tasks(["hpo_mcq"], tmp_path, template, num_fewshot=2)
+    (tmp_path / "hpo_mcq" / "validation.jsonl").unlink()
+    with pytest.raises(UserError, match=r"hpo_mcq has no questions to take examples from.*hpo_mcq/train.jsonl"):
+        load_tasks(["hpo_mcq"], tmp_path, template, num_fewshot=1)
 
 
 def test_choices_are_scored_after_thoughts_that_the_template_opens(tmp_path, template):
@@ -149,6 +210,10 @@ def test_the_medical_group_is_lm_evals_own_definitions(hub, tmp_path, template):
     assert question.doc["pubid"] == 8  # only the official test
     assert split_of(loaded["pubmedqa"].dump_config()) == "test"
     assert split_of(loaded["medmcqa"].dump_config()) == "validation"
+    (example,) = loaded["pubmedqa"].sampler.df
+    assert example["pubid"] == 7  # never of the official test
+    made, _ = settle_prompts(list(loaded.values()), True, None, 0, True)
+    assert all(how == {"chat_template": True, "num_fewshot": 0} for how in made.values()) and set(made) == names
 
 
 def test_pubmedqa_alone_is_ours_too(hub, tmp_path, template):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import TEXT, convert, make_llama, make_qwen2
 from tests.workflows.conftest import speak_ascii
 from tests.workflows.fake_ollama import Handler, fake_ollama
+from tests.workflows.rounding import near_tie_of_8_bits
 from workflows import export
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -363,9 +364,12 @@ def test_real_models_prompt_ids_are_ours_on_questions_of_every_kind(
     reference = reference_answers(embedded_checkpoint, real_model, questions)
     result = verify_model(ollama_server, "real", real_model, questions, reference)
     assert (result.prompts, result.prompt_ids_equal, result.chat_prompts_equal) == (18, True, True)
-    assert result.greedy_agreement >= 0.8
     sizes = [len(ids) for ids in reference.prompts]
     assert min(sizes) < max(sizes)
+    # Answers part at near ties only: how many of those there are is a matter of the processor.
+    near_tie, gaps = near_tie_of_8_bits(reference.model, reference.prompts)
+    assert all(difference["logit_gap"] < near_tie for difference in result.differences), (near_tie, result.differences)
+    assert sum(gap > near_tie for gap in gaps) >= 3  # and answers that no rounding may change are among these
 
 
 @pytest.mark.slow
@@ -385,7 +389,7 @@ def test_real_answers_agree(embedded_checkpoint: Path, export_to_it: OllamaServe
         hf=False,
     )
     found = json.loads((tmp_path / "out" / "verification.json").read_text())
-    agreement = found["greedy_agreement"]
-    print(f"greedy agreement: {agreement}")
-    assert agreement["f16"] >= 0.9 and set(agreement) == {"f16", "q8_0", "q4_K_M"}
+    assert set(found["greedy_agreement"]) == {"f16", "q8_0", "q4_K_M"}
+    print(f"greedy agreement: {found['greedy_agreement']}")
+    assert all(difference["near_tie"] for difference in found["models"]["f16"]["differences"])
     shutil.rmtree(tmp_path / "out")

@@ -72,9 +72,11 @@ def test_an_evaluation_packs_its_questions(tiny_llama: Path, tmp_path: Path):
     (tmp_path / "mine_mcq").mkdir()
     (tmp_path / "mine_mcq" / "test.jsonl").write_text((json.dumps(row) + "\n") * 6)
     asked = {"checkpoint_dir": tiny_llama, "data_dir": tmp_path, "tasks": ["mine_mcq"], "limit": 4, "row_tokens": 4096}
+    asked |= {"num_fewshot": None, "apply_chat_template": None}
     (batch,) = scored_rows(asked)
     assert batch.completions == 8
-    assert scored_rows({**asked, "tasks": ["arc_easy"]}) == []
+    for other in ({"tasks": ["arc_easy"]}, {"num_fewshot": 2}, {"apply_chat_template": False}):
+        assert scored_rows({**asked, **other}) == []
 
 
 def test_rows_that_leave_nothing_to_learn_are_told(tiny_llama: Path, conversations: Path):
