@@ -134,7 +134,8 @@ class LearnedReward:
         if read_at != READ_AT:
             raise UserError(
                 f"{file} was trained by an earlier version, which read rewards before the token that ends an answer; "
-                "now they are read at that token. Train it again with `make reward`."
+                'now they are read at that token. Train it again: `make reward ARGS="--resume false"`, or the same '
+                "command with --resume false."
             )
         model = load_model(directory, None, precision, device=device)
         if weight.shape != (1, model.config.n_embd) or not std > 0:
