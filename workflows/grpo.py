@@ -65,7 +65,7 @@ def setup(
         top_p: Sample among the fewest tokens whose probabilities reach this sum.
         beta: KL coefficient: larger values keep the policy closer to the reference.
         kl_correction: Multiply the KL estimate of each token by its ratio, which makes the gradient that of the KL
-            (DeepSeek-V3.2, TRL's default); false is the GRPO paper's.
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's default); false is the GRPO paper's.
         clip_low: Lower clip range: a ratio counts down to 1 minus this; null is 0.2, with sequence_ratio 3e-4.
         clip_high: Upper clip range: a ratio counts up to 1 plus this (DAPO: 0.28); null is 0.2, with sequence_ratio
             4e-4.

@@ -104,7 +104,7 @@ def test_a_head_of_an_earlier_version_is_refused(judge, tmp_path):
     old = shutil.copytree(judge, tmp_path / "judge")
     head = old / "reward_head.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(head), head)  # without the metadata
-    with pytest.raises(UserError, match=r"read rewards before the token that ends an answer.*make reward"):
+    with pytest.raises(UserError, match=r"read rewards before the token that ends an answer.*--resume false"):
         LearnedReward(old, "32-true")
 
 

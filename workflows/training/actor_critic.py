@@ -108,8 +108,8 @@ class PPO(GRPO):
         return [replace(b, advantages=((b.advantages - mean) / deviation).float()) for b in judged]
 
     def _logprobs(self, rows: PackedBatch) -> torch.Tensor:
-        logprobs, _ = self._policy(rows.to(self._device), temperature=self.settings.temperature)
-        return logprobs.cpu()  # type: ignore[no-any-return]
+        logprobs: torch.Tensor = self._policy(rows.to(self._device), temperature=self.settings.temperature)[0]
+        return logprobs.cpu()
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The row's weighted sum over tokens of the clipped policy loss and the value head's."""

@@ -131,7 +131,7 @@ def pack_groups(
     trees = [Tree(question.prompt, [rollout.ids for rollout, _ in answers]) for question, answers in groups]
     total = others + answer_units([rollout for _, answers in groups for rollout, _ in answers], normalisation)
     tokens = sum(len(rollout.ids) for _, answers in groups for rollout, _ in answers)
-    batches = []
+    batches: list[GroupBatch] = []
     for row, packed in pack(trees, row_tokens):
         answers = [answer for i in row for answer in groups[i][1]]
         lengths = torch.tensor([len(rollout.ids) for rollout, _ in answers])

@@ -127,7 +127,8 @@ class GRPO(Objective):
         for number in range(SAMPLING_ROUNDS if further else 1):
             draws = self._draws(len(indices) * size, step, *([number] if number else []))
             mine = draws.view(len(indices), size, -1)[rank::world_size].flatten(0, 1)
-            self._ask(asked, [self.questions[i] for i in indices[rank::world_size]], mine)
+            if questions := [self.questions[i] for i in indices[rank::world_size]]:
+                self._ask(asked, questions, mine)
             found: Any = has_signal(asked.totals).sum().to(self._device)
             if self._fabric.world_size > 1:
                 found = self._fabric.all_reduce(found, reduce_op="sum")

@@ -3,8 +3,8 @@
 A reward model is a checkpoint directory with one file more, `reward_head.safetensors`: the head's weight, and the mean
 and standard deviation of its rewards over the answers that it was validated on, by which they are normalised.
 
-A reward is read where the token that ends the answer is the input (Ouyang et al. 2022, arXiv 2203.02155, sec. 3.5), so
-that it depends on whether the answer ended; that of a truncated answer is read at its last token.
+A reward is read where the token that ends the answer is the input (Huang et al. 2024, arXiv 2403.17031), so that it
+depends on whether the answer ended; that of a truncated answer is read at its last token.
 """
 
 from collections.abc import Sequence
@@ -134,7 +134,8 @@ class LearnedReward:
         if read_at != READ_AT:
             raise UserError(
                 f"{file} was trained by an earlier version, which read rewards before the token that ends an answer; "
-                "now they are read at that token. Train it again with `make reward`."
+                'now they are read at that token. Train it again: `make reward ARGS="--resume false"`, or the same '
+                "command with --resume false."
             )
         model = load_model(directory, None, precision, device=device)
         if weight.shape != (1, model.config.n_embd) or not std > 0:

@@ -247,7 +247,7 @@ def label_balance(answers: Sequence[Labelled], settings: KTOSettings) -> str:
     """The number of good and of bad answers and, where they are out of balance, weights that balance them.
 
     The ratio of desirable_weight times good answers to undesirable_weight times bad ones should be from 1 to 4/3
-    (Ethayarajh et al. 2024, arXiv 2402.01306, sec. 4.3).
+    (Ethayarajh et al. 2024, arXiv 2402.01306).
     """
     good = sum(sum(answer.desirable) for answer in answers)
     bad = sum(len(answer.desirable) for answer in answers) - good
