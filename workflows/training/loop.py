@@ -380,7 +380,8 @@ def fit(
                 result.metrics = objective.validate(wrapped)
                 require_finite(result.metrics, step)
                 logged |= result.metrics
-            if result.steps % train.eval_interval == 0:  # a longer run would validate here, too
+            # a longer run would validate here, too, and its checkpoint can be gone on from
+            if result.steps % train.eval_interval == 0 and objective.may_pause(result.steps):
                 improved, result.stale = result.is_best(objective.best_by), result.stale + 1
                 if improved:
                     result.best, result.stale = {"step": result.steps, "metrics": result.metrics}, 0

@@ -75,7 +75,8 @@ class Checkpoints:
         path, written = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
-        forbidding, harmless = [], []
+        forbidding: list[str] = []
+        harmless: list[str] = []
         if path is not None:
             forbidding, harmless = resume_changes(written["identity"], self.identity, written["plateau"])
         if forbidding and resume != "matching":
@@ -189,14 +190,14 @@ class Checkpoints:
         return tensors_of(self.state["model"].module, self.state["optimizer"].optimizer, self.names)
 
 
-def trained_weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
+def trained_weights(directory: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """The trained parameters of a run's checkpoint by name, whole ones, whether it is one file or shards.
 
     Args:
         directory: Where checkpoints are kept.
-        step: The checkpoint's step.
+        step: The checkpoint's step; None for the newest.
     """
-    path = directory / f"step-{step:08d}.pth"
+    path = max(directory.glob("step-*.pth")) if step is None else directory / f"step-{step:08d}.pth"
     return read_whole(path) if path.is_dir() else load_weights(directory, path.name)
 
 

@@ -165,6 +165,15 @@ def test_a_tie_is_no_improvement_and_the_largest_reward_is_best(tmp_path):
     assert result.kept_step == 4 and result.stale == 2
 
 
+def test_between_updates_on_the_same_answers_no_step_is_kept(tmp_path):
+    class TwoUpdates(Judged):
+        def may_pause(self, steps):
+            return steps % 4 == 0
+
+    _, result = run(tmp_path, replace(BEST, save_interval=4), TwoUpdates(losses={2: 0.1, 4: 1.0, 6: 0.2, 8: 2.0}))
+    assert result.kept_step == 4 and names(tmp_path) == ["step-00000004.pth", "step-00000008.pth"]
+
+
 def test_what_a_finished_run_leaves(tmp_path):
     train = replace(BEST, lr_schedule="constant")
     run(tmp_path, train)
