@@ -329,11 +329,6 @@ def fit(
     saver = Checkpoints(fabric, out_dir / "checkpoints", wrapped, optimizer, names, plain(identity))
     start = saver.restore(resume)
     result = FitResult(start.pop("step"), **start)
-    if result.steps > train.max_steps:
-        raise UserError(
-            f"The newest checkpoint in {saver.directory} is of step {result.steps:,}, beyond --train.max_steps "
-            f"{train.max_steps:,}. Raise that, or start from step 0 with --resume false."
-        )
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
         f"{sum(p.numel() for p in parameters):,} trained parameters, steps {result.steps} to {train.max_steps}"

@@ -79,6 +79,8 @@ class Checkpoints:
         harmless: list[str] = []
         if path is not None:
             forbidding, harmless = resume_changes(written["identity"], self.identity, written["plateau"])
+            if written["step"] > self.identity.get(STEPS, written["step"]):
+                forbidding.append(f"it is of step {written['step']}, and the run is to end at {self.identity[STEPS]}")
         if forbidding and resume != "matching":
             raise UserError(
                 f"{path} belongs to a run with other settings:\n"

@@ -154,6 +154,8 @@ BUILT_IN: dict[str, Reward] = {
 }
 NEEDS = {"finding": "answers", "exact": "answers", "number": "answers", "letter": "answer"}
 """The field of a row that a reward reads."""
+LARGEST_TOTAL = 1e15
+"""Largest sum of an answer's rewards: its square, summed over a step's answers, is finite in float32."""
 
 
 @dataclass
@@ -209,11 +211,19 @@ class Rewards:
         """Every reward of each answer, unweighted, and their weighted sum under "total".
 
         Raises:
-            UserError: If one of them fails or gives no finite number; the message shows the answer.
+            UserError: If one of them fails or gives no finite number, or their sum is too large; the message shows the
+                answer.
         """
         columns = {name: self._column(name, samples) for name in self.weights}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [{**row, "total": sum(self.weights[name] * value for name, value in row.items())} for row in rows]
+        totals = [sum(self.weights[name] * value for name, value in row.items()) for row in rows]
+        for sample, total in zip(samples, totals, strict=True):
+            if not abs(total) <= LARGEST_TOTAL:
+                raise UserError(
+                    f"The rewards of an answer sum up to {total:g}, more than {LARGEST_TOTAL:g}: their statistics would "
+                    f"not be finite. Scale them, with a smaller weight in --rewards say. {_shown(sample)}"
+                )
+        return [{**row, "total": total} for row, total in zip(rows, totals, strict=True)]
 
     def _column(self, name: str, samples: Sequence[Sample]) -> list[float]:
         """One reward of each answer."""

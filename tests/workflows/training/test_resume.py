@@ -88,10 +88,12 @@ def test_a_schedule_that_depends_on_the_end_forbids_another_one(schedule, tmp_pa
 def test_a_run_does_not_end_before_its_checkpoint(tmp_path):
     with pytest.raises(StopHere):
         run(tmp_path, CONSTANT, Judged(5))
-    with pytest.raises(UserError, match=r"is of step 4, beyond --train\.max_steps 3"):
+    with pytest.raises(UserError, match=r"it is of step 4, and the run is to end at 3"):
         run(tmp_path, replace(CONSTANT, max_steps=3))
     _, result = run(tmp_path, replace(CONSTANT, max_steps=4))
     assert result.steps == 4
+    _, result = run(tmp_path, replace(CONSTANT, max_steps=3), resume="matching")  # of a finished run: trained again
+    assert len(result.losses) == 3
 
 
 BEST = replace(TRAIN, keep="best", max_steps=8, lr_warmup_steps=0)
