@@ -220,8 +220,8 @@ class Rewards:
         for sample, total in zip(samples, totals, strict=True):
             if not abs(total) <= LARGEST_TOTAL:
                 raise UserError(
-                    f"The rewards of an answer sum up to {total:g}, more than {LARGEST_TOTAL:g}: their statistics would "
-                    f"not be finite. Scale them, with a smaller weight in --rewards say. {_shown(sample)}"
+                    f"The rewards of an answer sum up to {total:g}; beyond {LARGEST_TOTAL:g} their statistics are not "
+                    f"finite. Scale them, with a smaller weight in --rewards say. {_shown(sample)}"
                 )
         return [{**row, "total": total} for row, total in zip(rows, totals, strict=True)]
 

@@ -208,9 +208,7 @@ def test_a_validation_that_is_no_number_stops_the_run_before_it_is_saved(tmp_pat
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"), [("reward", "The rewards are too large"), ("kl", "Lower --train.learning")]
-)
+@pytest.mark.parametrize(("name", "remedy"), [("reward", "The rewards are too large"), ("kl", "Lower --train")])
 def test_a_sum_that_is_not_finite_stops_the_run_before_its_step(name, remedy, tmp_path):
     class Measured(Toy):
         def step_metrics(self):

@@ -139,9 +139,7 @@ def test_fewer_tokens_a_row_go_on_after_the_memory_was_too_little(tiny_llama, ch
 
 def test_rewards_that_cannot_be_summed_up_end_the_run_at_once(tiny_llama, questions, tmp_path):
     rewards = [WeightedReward(f"{__name__}.huge")]
-    with pytest.raises(
-        UserError, match=r"The rewards of an answer sum up to \de\+30\d.*smaller weight in --rewards.*The question"
-    ):
+    with pytest.raises(UserError, match=r"an answer sum up to .*e\+30\d.*smaller weight in --rewards.*The question"):
         run("grpo", tiny_llama, questions, tmp_path, rewards=rewards)
     assert not (tmp_path / "final").exists()
 
