@@ -30,7 +30,7 @@ deletes others."""
 
 _LONGER = (
     " To train on from where this run ends, let it finish and give its `final` folder as the --checkpoint_dir of a run "
-    "with another --out_dir. With --train.lr_schedule constant a run can be made longer at any time."
+    "with another --out_dir. A run with --train.lr_schedule constant can be made longer at any time."
 )
 
 
@@ -104,9 +104,12 @@ class Checkpoints:
         """Load the weights of a step whose checkpoint was kept.
 
         Raises:
-            UserError: If it is damaged.
+            UserError: If it is damaged or gone.
         """
-        self._load(self._path(step))
+        path = self._path(step)
+        if not path.exists():
+            raise UserError(f"{path}, the best step's, is gone. Take the last step instead: --train.keep last.")
+        self._load(path)
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Fill the model and the optimizer from a checkpoint.
