@@ -210,9 +210,7 @@ def _train(
             clear(checkpoints, may_grow, train.keep == "best")
             if may_grow:
                 size = gigabytes(sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()))
-                print(
-                    f"{checkpoints} stays ({size}): a run with more --train.max_steps or --train.patience resumes from it"
-                )
+                print(f"{checkpoints} stays ({size}): more --train.max_steps or --train.patience resume from it")
     fabric.barrier()
     fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
