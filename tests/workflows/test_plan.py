@@ -12,6 +12,7 @@ from tests.workflows.alignment import question, write
 from workflows import plan
 from workflows.__main__ import main
 from workflows.errors import UserError
+from workflows.files import read_json
 from workflows.planning import PLANNED
 
 RECIPES = [
@@ -222,3 +223,25 @@ def test_an_evaluation_that_writes_answers_needs_room_for_them(capsys):
     # matrices laid out for decoding take more than a row of options
     assert "in writing answers" in planned(capsys, *asked)
     assert "writing answers" not in planned(capsys, *asked, "--written", "0")
+
+
+def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path: Path, capsys):
+    data = write(tmp_path / "data", train=[question(number) for number in range(40)])
+    options = ["lora", "--checkpoint_dir", "smollm2-135m", "--train.global_batch_size", "8", "--read_data", "false"]
+    epochs, steps = ["--train.max_steps", "0", "--train.epochs", "2"], ["--train.max_steps", "10"]
+    work = []
+    for length in (epochs, steps):
+        planned(capsys, *options, "--data", str(data), *length, "--json_file", str(tmp_path / "plan.json"))
+        work.append(read_json(tmp_path / "plan.json")["flops"])
+    assert work[0] == work[1]
+    with pytest.raises(UserError, match=r"--train\.epochs 2 of how many rows\?.*does not exist"):
+        plan.run([*options, "--data", str(tmp_path / "nowhere"), *epochs])
+
+
+def test_the_best_steps_checkpoint_takes_a_place_on_the_disk(capsys):
+    options = ["lora", "--checkpoint_dir", "smollm2-135m", "--read_data", "false"]
+    sizes = []
+    for keep in ("best", "last"):
+        (line,) = (line for line in planned(capsys, *options, "--train.keep", keep).splitlines() if "to resume" in line)
+        sizes.append(line)
+    assert sizes[0] != sizes[1]

@@ -98,12 +98,9 @@ class GroupSettings:
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --train.max_seq_length "
                 f"{train.max_seq_length}."
             )
-        saved = {"max_steps": train.max_steps, "save_interval": train.save_interval}
-        if (train.keep == "best" or train.patience) and not 0 < train.max_steps <= train.eval_interval:
-            saved["eval_interval"] = train.eval_interval  # the step of the best validation is saved, too
-        if self.updates >= 1 and (odd := [name for name, steps in saved.items() if steps % self.updates]):
+        if self.updates >= 1 and (train.save_interval % self.updates or train.max_steps % self.updates):
             found.append(
-                f"{' and '.join(f'--train.{name}' for name in odd)} must be a multiple of --updates {self.updates}: "
+                f"--train.max_steps and --train.save_interval must be multiples of --updates {self.updates}: "
                 "checkpoints do not keep answers."
             )
         return found

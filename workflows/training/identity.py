@@ -30,7 +30,7 @@ Settings = dict[str, Any]
 
 def result_settings(settings: Settings) -> Settings:
     """The settings, as plain values, without those that have no effect on the result."""
-    train = {name: value for name, value in settings["train"].items() if name not in NEUTRAL_TRAIN}
+    train = {name: value for name, value in settings.get("train", {}).items() if name not in NEUTRAL_TRAIN}
     return {**{name: value for name, value in settings.items() if name not in NEUTRAL}, "train": train}
 
 

@@ -151,7 +151,10 @@ class Objective(ABC):
         """Called once, with the model as it was loaded (a resumed run's trained weights come after that)."""
 
     def step_metrics(self) -> dict[str, float]:
-        """What else a step's row of the log shows, besides the sums that `loss` gives; the mean over processes."""
+        """Further metrics of a step's row of the log, besides the sums that `loss` gives; the mean over processes.
+
+        NaN is a metric that does not exist in this step.
+        """
         return {}
 
     def may_pause(self, steps: int) -> bool:
@@ -338,11 +341,6 @@ def fit(
     start = saver.restore(resume)
     masters.publish()
     result = FitResult(start.pop("step"), **start)
-    if result.steps > train.max_steps:
-        raise UserError(
-            f"The newest checkpoint in {saver.directory} is of step {result.steps:,}, beyond --train.max_steps "
-            f"{train.max_steps:,}. Raise that, or start from step 0 with --resume false."
-        )
     scaler = LossScaler(fabric, wrapped, result.loss_scale)
     log = MetricsLog(fabric, out_dir, result.steps, loggers)
     fabric.print(
@@ -400,7 +398,8 @@ def fit(
                 result.metrics = objective.validate(wrapped)
                 require_finite(result.metrics, step)
                 logged |= result.metrics
-            if result.steps % train.eval_interval == 0:  # a longer run would validate here, too
+            # a longer run would validate here, too, and its checkpoint can be gone on from
+            if result.steps % train.eval_interval == 0 and objective.may_pause(result.steps):
                 improved, result.stale = result.is_best(objective.best_by), result.stale + 1
                 if improved:
                     result.best, result.stale = {"step": result.steps, "metrics": result.metrics}, 0
@@ -456,13 +455,20 @@ def _remedy(name: str) -> str:
 
 
 def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:
-    """The mean of each over all processes."""
-    if fabric.world_size == 1 or not metrics:
-        return metrics
-    reduced: Any = fabric.all_reduce(
-        {name: torch.tensor(value, device=fabric.device) for name, value in metrics.items()}, reduce_op="mean"
-    )
-    return {name: float(value) for name, value in reduced.items()}
+    """The mean of each metric over the processes that have it; those that no process has are left out.
+
+    Args:
+        fabric: A launched Fabric.
+        metrics: The same names in all processes; NaN is a metric that this process does not have in this step.
+    """
+    if fabric.world_size > 1 and metrics:
+        values = torch.tensor(list(metrics.values()), device=fabric.device)  # (metrics,)
+        known = ~values.isnan()
+        sums: Any = fabric.all_reduce(
+            {"total": values.where(known, 0.0), "processes": known.float()}, reduce_op="sum"
+        )  # (metrics,) each
+        metrics = dict(zip(metrics, (sums["total"] / sums["processes"]).tolist(), strict=True))
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _accumulate(

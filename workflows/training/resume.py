@@ -40,7 +40,7 @@ deletes others."""
 
 _LONGER = (
     " To train on from where this run ends, let it finish and give its `final` folder as the --checkpoint_dir of a run "
-    "with another --out_dir. With --train.lr_schedule constant a run can be made longer at any time."
+    "with another --out_dir. A run with --train.lr_schedule constant can be made longer at any time."
 )
 
 _FRESH: dict[str, Any] = {
@@ -102,9 +102,12 @@ class Checkpoints:
         path, written = (None, {}) if resume is False else self._newest()
         if path is None and resume is True:
             raise UserError(f"--resume true, but there is no checkpoint in {self.directory}.")
-        forbidding, harmless = [], []
+        forbidding: list[str] = []
+        harmless: list[str] = []
         if path is not None:
             forbidding, harmless = resume_changes(written["identity"], self.identity, written["plateau"])
+            if written["step"] > self.identity.get(STEPS, written["step"]):
+                forbidding.append(f"it is of step {written['step']}, and the run is to end at {self.identity[STEPS]}")
         if forbidding and resume != "matching":
             raise UserError(
                 f"{path} belongs to a run with other settings:\n"
@@ -128,9 +131,12 @@ class Checkpoints:
         """Load the weights of a step whose checkpoint was kept.
 
         Raises:
-            UserError: If it is damaged.
+            UserError: If it is damaged or gone.
         """
-        self._load(self._path(step))
+        path = self._path(step)
+        if not path.exists():
+            raise UserError(f"{path}, the best step's, is gone. Take the last step instead: --train.keep last.")
+        self._load(path)
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Fill the model and the optimizer from a checkpoint.
@@ -218,16 +224,16 @@ class Checkpoints:
         return tensors_of(self.weights, self.optimizer.optimizer)
 
 
-def trained_weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
+def trained_weights(directory: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """The trained parameters of a run's checkpoint by name, whole ones, whether it is one file or shards.
 
     They are float32; where the model has fewer bits, its parameters are these, rounded.
 
     Args:
         directory: Where checkpoints are kept.
-        step: The checkpoint's step.
+        step: The checkpoint's step; None for the newest.
     """
-    path = directory / f"step-{step:08d}.pth"
+    path = max(directory.glob("step-*.pth")) if step is None else directory / f"step-{step:08d}.pth"
     return read_whole(path) if path.is_dir() else load_weights(directory, path.name)
 
 

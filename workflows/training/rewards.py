@@ -59,8 +59,8 @@ class Sample:
 Reward = Callable[[Sample], Any]
 """A reward function; of `list[Sample]` if it takes all samples at once."""
 Function = TypeVar("Function", bound=Callable[..., Any])
-MAX_TOTAL = 1e18
-"""Largest magnitude of an answer's reward: advantages are computed from its square, in float32."""
+MAX_TOTAL = 1e15
+"""Largest magnitude of an answer's reward: its square, summed over a step's answers, is finite in float32."""
 
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _LETTER = re.compile(
@@ -282,8 +282,10 @@ class Rewards:
         else:
             found = self._values(name, samples)
         for sample, value in zip(samples, found, strict=True):
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"The reward {name} gave {value}. {_shown(sample)}")
+            if value is not None and not abs(value) <= MAX_TOTAL:  # nor NaN
+                raise UserError(
+                    f"The reward {name} gave {value:g}; its magnitude must be at most {MAX_TOTAL:g}. {_shown(sample)}"
+                )
         return found
 
     def _values(self, name: str, samples: Sequence[Sample]) -> list[float | None]:

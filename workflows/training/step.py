@@ -226,7 +226,7 @@ def _train(
             clear(checkpoints, may_grow, train.keep == "best")
             if may_grow:
                 size = gigabytes(sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()))
-                print(f"{checkpoints} stays ({size}): more --train.max_steps or --train.patience go on from there")
+                print(f"{checkpoints} stays ({size}): more --train.max_steps or --train.patience resume from it")
     fabric.barrier()
     fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -360,11 +360,15 @@ def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str
     """
     data = {split: sha256(settings["data"] / f"{split}.jsonl") for split in ("train", "validation")}
     base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
-    judges = {name: source.get("files") for name, source in _reward_models(settings).items()}
+    judges = [source.get("files") for source in _reward_models(settings).values()]
     teacher = {name: source.get("files") for name, source in _teacher(settings).items()}
     template = {name: source["sha256"] for name, source in _chat_template(settings).items()}
+    found = result_settings(plain(settings))
+    for entry in found.get("rewards") or []:
+        if "/" in entry["reward"]:  # the place of a reward model, which `reward_files` knows by its contents
+            entry["reward"] = "reward model"
     return {
-        **result_settings(plain(settings)),
+        **found,
         **({} if steps is None else {STEPS: steps}),
         "data": data,
         "base_files": base_files,

@@ -21,6 +21,7 @@ from custom_models.projects import keeping
 from custom_models.projects.fitting import FitArgs, fit_best
 from custom_models.projects.keeping import DONE, KEPT, LAST, folder_of, kept_until_done, project
 from custom_models.projects.texts import LengthBatches
+from workflows import lifetime
 from workflows.errors import UserError
 from workflows.progress import HOST
 from workflows.status import status_of
@@ -31,6 +32,8 @@ ROWS = [[i % 7, i % 5, i % 3] for i in range(44)]
 class Toy(L.LightningModule):
     """A model with dropout, which presses Ctrl-C before one of its steps."""
 
+    number = signal.SIGINT
+
     def __init__(self, ctrl_c_before: int | None = None) -> None:
         super().__init__()
         self.layer = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
@@ -38,7 +41,7 @@ class Toy(L.LightningModule):
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.global_step == self.ctrl_c_before:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
         self.seen.append(batch.tolist())
         return (self.layer(batch) - batch.sum(1, keepdim=True)).square().mean()
 
@@ -85,6 +88,16 @@ def test_after_ctrl_c_it_goes_on_to_the_same_end(before: int, ema_decay: float, 
     assert_same(undisturbed, again)
     assert again[0].seen == undisturbed[0].seen[before + 1 :]
     assert callable(signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_it_as_ctrl_c_does(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lifetime.received, "_at", -float("inf"))
+    undisturbed = train(tmp_path / "undisturbed")
+    monkeypatch.setattr(Toy, "number", number)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", ctrl_c_before=30)
+    assert_same(undisturbed, train(tmp_path / "stopped"))
 
 
 def test_with_one_batch_an_epoch_ctrl_c_is_heard_too(tmp_path: Path):

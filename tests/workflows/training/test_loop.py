@@ -203,8 +203,19 @@ def test_a_validation_that_is_no_number_stops_the_run_before_it_is_saved(tmp_pat
         def validate(self, model):
             return {"val_loss": math.inf}
 
-    with pytest.raises(UserError, match="val_loss is inf at step 1"):
+    with pytest.raises(UserError, match=r"val_loss is inf at step 1\..*No checkpoint was written yet"):
         run(tmp_path, Blind())
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("reward", "The rewards are too large"), ("kl", "Lower --train")])
+def test_a_sum_that_is_not_finite_stops_the_run_before_its_step(name, remedy, tmp_path):
+    class Measured(Toy):
+        def step_metrics(self):
+            return {name: math.inf}
+
+    with pytest.raises(UserError, match=rf"The {name} is inf at step 0\. {remedy}.*No checkpoint was written yet"):
+        run(tmp_path, Measured())
     assert not list(tmp_path.glob("checkpoints/*"))
 
 

@@ -88,10 +88,12 @@ def test_a_schedule_that_depends_on_the_end_forbids_another_one(schedule, tmp_pa
 def test_a_run_does_not_end_before_its_checkpoint(tmp_path):
     with pytest.raises(StopHere):
         run(tmp_path, CONSTANT, Judged(5))
-    with pytest.raises(UserError, match=r"is of step 4, beyond --train\.max_steps 3"):
+    with pytest.raises(UserError, match=r"it is of step 4, and the run is to end at 3"):
         run(tmp_path, replace(CONSTANT, max_steps=3))
     _, result = run(tmp_path, replace(CONSTANT, max_steps=4))
     assert result.steps == 4
+    _, result = run(tmp_path, replace(CONSTANT, max_steps=2), resume="matching")  # of a finished run: trained again
+    assert len(result.losses) == 2
 
 
 BEST = replace(TRAIN, keep="best", max_steps=8, lr_warmup_steps=0)
@@ -163,6 +165,15 @@ def test_a_tie_is_no_improvement_and_the_largest_reward_is_best(tmp_path):
 
     _, result = run(tmp_path, BEST, Rewarded())
     assert result.kept_step == 4 and result.stale == 2
+
+
+def test_between_updates_on_the_same_answers_no_step_is_kept(tmp_path):
+    class TwoUpdates(Judged):
+        def may_pause(self, steps):
+            return steps % 4 == 0
+
+    _, result = run(tmp_path, replace(BEST, save_interval=4), TwoUpdates(losses={2: 0.1, 4: 1.0, 6: 0.2, 8: 2.0}))
+    assert result.kept_step == 4 and names(tmp_path) == ["step-00000004.pth", "step-00000008.pth"]
 
 
 def test_what_a_finished_run_leaves(tmp_path):

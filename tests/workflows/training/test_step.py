@@ -1,6 +1,7 @@
 """Around the loss of every training step: longer runs, the best step, epochs, what is printed and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from workflows import distill_lm, dpo, grpo, lora, ppo, reward
 from workflows.checkpoint import load_weights
 from workflows.errors import UserError
 from workflows.status import status_of
+from workflows.training.identity import resume_changes
 from workflows.training.loop import TrainArgs
 from workflows.training.rewards import Sample, WeightedReward
+from workflows.training.step import run_identity
 
 pytestmark = pytest.mark.long
 
@@ -137,9 +140,24 @@ def test_fewer_tokens_a_row_go_on_after_the_memory_was_too_little(tiny_llama, ch
     assert "train.row_tokens: 256, now 64; sums may differ in their last bits" in said and "resuming from" in said
 
 
+def test_a_reward_model_is_known_by_its_contents(tiny_llama, questions, judge, tmp_path):
+    def identity(folder: Path) -> dict[str, Any]:
+        rewards = [WeightedReward(str(folder)), WeightedReward("finding")]
+        return run_identity({"checkpoint_dir": tiny_llama, "data": questions, "rewards": rewards, "train": TRAIN})
+
+    moved = shutil.copytree(judge, tmp_path / "moved")
+    assert identity(moved) == identity(judge)
+    assert identity(judge)["rewards"][1]["reward"] == "finding"
+    provenance = json.loads((moved / "provenance.json").read_text())
+    provenance["files"]["lit_model.pth"] = "0" * 64
+    (moved / "provenance.json").write_text(json.dumps(provenance))
+    forbidding, _ = resume_changes(identity(judge), identity(moved))
+    assert len(forbidding) == 1 and forbidding[0].startswith("reward_files: ")
+
+
 def test_rewards_that_cannot_be_summed_up_end_the_run_at_once(tiny_llama, questions, tmp_path):
     rewards = [WeightedReward(f"{__name__}.huge")]
-    with pytest.raises(UserError, match=r"The reward is inf at step 0\. The rewards are too large.*No checkpoint"):
+    with pytest.raises(UserError, match=r"huge gave \S*e\+30\d; its magnitude must be at most 1e\+15\..*The question"):
         run("grpo", tiny_llama, questions, tmp_path, rewards=rewards)
     assert not (tmp_path / "final").exists()
 
