@@ -34,7 +34,7 @@ from workflows.progress import Bar, watched
 from workflows.training.held_out import text_of
 from workflows.training.model import GPT, Precision, load_model
 from workflows.training.processes import Accelerator, choose_accelerator, default_precision
-from workflows.training.questions import Question, encode_questions, read_questions
+from workflows.training.questions import Question, encode_questions, read_and_count
 from workflows.training.rewards import Rewards, Sample, WeightedReward
 from workflows.training.rollouts import Rollout, generate
 
@@ -109,12 +109,13 @@ def setup(
     asked: dict[str, list[Question]] = {}
     for split, most in (("train", max_rows), ("validation", max_val_rows)):
         path = data / f"{split}.jsonl"
-        rows = read_questions(path, judge.fields if judge else (), kinds)[:most]
+        rows, left_out = read_and_count(path, judge.fields if judge else (), kinds)
+        rows = rows[:most]
         if judge:
             judge.check(rows, path)
         questions, told = encode_questions(rows, template, room, str(path))
         asked[split] = questions * samples
-        print(told)
+        print(told + left_out)
     model = load_model(directory, None, precision, device=device).eval()
     working = target.with_name(f"{target.name}.unfinished")
     identity = {"teacher": describe_source(directory).get("files"), "versions": versions()}

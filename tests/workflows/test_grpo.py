@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tests.workflows import alignment
-from tests.workflows.alignment import log_of, on_test_split
+from tests.workflows.alignment import log_of, on_test_split, question, write
 from workflows import grpo
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import UserError
 from workflows.training.groups import GRPO
 from workflows.training.held_out import right_answer
 from workflows.training.losses import group_advantages
+from workflows.training.questions import read_and_count
 from workflows.training.rewards import Sample, WeightedReward
 
 pytestmark = pytest.mark.long
@@ -180,8 +181,34 @@ def test_all_problems_are_told_at_once(tiny_llama, questions, tmp_path):
 def test_rows_without_what_the_rewards_read_are_refused(tiny_llama, questions, tmp_path):
     with pytest.raises(UserError, match=r"train.jsonl has no rows with \"answer\""):
         align(tiny_llama, questions, tmp_path, rewards=[WeightedReward("letter")])
-    with pytest.raises(UserError, match=r"of kind name"):
+    with pytest.raises(UserError, match=r"no rows of kind name. Its kinds are None \(16\). Choose by --kinds"):
         align(tiny_llama, questions, tmp_path, kinds=["name"])
+    unanswered = [{"prompt": question(i)["prompt"]} for i in range(8)]
+    bare = write(tmp_path / "bare", train=unanswered, validation=unanswered)
+    with pytest.raises(UserError, match=r'no rows with "answers".*\["18"\].*"solution".*run `make data` again'):
+        align(tiny_llama, bare, tmp_path, rewards=[WeightedReward("math_answer")])
+
+
+def test_rows_without_answers_are_counted_among_others(tmp_path):
+    rows = [question(0), question(1), {"prompt": question(2)["prompt"]}]
+    path = write(tmp_path / "mixed", train=rows) / "train.jsonl"
+    assert read_and_count(path, ["answers"], None) == (rows[:2], '; 1 more rows have no "answers" and are not asked')
+    assert read_and_count(path, [], None) == (rows, "")
+
+
+def only_long(sample: Sample) -> float | None:
+    return len(sample.text) / 10 if len(sample.text) > 30 else None
+
+
+def test_a_reward_that_does_not_always_apply_trains_and_is_counted(tiny_llama, questions, tmp_path):
+    name = f"{__name__}.only_long"
+    log = align(tiny_llama, questions, tmp_path, rewards=[WeightedReward(name)])
+    assert len(log) == TRAIN.max_steps
+    assert any(0 < row["no_reward"] < 1 for row in log)
+    for row in log:
+        applied = 1 - row["no_reward"]
+        mean = row[f"reward_{name}"] * applied if applied else 0.0
+        assert row["reward"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
 
 
 def test_prompts_that_leave_no_room_are_counted(tiny_llama, questions, tmp_path):

@@ -32,7 +32,7 @@ START_SECONDS, CALL_SECONDS = 120.0, 10.0
 
 _MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CHANGING = re.compile(
-    r"or|plus|minus|times|mod|modulo|squared|cubed|pi|sqrt|root|sin|cos|tan|log|ln|exp|half|halves|thirds|quarters|fourths"
+    r"or|plus|minus|mod|modulo|squared|cubed|pi|sqrt|root|sin|cos|tan|log|ln|exp|half|halves|thirds|quarters|fourths"
     r"|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths|point|divided|multiplied|factorial|choose"
     r"|infinity|inf|mille|[eixyz]"
 )
@@ -71,7 +71,7 @@ _ENVIRONMENT = re.compile(
 _CURRENCY = re.compile(r"[$€£¥₹]")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)", re.MULTILINE)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_TAG = re.compile(r"</?(?:b|i|u|em|strong|p|br|span|div|code)\s*/?>")
+_TAG = re.compile(r"<<[^<>]*>>|</?(?:b|i|u|em|strong|p|br|span|div|code)\s*/?>")
 _STATED = re.compile(
     r"\banswer\b(?:\s+(?:to|of|for)\b[^.:=\n]{0,100}?)?\s*(?::|=|\bis\b:?)\s*(\S[^\n]*)", re.IGNORECASE
 )
@@ -80,15 +80,18 @@ _CLAUSE_END = re.compile(r"[.;!?](?=\s|\Z)|,\s+(?=[^\W\d_])")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _PROSE = re.compile(r"[^\W\d_]{2,}")
 _EXPRESSION_BEFORE = re.compile(
-    r"[\w.^_/\\+*{<>≤≥≠≈±√|~—-]\Z|[/\\^+*÷<>≤≥≠≈±√|~—-]\s*\Z|[\d)\]}]\s*,\s*\Z|[([]\s*\Z|\d:\Z"
+    r"[\w.^_/\\+*{<>≤≥≠≈±√|~—-]\Z|[/\\^+*÷<>≤≥≠≈±√|~—-]\s*\Z|[\d)\]}]\s*[,;]\s*\Z|[([]\s*\Z|\d:\Z"
     r"|\d\W*\b(?:or|and|to|over|plus|minus|times|by|through|point)\s+(?:[a-z]\s*=\s*)?\Z"
-    r"|\b(?:not|never|than|least|most|minus|negative|under|over|below|above|between)\s+\Z",
+    r"|\b(?:not|never|than|least|most|minus|negative|under|over|below|above|between)\s+\Z|n['’]t\s+\Z",
     re.IGNORECASE,
 )
 """What stands before a number that is a part of an expression, a list or a range, or is denied."""
-_EXPRESSION_AFTER = re.compile(r"\s*(?:[\^_/*÷+=<>≤≥≠±√({\\]|-\s*[\d(\\])|:\d|\s*,\s*\d|\s+-\s")
-_READ_OTHERWISE = re.compile(r"\d\s*_")
-"""The base of a number, which math-verify does not read."""
+_EXPRESSION_AFTER = re.compile(r"\s*(?:/(?![^\W\d_]{2})|[\^_*÷+=<>≤≥≠±√({\\]|-\s*[\d(\\])|:\d|\s*,\s*\d|\s+-\s")
+_READ_OTHERWISE = re.compile(r"\d\s*_|\d\s+\d")
+"""What math-verify reads otherwise: it passes over the base of a number, and multiplies numbers in a row."""
+
+_LONGER = re.compile(r"\s+(?:and\s+(?:a|one)|times\s+(?!a\b)(?:\w|pi|the|as))\b")
+"""What makes another number of the one before it: "5 and a half", "5 times x"."""
 
 _TEXT_MARK = "\ue000"
 """Put before what `\\text{}` holds: `5 \\text{m}` has a unit, `5 m` is a product."""
@@ -244,7 +247,7 @@ def _clause(text: str) -> str:
 
 def _is_expression(part: str) -> bool:
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", part))
-    return bool(part) and (" " not in part or not _PROSE.search(bare) or number_in(part) is not None)
+    return bool(part) and (not re.search(r"\s", part) or not _PROSE.search(bare) or number_in(part) is not None)
 
 
 def _last_in_prose(text: str) -> str | None:
@@ -271,7 +274,7 @@ def _last_in_prose(text: str) -> str | None:
     if following in _MULTIPLIERS:
         return f"{last[0]} {following}"
     product = word and not word[1] and not _TOUCHING_UNITS.fullmatch(following)
-    changed = product or _CHANGING.fullmatch(following) or re.match(r"\s+and\s+(?:a|one)\b", after)
+    changed = product or _CHANGING.fullmatch(following) or _LONGER.match(after)
     return None if changed else last[0].strip()
 
 
@@ -355,7 +358,7 @@ def _unit(rest: str) -> tuple[str, int] | None:
         return None
     factor = _MULTIPLIERS.get(words[0], 1)
     words = words[1:] if words[0] in _MULTIPLIERS else words
-    single = bool(words) and len(words[0]) == 1 and words[0] != "a" and not marked
+    single = any(len(word) == 1 and word != "a" for word in words) and not marked
     odd = [w for w in words if _CONNECTING.fullmatch(w) or (_CHANGING.fullmatch(w) and not (marked and len(w) == 1))]
     if single or odd or len(words) > 8:
         return None
@@ -404,7 +407,12 @@ class _Verifier:
             replies.put("ended")
 
         threading.Thread(target=listen, daemon=True).start()
-        if replies.get(timeout=START_SECONDS) != "ready":
+        try:
+            begun = replies.get(timeout=START_SECONDS)
+        except queue.Empty:
+            begun = ""
+        if begun != "ready":
+            process.kill()
             raise RuntimeError("math-verify cannot be imported; install it again: pip install math-verify")
         return process
 

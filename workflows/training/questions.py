@@ -1,5 +1,6 @@
 """Rows that are asked: read, checked for what the rewards need, and encoded as prompts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,45 +39,60 @@ def questions_of(
         if split == "test" and (not most or not path.is_file()):
             questions[split] = []
             continue
-        rows = read_questions(path, rewards.fields, settings["kinds"])[:most]
+        rows, left_out = read_and_count(path, rewards.fields, settings["kinds"])
+        rows = rows[:most]
         rewards.check(rows, path)
         questions[split], told = encode_questions(rows, template, room, str(path))
-        fabric.print(told)
+        fabric.print(told + left_out)
         if not questions[split]:
             raise UserError(f"No question is left to ask. {told}\nRaise --train.max_seq_length.")
     return template, questions
 
 
 def read_questions(path: Path, fields: Sequence[str], kinds: list[str] | None) -> list[Row]:
-    """Rows that can be asked and judged: verifiable or scoring rows, or conversations that carry "answers".
+    """Return the rows of `read_and_count`."""
+    return read_and_count(path, fields, kinds)[0]
+
+
+def read_and_count(path: Path, fields: Sequence[str], kinds: list[str] | None) -> tuple[list[Row], str]:
+    """Read rows that can be asked and judged: verifiable or scoring rows, or conversations that carry "answers".
 
     Args:
         path: A `.jsonl` file.
         fields: What the rewards read of them, besides the prompt.
         kinds: Only rows of these kinds.
 
+    Returns:
+        The rows, and how many of these kinds are left out because they lack what the rewards read, in words.
+
     Raises:
         UserError: If the file is missing, a line is malformed, or no row has what the rewards read.
     """
     rows = []
+    others: Counter[str] = Counter()
+    lacking = 0
     for number, row in iterate_jsonl(path):
-        if isinstance(row, dict) and "messages" in row:
+        if not isinstance(row, dict) or "messages" in row:
             if problem := row_problem(row, "messages"):
                 raise UserError(f"{path}, line {number}: {problem}.")
             row = {**row, "prompt": row["messages"][:-1]}
-        shape = "scoring" if isinstance(row, dict) and "choices" in row else "verifiable"
-        judged = isinstance(row, dict) and all(field in row for field in fields)
+        shape = "scoring" if "choices" in row else "verifiable"
+        judged = all(field in row for field in fields)
         if judged and (problem := row_problem({"answers": ["-"], **row}, shape)):
             raise UserError(f"{path}, line {number}: {problem}.")
-        if judged and (kinds is None or row.get("kind") in kinds):
+        if kinds is not None and row.get("kind") not in kinds:
+            others[str(row.get("kind"))] += 1
+        elif judged:
             rows.append(row)
+        else:
+            lacking += 1
+    if others and kinds is not None and not rows and not lacking:
+        found = ", ".join(f"{kind} ({count:,})" for kind, count in others.most_common(10))
+        raise UserError(f"{path} has no rows of kind {', '.join(kinds)}. Its kinds are {found}. Choose by --kinds.")
     if not rows:
-        raise UserError(f"{path} has no rows{_of_kinds(kinds)} with {_needed(fields)}")
-    return rows
-
-
-def _of_kinds(kinds: list[str] | None) -> str:
-    return f" of kind {', '.join(kinds)}" if kinds else ""
+        raise UserError(f"{path} has no rows with {_needed(fields)}")
+    named = " or ".join(f'"{field}"' for field in fields)
+    return rows, f"; {lacking:,} more rows have no {named} and are not asked" if lacking else ""
 
 
 def _needed(fields: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -323,7 +324,7 @@ def _as_number(name: str, value: Any, sample: Sample) -> float | None:
         value = value.item()
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):  # bool is one
+    if not isinstance(value, numbers.Real | Decimal):  # bool is Real
         if inspect.iscoroutine(value):
             value.close()
         listed = " (A function of all samples is annotated with list[Sample].)" if isinstance(value, list) else ""

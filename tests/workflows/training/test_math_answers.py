@@ -1,14 +1,19 @@
 r"""Mathematical answers: equal values in any writing are equal, different ones never; hostile ones end in time."""
 
 import importlib.util
+import os
+import random
 import re
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.answers import answers_of
+from data_prep.rows import iterate_jsonl
 from workflows.training import math_answers
 from workflows.training.math_answers import answer_part, is_plain, is_right, number_in
 
@@ -97,6 +102,9 @@ DIFFERENT = [
     ("5", "5, 6"),
     ("6", "5, 6"),
     ("5", "5 or 6"),
+    ("5", "5 times x"),
+    ("10", "2 5"),
+    ("6", "5; 6"),
     ("6", r"5 \text{ or } 6"),
     ("5", r"\{4,5\}"),
     ("5", "(4,5)"),
@@ -195,6 +203,11 @@ def test_two_numbers_are_equal_if_their_values_are(one: Fraction, other: Fractio
         ("Thus 2 + 1 gives $x = 3$ here.", "x = 3"),
         ("The answer is 72!", "72"),
         ("I think it is 72, I am sure", "72"),
+        ("She earns 7 * 10 = <<7*10=70>>70/month", "70"),
+        ("He goes there 8 * 4 = <<8*4=32>>32 times.", "32"),
+        ("Ann:140(2)=280$\nBob:14(3)=42$", "42"),
+        ("It is not 5", None),
+        ("It isn't 5", None),
         ("so y = 2x + 4 by 5^2", None),
         ("the values are 5, 6 and 7", None),
         ("it lies between 4 and 5", None),
@@ -214,6 +227,21 @@ def test_right_answers_may_be_solutions_or_prose():
     assert is_right("72", ["The answer is 72."])
     assert is_right("8", ["7", "8"]) and not is_right("9", ["7", "8"])
     assert is_right("5 or 6", ["5 or 6"])
+
+
+@pytest.mark.skipif(
+    not os.environ.get("WORKFLOW_DATA"), reason="needs the real GSM8K, whose folder WORKFLOW_DATA names"
+)
+def test_the_solutions_of_gsm8k_are_right_and_those_of_other_questions_are_not():
+    rows = [row for _, row in iterate_jsonl(Path(os.environ["WORKFLOW_DATA"]) / "gsm8k" / "train.jsonl")][:2000]
+    answers = [answers_of(row) for row in rows]
+    others = random.Random(0).sample(answers, len(answers))
+    for row, right, other in zip(rows, answers, others, strict=True):
+        assert right is not None and other is not None and is_plain(right[0])
+        assert is_right(row["answer"], right)
+        assert is_right(row["answer"], other) == (
+            Fraction(right[0].replace(",", "")) == Fraction(other[0].replace(",", ""))
+        )
 
 
 @pytest.mark.parametrize(

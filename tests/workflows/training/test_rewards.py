@@ -1,13 +1,20 @@
 """Rewards: what counts as an answer, how they add up, and what a wrong one says."""
 
+import importlib.util
 import math
+from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from workflows.errors import UserError
 from workflows.training import rewards
-from workflows.training.rewards import Rewards, Sample, WeightedReward
+from workflows.training.rewards import Rewards, Sample, WeightedReward, batched
 
 ROW = {"prompt": [{"role": "user", "content": "Which finding?"}], "answers": ["Atrial septal defect", "ASD"]}
 
@@ -79,7 +86,38 @@ def test_a_letter(said: str, right: bool):
     ],
 )
 def test_a_number(said: str, right: bool):
-    assert rewards.number(sample(said, {"answers": ["3 * 24 = 72\n#### 72"]})) == right
+    assert rewards.math_answer(sample(said, {"answers": ["3 * 24 = 72\n#### 72"]})) == right
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [("<think>It is 3.</think>\\boxed{\\frac{1}{2}}", "50%"), ("<think>3</think> 72", "#### 72"), ("x = 4", "2^2")],
+)
+def test_a_mathematical_answer_is_what_follows_the_reasoning(said: str, wanted: str):
+    assert rewards.math_answer(sample(said, {"answers": [wanted]})) == 1
+    assert rewards.math_answer(sample(said, {"answers": ["3"]})) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("का", "कि"),
+        ("ไม", "ไม่"),
+        ("5", "-5"),
+        ("C", "C++"),
+        ("🔥", "🙂"),
+        ("", "🙂"),
+        ("?!", "..."),
+        ("?!", "?!"),
+        ("3 5", "3.5"),
+    ],
+)
+def test_another_answer_is_not_exact(said: str, wanted: str):
+    row = {"answers": [wanted]}
+    assert rewards.exact(sample(said, row)) == 0
+    assert rewards.finding(sample(said, row)) < 1
+    same = rewards.normalise(wanted) != ""
+    assert rewards.exact(sample(wanted, row)) == rewards.finding(sample(wanted, row)) == same
 
 
 @pytest.mark.parametrize(
@@ -124,6 +162,99 @@ def several(sample: Sample) -> Any:
     return [1.0, 2.0]
 
 
+def text(sample: Sample) -> Any:
+    return "0.5"
+
+
+def forgets(sample: Sample) -> Any:
+    len(sample.text)
+
+
+def forgets_sometimes(sample: Sample) -> float | None:
+    if sample.text:
+        return 1.0
+
+
+async def coroutine(sample: Sample) -> float:
+    return 1.0
+
+
+def late_coroutine(sample: Sample) -> Any:
+    return coroutine(sample)
+
+
+def generator(sample: Sample) -> Any:
+    yield 1.0
+
+
+def of_trl(completions: Any, **kwargs: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def two(sample: Sample, other: Any) -> float:
+    return 1.0
+
+
+def typed(sample: Sample) -> Any:
+    kinds = [True, 1, np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), torch.tensor(1.0), torch.tensor(True),
+             torch.tensor(1.0, requires_grad=True), Fraction(1), Decimal(1)]  # fmt: skip
+    return kinds[sample.tokens]
+
+
+def huge(sample: Sample) -> float:
+    return 1e300 * len(sample.text)
+
+
+def overflowing(sample: Sample) -> int:
+    return 10**400
+
+
+def if_short(sample: Sample) -> float | None:
+    return None if len(sample.text) > 3 else 0.5
+
+
+def ranks(samples: list[Sample]) -> list[float | None]:
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].text))
+    return [None if len(samples[i].text) > 30 else float(order.index(i)) for i in range(len(samples))]
+
+
+def as_tensor(samples: "Sequence[Sample]") -> torch.Tensor:
+    return torch.arange(len(samples))
+
+
+@batched
+def marked(samples):  # type: ignore[no-untyped-def]
+    return np.ones(len(samples))
+
+
+class Judge:
+    def __call__(self, samples: list[Sample]) -> list[float]:
+        return [2.0] * len(samples)
+
+
+judge = Judge()
+
+
+def too_few(samples: list[Sample]) -> list[float]:
+    return [1.0]
+
+
+def one_for_all(samples: list[Sample]) -> Any:
+    return 1.0
+
+
+def texts(samples: list[Sample]) -> Any:
+    return ["1"] * len(samples)
+
+
+def broken_list(samples: list[Sample]) -> list[float]:
+    return [1 / 0 for _ in samples]
+
+
+def named(name: str) -> Rewards:
+    return Rewards([WeightedReward(f"{__name__}.{name}")])
+
+
 def test_they_add_up_by_weight():
     composed = Rewards(
         [WeightedReward("finding", 2.0), WeightedReward("format", 0.5), WeightedReward(f"{__name__}.half", -1.0)]
@@ -137,7 +268,13 @@ def test_they_add_up_by_weight():
     [
         ("broken", "failed with KeyError: 'no such thing'"),
         ("nothing", "gave nan"),
-        ("several", "failed with TypeError"),
+        ("several", r"returned \[1.0, 2.0\] of type list. It must return a number.*list\[Sample\]"),
+        ("text", "returned '0.5' of type str. It must return a number"),
+        ("late_coroutine", "of type coroutine. It must return a number"),
+        ("overflowing", "gave inf"),
+        ("huge", "weighted sum of the rewards is 5e.300; its magnitude must be at most 1e.18"),
+        ("texts", "returned '1' of type str"),
+        ("broken_list", "failed with ZeroDivisionError"),
     ],
 )
 def test_a_reward_that_fails_names_the_sample(name: str, message: str):
@@ -147,10 +284,85 @@ def test_a_reward_that_fails_names_the_sample(name: str, message: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("forgets", "never returns a value"),
+        ("coroutine", "is asynchronous"),
+        ("generator", "is a generator"),
+        ("of_trl", "takes completions, as reward functions of TRL do"),
+        ("two", "cannot be called with one argument"),
+        ("Judge", "is a class"),
+    ],
+)
+def test_a_function_that_can_be_no_reward_is_refused_before_it_is_called(name: str, message: str):
+    with pytest.raises(UserError, match=message):
+        named(name)
+
+
+@pytest.mark.parametrize("kind", range(11))
+def test_every_kind_of_number_is_one(kind: int):
+    (found,) = named("typed")([sample("x", tokens=kind)])
+    assert found["total"] == 1.0 and type(found["total"]) is float
+
+
+def test_a_reward_that_does_not_apply_is_left_out():
+    composed = Rewards([WeightedReward(f"{__name__}.if_short", 2.0), WeightedReward("repetition")])
+    given = composed([sample("ASD"), sample("a b c a b c")])
+    name = f"{__name__}.if_short"
+    assert given == [
+        {name: 0.5, "repetition": 0.0, "total": 1.0},
+        {"repetition": -0.25, "total": -0.25},
+    ]
+    assert composed.means(given) == {f"reward_{name}": 0.5, "reward_repetition": -0.125, "no_reward": 0.0}
+
+
+def test_an_answer_to_which_no_reward_applies_is_counted():
+    composed = named("if_short")
+    given = composed([sample("ASD"), sample("Fever"), sample("Cough"), sample("Rash")])
+    assert [found["total"] for found in given] == [1 / 2, 0, 0, 0]
+    assert composed.means(given) == {f"reward_{__name__}.if_short": 0.5, "no_reward": 0.75}
+    means = composed.means(composed([sample("Fever")]))
+    assert math.isnan(means[f"reward_{__name__}.if_short"]) and means["no_reward"] == 1
+    assert [found["total"] for found in named("forgets_sometimes")([sample("x"), sample("")])] == [1, 0]
+    assert Rewards([WeightedReward("exact")]).means([{"exact": 1.0, "total": 1.0}]) == {"reward_exact": 1.0}
+
+
+def test_a_function_of_a_list_gets_all_samples_at_once():
+    samples = [sample("abc"), sample("a"), sample("x" * 40), sample("ab")]
+    assert [found["total"] for found in named("ranks")(samples)] == [2, 0, 0, 1]
+    assert f"{__name__}.ranks" not in named("ranks")(samples)[2]
+    assert [found["total"] for found in named("as_tensor")(samples)] == [0, 1, 2, 3]
+    assert [found["total"] for found in named("marked")(samples)] == [1] * 4
+    assert [found["total"] for found in named("judge")(samples)] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("too_few", "returned 1 values for 2 samples"), ("one_for_all", "must return a list, not 1.0 of type float")],
+)
+def test_a_list_of_another_length_is_refused(name: str, message: str):
+    with pytest.raises(UserError, match=message):
+        named(name)([sample("a"), sample("b")])
+
+
+def test_expressions_need_math_verify_and_say_so(monkeypatch: pytest.MonkeyPatch):
+    found = importlib.util.find_spec
+    composed = Rewards([WeightedReward("math_answer")])
+    rows = [{"answers": ["#### 5"]}, {"answers": [r"\sqrt{2}"]}, {"answers": [r"\sqrt{4}", "2"]}]
+    composed.check(rows, Path("train.jsonl"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else found(name))
+    composed.check(rows[:1], Path("train.jsonl"))
+    with pytest.raises(UserError, match=r"train.jsonl: 1 of 3 rows .* no plain number.*sqrt.*pip install math-verify"):
+        composed.check(rows, Path("train.jsonl"))
+    Rewards([WeightedReward("exact")]).check(rows, Path("train.jsonl"))
+
+
+@pytest.mark.parametrize(
     ("entries", "message"),
     [
         ([], "lists no reward"),
         ([WeightedReward("fnding")], "no reward 'fnding'. There are finding"),
+        ([WeightedReward("number")], "'number' is now called 'math_answer'"),
         ([WeightedReward("no.such.module")], "cannot be imported"),
         ([WeightedReward("math.nothing")], "cannot be imported"),
         ([WeightedReward("math.pi")], "is no function"),
