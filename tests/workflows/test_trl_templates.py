@@ -69,7 +69,7 @@ def outcome(name: str, kind: str, conversation: str) -> tuple[str, EncodedChat |
     try:
         chat = ours(name, kind).encode_chat(messages, tools=tools)
     except UserError as e:
-        return f"refused: {str(e).partition(': ')[2] if 'refuses this' in str(e) else e}", None
+        return f"refused: {str(e).partition('): ')[2] or e}", None
     try:
         _, ids, _ = transformers_rendering(name, kind, conversation)
     except Exception as e:  # noqa: BLE001

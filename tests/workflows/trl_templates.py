@@ -106,6 +106,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
     else:
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merges across words
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -117,6 +118,8 @@ def tokenizer_of(kind: str) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT, *words, "\n\n\n\n \n\n"] * 4, trainer)
+    if kind != "byte-level":
+        tokenizer.pre_tokenizer = None
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks()])
     return tokenizer
 

@@ -7,6 +7,7 @@ the one source of our prompts; nothing has to be asked for.
 """
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,14 @@ class LocalTask(ConfigurableTask):
         """Read the file; nothing is downloaded."""
         rows = read_rows(self._file, "scoring")
         fields = ("prompt", "choices", "answer")
-        self.dataset = {"test": datasets.Dataset.from_list([{name: row[name] for name in fields} for row in rows])}
+        docs = [{**{name: row[name] for name in fields}, "tools": json.dumps(row.get("tools"))} for row in rows]
+        self.dataset = {"test": datasets.Dataset.from_list(docs)}
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
         """The prompt's text, up to where the answer's content begins: reasoning that the template opens is closed."""
-        return self._template.answer_prompt(doc["prompt"])
+        # The table gives every message the fields of all of them.
+        messages = [{name: value for name, value in m.items() if value is not None} for m in doc["prompt"]]
+        return self._template.answer_prompt(messages, json.loads(doc["tools"]))
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """The prompt alone, whatever lm-eval would add: no examples, no second chat template."""
