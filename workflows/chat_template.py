@@ -26,7 +26,7 @@ from workflows.errors import UserError
 from workflows.files import read_json, read_text
 from workflows.template_sandbox import render
 
-__all__ = ["ChatTemplate", "EncodedChat", "Message", "Reasoning", "THINKING_OFF"]
+__all__ = ["THINKING_OFF", "ChatTemplate", "EncodedChat", "Message", "Reasoning"]
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": TEXT}`, and for some roles `reasoning_content`,

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learned, for templates and tokenizers of all kinds; what is not learned is counted."""
+"""Which tokens of a conversation are learned, for templates and tokenizers of all kinds; the rest is counted."""
 
 import dataclasses
 import json
@@ -176,7 +176,7 @@ def test_a_template_whose_conversation_does_not_continue_its_prompt_is_refused(t
 def test_a_template_that_leaves_out_the_answer_or_the_question_is_refused(tiny_llama):
     for role in ("assistant", "user"):
         source = CHATML.replace("message['content']", f"(message['content'] if message['role'] != '{role}' else '')")
-        with pytest.raises(UserError, match="does not write the (assistant's answer|user's message)"):
+        with pytest.raises(UserError, match=r"does not write the (assistant's answer|user's message)"):
             chatml(tiny_llama, source).encode_chat(turns("What?", "It is."))
     source = CHATML.replace("message['content']", "(message['content'] if message['role'] != 'system' else '')")
     notes = chatml(tiny_llama, source).encode_chat(turns("What?", "It is.", system="S")).notes

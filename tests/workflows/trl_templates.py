@@ -128,7 +128,7 @@ class _FixedDay(datetime.datetime):
     """The day that our rendering always has."""
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime.datetime:  # noqa: ARG003
+    def now(cls, tz: Any = None) -> datetime.datetime:
         return datetime.datetime(2024, 7, 26)
 
 
@@ -166,7 +166,7 @@ def eos_of(name: str) -> str:
     for conversation in (messages, messages[1:]):
         try:
             after = template.render(conversation).rpartition("echo foxtrot")[2]
-        except Exception:  # noqa: BLE001, S112  (a template that refuses the conversation is looked at later)
+        except Exception:
             continue
         if found := re.findall("|".join(map(re.escape, sorted(marks(), key=len, reverse=True))), after):
             return str(found[0])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from workflows.chat_template import Reasoning
 from workflows.checkpoint import (
     LORA_WEIGHTS,
     PROVENANCE,
@@ -29,7 +30,6 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
-from workflows.chat_template import Reasoning
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, seconds_of_step, step_began
 from workflows.merge import write_merged
