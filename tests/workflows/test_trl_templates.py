@@ -22,15 +22,16 @@ ARGUMENT = "whiskey"
 INTRODUCTION = """# Chat templates
 
 How a conversation becomes token ids: the checkpoint's chat template renders it once, as a whole, and the text is
-encoded once. The prompt's ids are those that the model is shown at inference; every assistant turn is learned, from the end of
-its prompt to the token that ends the turn. What cannot be learned is counted when a step encodes its data, with the
-words below. `train: false` on an assistant message makes it context.
+encoded once. The prompt's ids are those that the model is shown at inference; every assistant turn is learned, from the
+end of its prompt to the token that ends the turn. What cannot be learned is counted when a step encodes its data, with
+the words below. `train: false` on an assistant message makes it context.
 
 Each of the {count} templates in the wheel of TRL {version} was tried with three conversations (a system message and one
 turn; three turns; a tool call with its result) and two tokenizers (byte-level BPE and one of SentencePiece's kind).
 *equal*: ids and masks are those of transformers' `apply_chat_template`; *refused*: an error names the reason before
-training. Numbers refer to the notes below the table. The test that checks all of this writes the page:
-`python -m tests.workflows.test_trl_templates`.
+training; *encoded after the prompt*: the ids of the whole do not begin with those that the model is shown at inference,
+so the answer is encoded after the latter. Numbers refer to the notes below the table. The test that checks all of this
+writes the page: `python -m tests.workflows.test_trl_templates`.
 
 | template | system + one turn | several turns | tools |
 |---|---|---|---|
@@ -40,7 +41,8 @@ Where earlier answers are not learned, make a row of each answer, or train with 
 all turns (`--chat_template`).
 
 Reasoning is the `reasoning_content` of an assistant message, or the text up to `</think>` that its content begins with.
-A template that reads it gets it in the field that it reads; for others it becomes `<think>…</think>` before the content.
+A template that reads it gets it in the field that it reads; for others it becomes `<think>…</think>` before the
+content.
 `--reasoning drop` removes it from the data. `--reasoning none` removes it and switches thinking off: the line
 `{%- set enable_thinking = false -%}` becomes the first of the result's chat template, so that transformers, LitGPT,
 evaluation and Ollama all ask in the same way. With it the prompts of Qwen3's and Nemotron's templates end with an empty
