@@ -282,7 +282,7 @@ class ChatData(DataModule):
 
 
 def _last_question(row: Row) -> str:
-    return next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
+    return next((message["content"] for message in reversed(row["messages"]) if message["role"] == "user"), "")
 
 
 def _running_checkpoint_dir() -> Path | None:

@@ -355,19 +355,23 @@ def _encode(template: "ChatTemplate", text: str, turns: list[tuple[int, int]], n
         return EncodedChat(template.encode(text), [], [], tuple(notes))
     encoding = template.tokenizer.encode(text, add_special_tokens=False)
     tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
-    added = template.added_ids
+
+    def cuts(n: int) -> bool:
+        """Whether a token is one that cuts the text: what is before it does not depend on what is after it."""
+        token, (begin, end) = tokens[n]
+        return text[begin:end].strip() == template.added_tokens.get(token)
+
     for start, _ in turns:
         index = bisect.bisect_left(tokens, start, key=lambda token: token[1][0])
-        # Added tokens cut the text before anything else does: only what follows the last one can depend on the answer.
-        first = next((n for n in range(index - 1, -1, -1) if tokens[n][0] in added), 0)
+        first = next((n for n in range(index - 1, -1, -1) if cuts(n)), 0)
         begin = tokens[first][1][0] if first < len(tokens) else 0
         prompt = template.tokenizer.encode(text[begin:start], add_special_tokens=False)
         if prompt.ids == [token for token, _ in tokens[first:index]]:
             continue
         if APART not in notes:
             notes.append(RETOKENIZED)
-        after = next((n for n in range(index, len(tokens)) if tokens[n][1][0] >= start), len(tokens))
-        upto = max(start, max((offset[1] for _, offset in tokens[first:after]), default=start))
+        after = next((n for n in range(index, len(tokens)) if cuts(n)), len(tokens))
+        upto = tokens[after][1][0] if after < len(tokens) else len(text)
         again = [(i, (begin + a, begin + b)) for i, (a, b) in zip(prompt.ids, prompt.offsets, strict=True)]
         again += [(i, (start, upto)) for i in template.encode_inside(text[start:upto])]
         tokens[first:after] = again

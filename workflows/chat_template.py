@@ -9,6 +9,7 @@ them itself (a BOS token too, where the model wants one).
 inference, and the token that ends the assistant's turn belongs to the completion.
 """
 
+import contextlib
 import copy
 import functools
 from dataclasses import dataclass, field, replace
@@ -184,7 +185,7 @@ class ChatTemplate:
         """The field that the template reads an answer's reasoning from; None if it reads none."""
         for name in REASONING_FIELDS:
             try:
-                if MARKER in self._render([*_PROBE, {**_ANSWER, name: MARKER}], False, None):
+                if MARKER in self._render([*_PROBE, {"role": "assistant", "content": "?", name: MARKER}], False, None):
                     return name
             except UserError:
                 continue
@@ -332,9 +333,18 @@ class ChatTemplate:
         return asked[len(bare) :] if asked.startswith(bare) else ""
 
     @functools.cached_property
-    def added_ids(self) -> frozenset[int]:
-        """Ids of the tokens that are cut out of a text before it is tokenized."""
-        return frozenset(self.tokenizer.get_added_tokens_decoder())
+    def openings(self) -> tuple[str, ...]:
+        """The texts that a rendered conversation begins with: before a user's and before a system message."""
+        found = {self.render(_PROBE).partition(_PROBE[0]["content"])[0]}
+        with contextlib.suppress(UserError):  # a template may refuse system messages
+            marked: Message = {"role": "system", "content": MARKER}
+            found.add(self.render([marked, *_PROBE]).partition(MARKER)[0])
+        return tuple(sorted(found - {""}))
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """The tokens that are cut out of a text before it is tokenized, by id."""
+        return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     @functools.cached_property
     def frames(self) -> dict[bool, tuple[str, str, int] | None]:

@@ -99,8 +99,8 @@ def setup(
         temperature: Sampling temperature; the checkpoint's own by default, else 0.2.
         top_p: Nucleus sampling; the checkpoint's own by default, else 0.9.
         repeat_penalty: Penalty on repeated tokens; 1.0 is none.
-        reasoning: Reasoning before answers as the checkpoint was trained, which its chat template says; null takes
-            that, and a value that contradicts it is refused.
+        reasoning: Reasoning before answers; null is as the checkpoint was trained, which its chat template says, and a
+            value that contradicts it is refused.
         shard_size: Largest safetensors file, in megabytes.
         port: Port for an Ollama server of ours; by default a free one, and only if no other Ollama is found.
 

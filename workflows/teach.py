@@ -45,7 +45,7 @@ DECIDING = ("max_new_tokens", "temperature", "top_p", "reasoning", "batch_size",
 """Settings that decide the answer to a question."""
 STORY = ("title", "origin", "revision", "licence", "attribution", "files")
 """What the manifest hands on of the data that the questions are from."""
-FACTS = ("kind", "id", "answers")
+FACTS = ("kind", "id", "answers", "tools")
 """What a row hands on of its question."""
 
 

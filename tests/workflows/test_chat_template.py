@@ -64,7 +64,20 @@ QWEN25 = """{%- if tools %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+LLAMA2 = (  # the official one
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 FAMILIES = {
+    "llama-2": (LLAMA2, ["<s>", "</s>"], "<s>", "</s>", True),
     "smollm2": (SMOLLM2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>", False),
     "llama-3.2": (
         LLAMA3,
@@ -162,6 +175,8 @@ def test_training_ids_are_the_prompt_and_the_answers_with_their_end(family, conv
         assert ours.decode(learned, skip_special_tokens=False) == "\n</think>\n\n" + spoken[-1]
         assert all(chat.loss_mask)
         return
+    if name == "llama-2":  # its template writes spaces around answers
+        spoken = [f" {text.removesuffix(ours.eos_token)} {ours.eos_token}" for text in spoken]
     assert ours.decode(learned, skip_special_tokens=False) == "".join(spoken)
     whole = reference.apply_chat_template(conversation, tokenize=True, return_dict=False, date_string="26 Jul 2024")
     ids = chat.prompt + chat.completion
@@ -201,8 +216,11 @@ def test_answers_follow_the_template(tmp_path):
     thoughts = "<think>\nIt is fast.\n</think>\n\nTachypnea"
     assert of["deepseek-r1"].answer_text(thoughts) == thoughts.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
     assert of["smollm2"].answer_text(thoughts) == thoughts + "<|im_end|>"
-    assert [of[name].opens_thoughts for name in FAMILIES] == [False, False, False, True]
-    assert [of[name].default_system for name in FAMILIES] == ["You are a tiny model", "", "You are helpful.", ""]
+    assert {name: of[name].default_system for name in FAMILIES if of[name].default_system} == {
+        "smollm2": "You are a tiny model",
+        "qwen2.5": "You are helpful.",
+    }
+    assert [name for name in FAMILIES if of[name].opens_thoughts] == ["deepseek-r1"]
     for name, template in of.items():
         assert template.encode(template.answer_text("x"))[-1] in template.stop_ids, name
 

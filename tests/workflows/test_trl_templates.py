@@ -21,26 +21,32 @@ ARGUMENT = "whiskey"
 """The word that only the tool call holds."""
 INTRODUCTION = """# Chat templates
 
-How a conversation becomes token ids: the checkpoint's chat template renders it once, as a whole, and the text is encoded
-once. The prompt's ids are those that the model is shown at inference; every assistant turn is learned, from the end of
-its prompt to the token that ends the turn. What cannot be learned is counted when a step encodes its data, with the
-words below. `train: false` on an assistant message makes it context.
+How a conversation becomes token ids: the checkpoint's chat template renders it once, as a whole, and the text is
+encoded once. The prompt's ids are those that the model is shown at inference; every assistant turn is learned, from the
+end of its prompt to the token that ends the turn. What cannot be learned is counted when a step encodes its data, with
+the words below. `train: false` on an assistant message makes it context.
 
 Each of the {count} templates in the wheel of TRL {version} was tried with three conversations (a system message and one
 turn; three turns; a tool call with its result) and two tokenizers (byte-level BPE and one of SentencePiece's kind).
 *equal*: ids and masks are those of transformers' `apply_chat_template`; *refused*: an error names the reason before
-training. Numbers refer to the notes below the table. The test that checks all of this writes the page:
-`python -m tests.workflows.test_trl_templates`.
+training; *encoded after the prompt*: the ids of the whole do not begin with those that the model is shown at inference,
+so the answer is encoded after the latter. Numbers refer to the notes below the table. The test that checks all of this
+writes the page: `python -m tests.workflows.test_trl_templates`.
 
 | template | system + one turn | several turns | tools |
 |---|---|---|---|
 """
 CURES = """
 Where earlier answers are not learned, make a row of each answer, or train with a template that keeps the reasoning of
-all turns (`--chat_template`). `--reasoning drop` removes the reasoning from the data. `--reasoning none` removes it too,
-and switches thinking off: the line `{%- set enable_thinking = false -%}` becomes the first of the checkpoint's chat
-template, so that transformers, LitGPT, evaluation and Ollama all ask in the same way. With it the prompts of Qwen3's and
-Nemotron's templates end with an empty reasoning block, and answers without reasoning continue them as they are.
+all turns (`--chat_template`).
+
+Reasoning is the `reasoning_content` of an assistant message, or the text up to `</think>` that its content begins with.
+A template that reads it gets it in the field that it reads; for others it becomes `<think>…</think>` before the
+content.
+`--reasoning drop` removes it from the data. `--reasoning none` removes it and switches thinking off: the line
+`{%- set enable_thinking = false -%}` becomes the first of the result's chat template, so that transformers, LitGPT,
+evaluation and Ollama all ask in the same way. With it the prompts of Qwen3's and Nemotron's templates end with an empty
+reasoning block, and answers without reasoning continue them as they are.
 """
 
 
@@ -49,7 +55,7 @@ def expected_mask(name: str, kind: str, conversation: str) -> tuple[list[int], l
 
     Found in transformers' text by words that occur once, without the code under test.
     """
-    text, ids, _ = transformers_rendering(name, kind, conversation)
+    text, ids, _ = rendered(name, kind, conversation)
     encoding = tokenizer_of(kind).encode(text, add_special_tokens=False)
     assert encoding.ids == ids
     assistant, other = [False] * len(ids), [False] * len(ids)
@@ -63,16 +69,21 @@ def expected_mask(name: str, kind: str, conversation: str) -> tuple[list[int], l
 
 
 @functools.cache
+def rendered(name: str, kind: str, conversation: str) -> tuple[str, list[int], list[int]]:
+    return transformers_rendering(name, kind, conversation)
+
+
+@functools.cache
 def outcome(name: str, kind: str, conversation: str) -> tuple[str, EncodedChat | None]:
     """What we make of a conversation: "equal", "encoded after the prompt", or "refused: …"."""
     messages, tools = CONVERSATIONS[conversation]
     try:
         chat = ours(name, kind).encode_chat(messages, tools=tools)
     except UserError as e:
-        return f"refused: {str(e).partition(': ')[2] if 'refuses this' in str(e) else e}", None
+        return f"refused: {str(e).partition('): ')[2] or e}", None
     try:
-        _, ids, _ = transformers_rendering(name, kind, conversation)
-    except Exception as e:  # noqa: BLE001
+        _, ids, _ = rendered(name, kind, conversation)
+    except Exception as e:
         return f"rendered, where transformers raises {e}", chat
     got = chat.prompt + chat.completion
     rest = tokenizer_of(kind).decode(ids[len(got) :], skip_special_tokens=True)
@@ -111,7 +122,7 @@ def test_ids_and_masks_are_transformers_or_the_reason_is_named(name, kind):
             for n in range(1, len(ids)):  # each turn is learned up to its stop token
                 if learned[n - 1] and not learned[n]:
                     assert ids[n - 1] in template.stop_ids
-        _, _, theirs = transformers_rendering(name, kind, conversation)
+        _, _, theirs = rendered(name, kind, conversation)
         if any(theirs) and not chat.notes:  # `{% generation %}` tags: the same contents, and the end of the last turn
             assert all(theirs[n] for n, own in enumerate(assistant) if own)
             end = max(n for n, own in enumerate(learned) if own)

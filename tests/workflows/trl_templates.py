@@ -106,6 +106,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
     else:
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merges across words
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -117,6 +118,8 @@ def tokenizer_of(kind: str) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT, *words, "\n\n\n\n \n\n"] * 4, trainer)
+    if kind != "byte-level":
+        tokenizer.pre_tokenizer = None
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks()])
     return tokenizer
 
@@ -125,7 +128,7 @@ class _FixedDay(datetime.datetime):
     """The day that our rendering always has."""
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime.datetime:  # noqa: ARG003
+    def now(cls, tz: Any = None) -> datetime.datetime:
         return datetime.datetime(2024, 7, 26)
 
 
@@ -163,7 +166,7 @@ def eos_of(name: str) -> str:
     for conversation in (messages, messages[1:]):
         try:
             after = template.render(conversation).rpartition("echo foxtrot")[2]
-        except Exception:  # noqa: BLE001, S112  (a template that refuses the conversation is looked at later)
+        except Exception:
             continue
         if found := re.findall("|".join(map(re.escape, sorted(marks(), key=len, reverse=True))), after):
             return str(found[0])

@@ -143,9 +143,13 @@ class LitGPTLM(TemplateLM):
             return False
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; by default with the special tokens that tokenizer.json adds, unless the text begins with BOS."""
+        """Token ids; by default with the special tokens that tokenizer.json adds.
+
+        A text that begins with BOS, or as the chat template begins one, gets none: it is encoded as in training.
+        """
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.template.decode([self.prefix_token_id], False))
+            bos = self.template.decode([self.prefix_token_id], False)
+            add_special_tokens = not string.startswith((bos, *self.template.openings))
         return self.template.encode_answered(string, add_special_tokens)
 
     def get_model_info(self) -> dict[str, Any]:

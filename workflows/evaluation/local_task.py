@@ -63,9 +63,12 @@ class LocalTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Read the file; nothing is downloaded."""
         rows = read_rows(self._file, "scoring")
-        if any("tools" in row or any("tool_calls" in message for message in row["prompt"]) for row in rows):
-            raise UserError(f"{self._file}: questions with options cannot have tools or tool calls.")
-        self.dataset = {"test": datasets.Dataset.from_list([{name: row[name] for name in _FIELDS} for row in rows])}
+        if any("tool_calls" in message for row in rows for message in row["prompt"]):
+            raise UserError(f"{self._file}: questions with options cannot have tool calls.")
+        docs = [{name: row[name] for name in _FIELDS} for row in rows]
+        if any("tools" in row for row in rows):  # as JSON: a table would give each schema the fields of all of them
+            docs = [{**doc, "tools": json.dumps(row.get("tools"))} for doc, row in zip(docs, rows, strict=True)]
+        self.dataset = {"test": datasets.Dataset.from_list(docs)}
 
     def _read_examples(self, number: int) -> None:
         file = next((file for name in EXAMPLE_FILES if (file := self._file.with_name(name)).is_file()), None)
@@ -95,7 +98,7 @@ class LocalTask(ConfigurableTask):
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
         """The prompt's text without examples, up to where the assistant answers."""
-        return self._text(_messages(doc))
+        return self._text(_messages(doc), _tools(doc))
 
     def fewshot_context(
         self, doc: dict[str, Any], num_fewshot: int = 0, *, fewshot_as_multiturn: bool = True, **kwargs: Any
@@ -111,7 +114,7 @@ class LocalTask(ConfigurableTask):
         """
         messages = _messages(doc)
         if not num_fewshot:
-            return self._text(messages)
+            return self._text(messages, _tools(doc))
         system = _system(messages)
         first = 1 if system else 0
         turns: list[Message] = []
@@ -119,16 +122,16 @@ class LocalTask(ConfigurableTask):
             answer = {"role": "assistant", "content": row["choices"][row["answer"]]}
             turns += [*row["prompt"][first:], answer]
         if self._template is None or fewshot_as_multiturn:
-            return self._text([*messages[:first], *turns, *messages[first:]])
+            return self._text([*messages[:first], *turns, *messages[first:]], _tools(doc))
         question = {**messages[first], "content": _plain(turns) + "\n\n" + messages[first]["content"]}
-        return self._text([*messages[:first], question, *messages[first + 1 :]])
+        return self._text([*messages[:first], question, *messages[first + 1 :]], _tools(doc))
 
-    def _text(self, messages: list[Message]) -> str:
+    def _text(self, messages: list[Message], tools: list[Any] | None) -> str:
         """Messages as the model is shown them, up to where the answer's content begins: opened reasoning is closed."""
         if self._template is None:
             return _plain(messages)
         try:
-            return self._template.answer_prompt(messages)
+            return self._template.answer_prompt(messages, tools)
         except UserError as e:
             raise UserError(f"{self._file}, question {messages[-1]['content'][:60]!r}: {e}") from None
 
@@ -136,6 +139,11 @@ class LocalTask(ConfigurableTask):
 def _messages(doc: dict[str, Any]) -> list[Message]:
     """A row's messages without the fields that `datasets` fills in where another message has them."""
     return [{name: value for name, value in message.items() if value is not None} for message in doc["prompt"]]
+
+
+def _tools(doc: dict[str, Any]) -> list[Any] | None:
+    tools: list[Any] | None = json.loads(doc.get("tools", "null"))
+    return tools
 
 
 def _system(messages: list[Message]) -> str:
