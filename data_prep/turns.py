@@ -17,9 +17,10 @@ _ROLE_NAMES = {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "model", "ai", "bot", "function_call"), "assistant"),
     "developer": "system",
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_PYTHON_LIST = re.compile(r"\s*\[\{\s*'(role|from|content|value)'\s*:")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HH = re.compile(r"\A\s*Human:.*\n\nAssistant:", re.DOTALL)
 
@@ -61,6 +62,8 @@ def conversation(value: Any, field: str, fields: Fields) -> list[Row]:
 def turns_of(value: Any, role: str, field: str, fields: Fields) -> list[Row]:
     """The messages of a prompt or an answer: a text (a conversation, if it is in Anthropic's HH form) or messages."""
     if isinstance(value, str):
+        if _PYTHON_LIST.match(value):
+            raise ValueError(f"{field!r} is a list of messages as Python prints it; write it as JSON")
         if _HH.match(value):
             fields.notes.append("texts in the form of Human: and Assistant: read as conversations")
             return hh_conversation(value)

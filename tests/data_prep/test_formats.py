@@ -81,7 +81,7 @@ MESSAGES = {
         [system("S"), user("Q"), assistant("A")],
     ),
     "parts": (
-        {"messages": [user([{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]), assistant("A")]},  # type: ignore[arg-type]
+        {"messages": [user([{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]), assistant("A")]},
         [user("Q?"), assistant("A")],
     ),
     "json text": (
@@ -157,6 +157,7 @@ def test_conversations_and_questions_become_messages(form: str):
     row = read(raw)
     assert row["messages"] == messages
     assert row_problem(row, "messages") is None
+    assert read(row) == row
 
 
 def test_tools_come_along_in_one_form():
@@ -286,6 +287,7 @@ def test_other_shapes(form: str):
     intake = Intake()
     assert intake.read(raw) == row
     assert intake.shape == shape
+    assert read(row) == row
 
 
 REFUSED = [
@@ -297,7 +299,7 @@ REFUSED = [
     ({"messages": [user("Q"), assistant("A")], "weight": 0.5}, 'the field "weight" (what is learned)'),
     ({"messages": [user("Q"), assistant("A")], "images": ["a.png"]}, 'the field "images" (images, sound'),
     ({"messages": [{**user("Q"), "images": ["a.png"]}, assistant("A")]}, "message 1: it has 'images'"),
-    ({"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("A")]}, "a part of type 'image_url'"),  # type: ignore[arg-type]
+    ({"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("A")]}, "a part of type 'image_url'"),
     ({"messages": [user("Q"), assistant("A")], "context": "C"}, 'the field "context" (part of what the model'),
     ({"messages": [user("Q"), assistant("A")], "history": [["a", "b"]]}, 'the field "history"'),
     ({"messages": [user("Q"), assistant("A")], "prompt": "R"}, 'it has both "messages" and "prompt"'),
@@ -322,6 +324,7 @@ REFUSED = [
     ({"question": "Q", "answer": None}, "it has the fields 'question'; null: 'answer'"),
     ({"question": "Q", "answer": "A", "context": {"a": 1}}, '"context" must be a text or a list of texts'),
     ({"instruction": "Q", "output": "A", "history": [["a"]]}, '"history" must be a list of [QUESTION, ANSWER]'),
+    ({"prompt": "[{'role': 'user', 'content': 'Q'}]", "completion": "A"}, "as Python prints it; write it as JSON"),
     ({"chosen": "A", "rejected": "B"}, 'it has no prompt, and "chosen" and "rejected" begin with no message'),
     ({"prompt": "Q", "chosen": [user("R"), assistant("A")], "rejected": [user("R"), assistant("B")]}, "prompt differs"),
     ({"prompt": "Q", "chosen": "A"}, 'it has "chosen" without "rejected"'),
@@ -370,7 +373,7 @@ def test_ignored_fields_are_left_out_of_rows_and_messages_and_counted():
 def test_what_was_read_as_something_else_is_noted():
     intake = Intake()
     intake.read({"messages": [{"role": "developer", "content": "S"}, user("Q"), assistant("A"), user("Thanks")]})
-    intake.read({"messages": [system(" "), user("Q"), assistant([{"type": "text", "text": "A"}])]})  # type: ignore[arg-type]
+    intake.read({"messages": [system(" "), user("Q"), assistant([{"type": "text", "text": "A"}])]})
     intake.read({"question": "Q", "answer": 3, "context": "C"})
     assert intake.notes == {
         "messages of role developer read as system": 1,

@@ -1,16 +1,18 @@
 """Data from anywhere: lines that are no JSON, rows of other shapes, values of other types."""
 
+import gzip
 import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import strategies as st
 
 from data_prep.chat_data import encode_rows
+from data_prep.formats import Shape
 from data_prep.prepare import setup
 from data_prep.rows import SHAPES, read_rows
 from tests.children import Child
@@ -24,11 +26,12 @@ from workflows.export import held_out_prompts
 pytestmark = pytest.mark.rough
 
 
-def prepare(name: str, contents: bytes, kinds: list[str] | None) -> None:
+def prepare(name: str, contents: bytes, kinds: list[str] | None, shape: Shape | None, skip_broken: bool) -> None:
     """What `make data DATA=jsonl` does."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(contents)
-        setup("jsonl", file=Path(folder) / name, out_dir=Path(folder) / "data", kinds=kinds)
+        out_dir = Path(folder) / "data"
+        setup("jsonl", out_dir, file=Path(folder) / name, kinds=kinds, shape=shape, skip_broken=skip_broken)
 
 
 def use(checkpoint: Path, contents: bytes) -> None:
@@ -63,7 +66,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 text = words | st.text(min_size=1, max_size=20) | json_values
 message = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system"]) | json_values, "content": text}
+    {"role": st.sampled_from(["user", "assistant", "system", "Tool", "gpt"]) | json_values, "content": text},
+    optional={
+        name: json_values | st.sampled_from([0, 1, "false", "T", [{"name": "f", "arguments": "{}"}]])
+        for name in (
+            "weight",
+            "train",
+            "mask",
+            "thinking",
+            "tool_calls",
+            "function_call",
+            "tool_call_id",
+            "from",
+            "value",
+        )
+    },
 )
 messages = st.lists(message | json_values, max_size=3) | json_values
 fields: dict[str, st.SearchStrategy[Any]] = {
@@ -80,6 +97,20 @@ fields: dict[str, st.SearchStrategy[Any]] = {
     "instruction": text,
     "input": text,
     "output": text,
+    "conversations": messages,
+    "system": text,
+    "history": st.lists(st.lists(text, max_size=2), max_size=2) | json_values,
+    "context": text,
+    "tools": st.just([{"name": "f"}]) | json_values,
+    "reasoning": text,
+    "kto_tag": json_values,
+    "options": st.dictionaries(st.sampled_from("AB"), text) | json_values,
+    "solution": text,
+    "document": text,
+    "summary": text,
+    "source": text,
+    "target": text,
+    "mood": json_values,
     "kind": st.sampled_from(["a", "b", 1, True]) | json_values,
     "id": json_values,
 }
@@ -90,6 +121,13 @@ GOOD = [
     {"prompt": [{"role": "user", "content": "a"}], "choices": ["b", "c"], "answer": 0},
     {"prompt": [{"role": "user", "content": "a"}], "answers": ["b", "c"]},
     {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"},
+    {"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "e", "kto_tag": True},
+    {"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": [0]}},
+    {"question": "a", "options": {"A": "b", "B": "c"}, "answer": "B"},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"document": "a. b.", "summary": "c"},
+    {"source": "a", "target": "b"},
     {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": "c"},
 ]
 rows = st.one_of(
@@ -122,17 +160,23 @@ files = st.lists(lines, max_size=4).map(b"\n".join) | st.tuples(
     st.lists(good_line, min_size=3, max_size=8, unique=True), st.lists(rows, max_size=2)
 ).map(lambda p: b"\n".join([*p[0], *(json.dumps(row).encode() for row in p[1])]))
 files |= mutations(b"\n".join(json.dumps(row).encode() for row in GOOD))
-names = st.sampled_from(["a.jsonl", "a.jsonl", "a.json", "a.parquet", "a.txt"])
+tables = st.lists(st.lists(words, min_size=2, max_size=2).map(",".join), min_size=1, max_size=5).map(
+    lambda cells: "\n".join(["question,answer", *cells]).encode()
+)
+files |= mutations(b'question,answer\n"a, b","c"\nd,e\n') | tables | files.map(gzip.compress)
+files |= st.sampled_from(["utf-16", "utf-32-be"]).map(lambda name: json.dumps(GOOD).encode(name))
+names = st.sampled_from(["a.jsonl", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.JSONL.gz", "a.parquet", "a.txt"])
+shapes = st.none() | st.sampled_from(get_args(Shape))
 kinds = st.none() | st.sampled_from([["a"], ["b", "a"], ["1"], []])
 
 
 @amounts
 def test_a_file_of_ones_own(amount: str, child: Child) -> None:
-    def check(given: tuple[str, bytes, list[str] | None]) -> None:
+    def check(given: tuple[str, bytes, list[str] | None, Shape | None, bool]) -> None:
         outcome = child.run(prepare, *given)
         assert outcome.is_graceful, outcome
 
-    fuzz(amount, 90, st.tuples(names, files, kinds), check)
+    fuzz(amount, 90, st.tuples(names, files, kinds, shapes, st.booleans()), check)
 
 
 @amounts

@@ -425,6 +425,7 @@ def test_all_broken_lines_are_told_before_anything_is_asked(requests: list, tmp_
         {"prompt": [{"role": "user"}]},
         {"messages": [{"role": "assistant", "content": "x"}]},
         '{"question": "q", "id": NaN}',
+        {"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]},
     )
     assert main(["ask", "--file", str(file), "--model", "m"]) == 1
     error = capsys.readouterr().err
@@ -435,11 +436,12 @@ def test_all_broken_lines_are_told_before_anything_is_asked(requests: list, tmp_
         (5, "no question"),
         (6, "not end"),
         (7, "no NaN"),
+        (8, "no question"),
     ):
         assert any(f"line {number}:" in line and why in line for line in error.splitlines()), error
     assert "Nothing has been asked yet" in error and chats(requests) == []
     assert main(["ask", "--file", str(file), "--model", "m", "--skip_broken", "true"]) == 0
-    assert chats(requests) == ["fine"] and "6 lines of" in capsys.readouterr().out
+    assert chats(requests) == ["fine"] and "7 lines of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "does not exist"), ("\n\n", "holds no question")])
