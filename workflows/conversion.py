@@ -262,9 +262,8 @@ def write_checkpoint(
     write_text(output / "tokenizer.json", source.tokenizer_json)
     try:
         _write_prompt_files(source, output, stop)
-        problems = checkpoint_problems(output, place=source.place)
-        if source.chat_template is not None:
-            report_all(problems.training)
+        problems = checkpoint_problems(output, place=source.place, needs_template=source.chat_template is not None)
+        report_all(problems.training)
     except UserError as e:  # the unfinished folder's name would mean nothing to a reader
         raise UserError(str(e).replace(str(output), source.place)) from None
     if notes := problems.notes_on(source.place):

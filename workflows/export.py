@@ -131,6 +131,8 @@ def setup(
     if kinds:
         found = checkpoint_problems(directory)
         report_all(found.training + found.export)
+        if notes := found.notes_on(str(directory)):
+            print(notes)
         template = ChatTemplate.from_checkpoint(directory)
         modelfile = make_modelfile(
             template,
