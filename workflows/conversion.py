@@ -334,7 +334,7 @@ def _plan(source: Source, config: Config, tied: bool) -> list[_Output]:
 def _contradictions(source: Source, config: Config) -> list[str]:
     """List what `config.json` says otherwise than the weights do, in its own terms."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name))]
+    layers = [int(layer[1]) for name in shapes if (layer := re.match(r"model\.layers\.(\d{1,6})\.", name))]
     first = f"model.layers.{min(layers, default=0)}."
     rows = {
         "vocab_size": (config.vocab_size, HF_EMBEDDING, 0),

@@ -96,8 +96,8 @@ def setup(
     stops = [stop] if isinstance(stop, str) else stop or []
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
-    asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
-    changes = {
+    asked: dict[str, Any] = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
+    changes: dict[str, Any] = {
         "base": base,
         "chat_template": sha256(chat_template) if chat_template else None,
         "stop": stops or None,
