@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from workflows.chat_template import ChatTemplate, Message
 from workflows.checkpoint import copy_companions, load_config
 from workflows.errors import UserError
@@ -24,7 +26,7 @@ _MARK = "\ue020"  # private use: in no template and in no vocabulary
 _PROBE: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is it?"},
-    {"role": "assistant", "content": f"A{_MARK}"},
+    {"role": "assistant", "content": "It is this."},
     {"role": "user", "content": "Why?"},
 ]
 
@@ -56,7 +58,7 @@ class CheckpointProblems:
 
 
 def checkpoint_problems(
-    checkpoint_dir: Path, template_file: Path | None = None, place: str | None = None
+    checkpoint_dir: Path, template_file: Path | None = None, *, place: str | None = None, needs_template: bool = True
 ) -> CheckpointProblems:
     """Return what later steps would refuse in a checkpoint directory.
 
@@ -64,6 +66,7 @@ def checkpoint_problems(
         checkpoint_dir: The folder; its weights need not be there yet.
         template_file: A Jinja file that is to take the place of the checkpoint's chat template.
         place: The folder's name in messages, where its own would mean nothing to a reader.
+        needs_template: Whether a checkpoint without a chat template, a base model, is a problem.
 
     Raises:
         UserError: If a file is missing or malformed.
@@ -82,22 +85,32 @@ def checkpoint_problems(
     generation = read_json(file) if file.is_file() else {}
     export = _refusal(lambda: check_architecture(checkpoint_dir))
     export += _refusal(lambda: read_tokenizer(checkpoint_dir / "tokenizer.json", vocab_size))
+    template = None
     try:
         template = ChatTemplate.from_checkpoint(checkpoint_dir)
     except UserError as e:
-        return CheckpointProblems([str(e).replace(str(checkpoint_dir), place)], export)
-    training, notes = _beyond_embedding(template, vocab_size)
-    if not training:
+        if needs_template:
+            return CheckpointProblems([str(e).replace(str(checkpoint_dir), place)], export)
+    tokenizer = template.tokenizer if template else _read(checkpoint_dir / "tokenizer.json")
+    training, notes = _beyond_embedding(tokenizer, _written(template) if template else set(), vocab_size)
+    if template is not None and not training:
         training = [
             f"{message} `download` takes --stop TOKEN and --chat_template FILE."
             for message in _refusal(lambda: template.turn_end)
         ] or template.problems()
-    if not training:
-        notes += template.remarks()
+    if template is not None and not training:
         export += _refusal(lambda: make_modelfile(template, generation, num_ctx=1, num_thread=1))
-    notes += _unknown_stops(template, generation)
+        notes += template.remarks() + _unknown_stops(template, generation)
     found = (training, export, notes)
     return CheckpointProblems(*([text.replace(str(checkpoint_dir), place) for text in texts] for texts in found))
+
+
+def _read(file: Path) -> Tokenizer:
+    """Read a tokenizer."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # tokenizers raises bare Exception for every malformed file
+        raise UserError(f"{file} is not a readable tokenizer ({e}). Download the model again.") from None
 
 
 def _refusal(check: Callable[[], object]) -> list[str]:
@@ -109,20 +122,24 @@ def _refusal(check: Callable[[], object]) -> list[str]:
     return []
 
 
-def _beyond_embedding(template: ChatTemplate, vocab_size: int) -> tuple[list[str], list[str]]:
+def _written(template: ChatTemplate) -> set[int]:
+    """Return the ids that the template writes around messages, and those that end an answer."""
+    ids = set(template.stop_ids)
+    for probe in (_PROBE, _PROBE[1:]):
+        with contextlib.suppress(UserError):  # a template may refuse system messages
+            text = template.render(probe, add_generation_prompt=True)
+            ids |= set(template.tokenizer.encode(text, add_special_tokens=False).ids)
+    return ids
+
+
+def _beyond_embedding(tokenizer: Tokenizer, written: set[int], vocab_size: int) -> tuple[list[str], list[str]]:
     """Return refusals of and notes on tokens whose ids have no row in the embedding.
 
     Many published tokenizers have a few added tokens too many, which no text of theirs uses. What the template writes,
     what ends an answer, and what plain text is made of must have a row.
     """
-    tokenizer = template.tokenizer
     added = set(tokenizer.get_added_tokens_decoder())
     beyond = {token_id: text for text, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
-    written = set(template.stop_ids)
-    for probe in (_PROBE, _PROBE[1:]):
-        with contextlib.suppress(UserError):  # a template may refuse system messages
-            text = template.render(probe, add_generation_prompt=True)
-            written |= set(tokenizer.encode(text, add_special_tokens=False).ids)
     refused = [token_id for token_id in sorted(beyond) if token_id in written or token_id not in added]
     rest = [token_id for token_id in sorted(beyond) if token_id not in refused]
 

@@ -262,9 +262,8 @@ def write_checkpoint(
     write_text(output / "tokenizer.json", source.tokenizer_json)
     try:
         _write_prompt_files(source, output, stop)
-        problems = checkpoint_problems(output, place=source.place)
-        if source.chat_template is not None:
-            report_all(problems.training)
+        problems = checkpoint_problems(output, place=source.place, needs_template=source.chat_template is not None)
+        report_all(problems.training)
     except UserError as e:  # the unfinished folder's name would mean nothing to a reader
         raise UserError(str(e).replace(str(output), source.place)) from None
     if notes := problems.notes_on(source.place):
@@ -335,7 +334,7 @@ def _plan(source: Source, config: Config, tied: bool) -> list[_Output]:
 def _contradictions(source: Source, config: Config) -> list[str]:
     """List what `config.json` says otherwise than the weights do, in its own terms."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name))]
+    layers = [int(layer[1]) for name in shapes if (layer := re.match(r"model\.layers\.(\d{1,6})\.", name))]
     first = f"model.layers.{min(layers, default=0)}."
     rows = {
         "vocab_size": (config.vocab_size, HF_EMBEDDING, 0),
@@ -349,20 +348,22 @@ def _contradictions(source: Source, config: Config) -> list[str]:
         ),
     }
     found = [
-        f"{key} is {wanted} by config.json, but {shapes[name][dimension]} by the shape of {name}"
+        f"{key} is {wanted} in the configuration, but {shapes[name][dimension]} by the shape of {name}"
         for key, (wanted, name, dimension) in rows.items()
         if len(shapes.get(name, ())) == 2 and shapes[name][dimension] != wanted
     ]
     if layers and max(layers) + 1 != config.n_layer:
-        found.append(f"num_hidden_layers is {config.n_layer} by config.json, but the weights have {max(layers) + 1}")
+        found.append(
+            f"num_hidden_layers is {config.n_layer} in the configuration, but the weights have {max(layers) + 1}"
+        )
     if HEAD not in shapes and not source.config.get("tie_word_embeddings", False):
         found.append(
-            f"config.json says that the head is not tied to the embedding, but the weights have no {HEAD}; if this "
-            "model is tied, set tie_word_embeddings to true in its config.json"
+            f"the configuration says that the head is not tied to the embedding, but the weights have no {HEAD}; if "
+            "this model is tied, set tie_word_embeddings to true in its config.json"
         )
     biases = [name for name in shapes if re.search(r"_proj\.bias$", name)]
     if biases and not config.attn_bias:
-        found.append(f"the weights have biases ({biases[0]}, …), which this architecture has not by config.json")
+        found.append(f"the weights have biases ({biases[0]}, …), which a model of this configuration does not have")
     return found
 
 

@@ -66,7 +66,7 @@ def setup(
     path_file: Path | None = None,
     base: str | None = None,
     chat_template: Path | None = None,
-    stop: str | list[str] | None = None,
+    stop: list[str] | str | None = None,
 ) -> None:
     """Get a checkpoint and write it as a complete LitGPT checkpoint directory, CHECKPOINTS_DIR/ORG/NAME.
 
@@ -96,8 +96,8 @@ def setup(
     stops = [stop] if isinstance(stop, str) else stop or []
     origin = find_model(model, revision, hub_id)
     target = checkpoints_dir / origin.org / origin.name.lower()
-    asked = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
-    changes = {
+    asked: dict[str, Any] = {"kind": origin.kind, "place": origin.place, "revision": revision, "dtype": dtype}
+    changes: dict[str, Any] = {
         "base": base,
         "chat_template": sha256(chat_template) if chat_template else None,
         "stop": stops or None,
@@ -217,7 +217,9 @@ def _is_there(target: Path, asked: dict[str, Any], origin: _Origin) -> bool:
     if not (target / PROVENANCE).is_file():
         return False
     made_from = read_json(target / PROVENANCE).get("sources", {}).get("model", {})
-    if differing := {key: made_from.get(key) for key in asked if made_from.get(key) != asked[key]}:
+    base = made_from.get("base") or {}
+    was = {**made_from, "base": base.get("name")}
+    if differing := {key: was.get(key) for key in asked if was.get(key) != asked[key]}:
         raise UserError(
             f"{target} was made from something else: "
             + ", ".join(f"{key} {old!r} instead of {asked[key]!r}" for key, old in differing.items())
@@ -227,8 +229,7 @@ def _is_there(target: Path, asked: dict[str, Any], origin: _Origin) -> bool:
         raise UserError(
             f"{origin.place} has changed since {target} was made from it. Delete that folder to make it again."
         )
-    base = made_from.get("base")
-    if isinstance(base, dict) and Path(base["place"]).exists() and _base_hashes(base) != _hashes_in(base):
+    if base and Path(base["place"]).exists() and _base_hashes(base) != _hashes_in(base):
         raise UserError(
             f"{base['place']}, the base of {origin.place}, has changed since {target} was made from it. Delete that "
             "folder to make it again."
@@ -295,7 +296,8 @@ def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dic
     print(f"{place} is a LoRA adapter for {name}; the two are merged.")
     if (Path(name) / WEIGHTS).is_file():
         source = read_checkpoint(check_checkpoint_dir(name))
-        return merge_adapter(adapter, source), {"kind": "checkpoint", "place": name, **describe_source(Path(name))}
+        made = {"name": name, "kind": "checkpoint", "place": name, **describe_source(Path(name))}
+        return merge_adapter(adapter, source), made
     try:
         origin = find_model(name)
         revision = config.get("revision") if base is None and origin.kind == "hub" else None
@@ -305,7 +307,7 @@ def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dic
         source = (read_hf_dir if path.is_dir() else read_gguf)(path)
     except UserError as e:
         raise UserError(f"{place} is a LoRA adapter for {name}. {e}\nAnother base is named with --base.") from None
-    made = {"kind": origin.kind, "place": origin.place, "revision": revision, **facts}
+    made = {"name": name, "kind": origin.kind, "place": origin.place, "revision": revision, **facts}
     return merge_adapter(adapter, source), made
 
 

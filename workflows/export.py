@@ -140,6 +140,8 @@ def setup(
     if kinds:
         found = checkpoint_problems(directory)
         report_all(found.training + found.export)
+        if notes := found.notes_on(str(directory)):
+            print(notes)
         modelfile = make_modelfile(
             template,
             read_json(file) if (file := directory / "generation_config.json").is_file() else {},

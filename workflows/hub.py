@@ -20,6 +20,8 @@ _OFFLINE = (
 def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
     """Download safetensors (or, where a repository has none, `.bin` weights), tokenizer, template and configuration.
 
+    A repository with an adapter in PEFT's format is fetched alike; its base is another model.
+
     Files land in the Hub's own cache (`HF_HOME`), where an interrupted download is resumed and other tools find them.
 
     Args:

@@ -31,7 +31,7 @@ from workflows.training.batch import PackedBatch, Tree, pack
 from workflows.training.length import limited_to
 from workflows.training.loop import Objective, TrainArgs, step_indices
 from workflows.training.model import GPT
-from workflows.training.step import RunArgs, decided, done_before, run_step, sources
+from workflows.training.step import RunArgs, check_base, decided, done_before, run_step, sources
 
 
 class SFT(Objective):
@@ -162,6 +162,7 @@ def run_litgpt(settings: dict[str, Any]) -> None:
         UserError: If LitGPT ends with an error (its own output stands above the message).
     """
     began = step_began()
+    check_base(settings, print)
     train: TrainArgs = settings["train"]
     base, final = Path(settings["checkpoint_dir"]), Path(settings["out_dir"]) / "final"
     unfinished = final.parent / "litgpt"

@@ -147,8 +147,9 @@ def test_an_unused_token_without_a_row_is_a_note_and_left_out_of_the_gguf(folder
     assert "training and evaluation work, but" not in told
     train(checkpoint, data, tmp_path / "run")
     assert "'<pad>'" in capsys.readouterr().out
-    write_gguf(checkpoint, tmp_path / "m.gguf", "f32", "mine", SHA)
-    tokens = GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"].contents()
+    export.setup(checkpoint, name="mine", out_dir=tmp_path / "out", quantize="f32", create=False)
+    assert "a GGUF file leaves them out" in capsys.readouterr().out
+    tokens = GGUFReader(tmp_path / "out" / "mine-f32.gguf").fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == rows and "<pad>" not in tokens
 
 
@@ -185,6 +186,13 @@ def test_a_needed_token_without_a_row_is_refused(spoil, token, folder, data, tmp
         train(checkpoint, data, tmp_path / "run")  # it came from elsewhere, or was edited
     with pytest.raises(UserError, match="needed but have no row in the embedding"):
         export.setup(checkpoint, out_dir=tmp_path / "out", create=False)
+
+
+def test_a_base_models_tokenizer_must_fit_its_embedding_too(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    longer_vocabulary(folder)
+    with pytest.raises(UserError, match="'zzz'"):
+        download(folder, tmp_path / "c")
 
 
 def test_stop_tokens_that_are_none_are_named(folder, tmp_path, capsys):

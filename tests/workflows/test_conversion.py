@@ -302,25 +302,28 @@ BAD = {
     "quantized weights": (lambda d: break_config(d, quantization_config={"bits": 4}), "quantized"),
     "wrong size": (
         lambda d: break_config(d, intermediate_size=128),
-        r"intermediate_size is 128 by config.json, but 96 by .*(.|\n)*fc_1.weight has shape \(96, 48\), expected",
+        r"intermediate_size is 128 in the configuration, but 96 by .*(.|\n)*fc_1.weight has shape \(96, 48\), expected",
     ),
     "too many layers": (
         lambda d: break_config(d, num_hidden_layers=3),
-        r"num_hidden_layers is 3 by config.json, but the weights have 2(.|\n)*transformer.h.2.*is missing",
+        r"num_hidden_layers is 3 in the configuration, but the weights have 2(.|\n)*transformer.h.2.*is missing",
     ),
     "too few layers": (
         lambda d: break_config(d, num_hidden_layers=1),
-        r"num_hidden_layers is 1 by config.json, but the weights have 2(.|\n)*h.1.* has no place in a model of this",
+        r"num_hidden_layers is 1 in the configuration, but the weights have 2(.|\n)*h.1.* has no place in a model",
     ),
-    "another vocabulary": (lambda d: break_config(d, vocab_size=400), r"vocab_size is 400 by config.json, but \d+ by"),
-    "another width": (lambda d: break_config(d, hidden_size=96), r"hidden_size is 96 by config.json, but 48 by"),
+    "another vocabulary": (
+        lambda d: break_config(d, vocab_size=400),
+        r"vocab_size is 400 in the configuration, but \d+ by",
+    ),
+    "another width": (lambda d: break_config(d, hidden_size=96), r"hidden_size is 96 in the configuration, but 48 by"),
     "another head size": (
         lambda d: break_config(d, head_dim=24),
-        r"num_attention_heads \* head_dim is 96 by config.json, but 48 by(.|\n)*num_key_value_heads \* head_dim is 48",
+        r"num_attention_heads \* head_dim is 96 in the configuration, but 48 by(.|\n)*_value_heads \* head_dim is 48",
     ),
     "fewer heads": (
         lambda d: break_config(d, num_key_value_heads=4),
-        r"num_key_value_heads \* head_dim is 48 by config.json, but 24 by",
+        r"num_key_value_heads \* head_dim is 48 in the configuration, but 24 by",
     ),
     "biases that config.json denies": (
         lambda d: edit_weights(d, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
@@ -328,7 +331,7 @@ BAD = {
     ),
     "no head": (
         lambda d: break_config(d, tie_word_embeddings=False),
-        r"the weights have no lm_head.weight; if this model is tied, set tie_word_embeddings(.|\n)*lm_head.weight is",
+        r"the weights have no lm_head.weight; if this model is tied, set tie_word_embeddings(.|\n)*weight is missing",
     ),
     "a flag that is none": (
         lambda d: break_config(d, tie_word_embeddings="no"),

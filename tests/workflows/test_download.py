@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from workflows import conversion, download
@@ -320,8 +321,6 @@ def test_the_licence_of_a_known_hub_model_is_recorded(hub, tmp_path, monkeypatch
 
 
 def test_bin_weights_are_taken_only_where_there_are_no_others(hub, tmp_path, tiny_llama):
-    from safetensors.torch import load_file
-
     torch.save(load_file(hub.repo / "model.safetensors"), hub.repo / "pytorch_model.bin")
     setup(model="Org/Tiny-Model", checkpoints_dir=tmp_path / "first")
     assert not any(".bin" in request for request in hub.asked)
@@ -333,6 +332,26 @@ def test_bin_weights_are_taken_only_where_there_are_no_others(hub, tmp_path, tin
     expected = load_weights(tiny_llama)
     got = load_weights(tmp_path / "second" / "org" / "tiny-model")
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_on_the_hub_is_fetched_and_merged(hub, tmp_path, tiny_llama_hf):
+    """Its base is another model, here a local folder; both are recorded."""
+    for path in hub.repo.iterdir():
+        if path.suffix in (".json", ".jinja", ".safetensors"):
+            path.unlink()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(tiny_llama_hf)}
+    (hub.repo / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.0.mlp.up_proj"
+    update = {f"{layer}.lora_A.weight": torch.ones(1, 48), f"{layer}.lora_B.weight": torch.full((96, 1), 0.5)}
+    save_file(update, hub.repo / "adapter_model.safetensors")
+    setup(model="Org/Tiny-Model", checkpoints_dir=tmp_path / "c")
+    weights = load_weights(tmp_path / "c" / "org" / "tiny-model")
+    base = load_file(tiny_llama_hf / "model.safetensors")
+    expected = base["model.layers.0.mlp.up_proj.weight"] + 2 / 1 * 0.5 * torch.ones(96, 48)
+    assert torch.equal(weights["transformer.h.0.mlp.fc_2.weight"], expected)
+    assert torch.equal(weights["transformer.h.0.mlp.fc_1.weight"], base["model.layers.0.mlp.gate_proj.weight"])
+    found = json.loads((tmp_path / "c" / "org" / "tiny-model" / "provenance.json").read_text())["sources"]["model"]
+    assert (found["commit"], found["base"]["kind"], found["base"]["place"]) == (COMMIT, "folder", str(tiny_llama_hf))
 
 
 def test_a_broken_connection_resumes_where_it_stopped(hub, tmp_path):

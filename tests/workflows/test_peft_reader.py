@@ -126,7 +126,7 @@ def test_an_adapter_trained_on_a_merged_hub_adapter_does_not_name_the_hub_as_its
     assert find_base(final, tmp_path / "x").made_by is not None
 
 
-def test_a_base_is_named_or_taken_from_a_checkpoint(tiny_llama_hf, tiny_llama, tmp_path):
+def test_a_base_is_named_or_taken_from_a_checkpoint(tiny_llama_hf, tiny_llama, tmp_path, capsys):
     expected = make_adapter(tiny_llama_hf, tmp_path / "adapter", target_modules=ALL)
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -142,6 +142,8 @@ def test_a_base_is_named_or_taken_from_a_checkpoint(tiny_llama_hf, tiny_llama, t
     for base in (tiny_llama, tiny_llama_hf):
         made = download(tmp_path / "adapter", tmp_path / base.parent.name, base=str(base))
         assert (logits_of(made) - expected).abs().max() <= 1e-4
+        download(tmp_path / "adapter", tmp_path / base.parent.name, base=str(base))
+        assert "already there" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made from something else: base"):
         download(tmp_path / "adapter", tmp_path / tiny_llama.parent.name, base=str(tiny_llama_hf))
     with pytest.raises(UserError, match="--base goes with a LoRA adapter"):

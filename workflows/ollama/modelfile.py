@@ -208,9 +208,12 @@ def make_modelfile(
             f"generation_config.json: {', '.join(f'{n} is {v!r:.40}, not a number' for n, v in odd.items())}."
         )
     stops = [template.tokenizer.id_to_token(stop_id) for stop_id in template.stop_ids]
+    derived = derive(template)
+    # A template that takes no system message writes any default itself, before the first question.
+    system = "" if derived.system_before is None else template.default_system
     return Modelfile(
-        derive(template).source,
-        template.default_system if '"""' not in template.default_system else "",
+        derived.source,
+        system if '"""' not in system else "",
         {
             "stop": stops,
             "num_ctx": num_ctx,

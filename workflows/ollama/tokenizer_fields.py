@@ -62,7 +62,7 @@ def read_tokenizer(file: Path, vocab_size: int) -> GGUFTokenizer:
         ) from None
     except ValueError as e:
         raise UserError(f"{file}: {e}") from None
-    if max(texts) >= vocab_size:
+    if max(texts, default=0) >= vocab_size:
         raise UserError(
             f"{file} has the token id {max(texts)}, but the model only {vocab_size} embeddings: they do not belong "
             "together. Download the model again."

@@ -170,7 +170,7 @@ def run_step(
     final = Path(settings["out_dir"]) / "final"
     fabric = make_fabric(run.devices, run.num_nodes, run.strategy, run.accelerator)
     with launched(fabric), watched(final.parent, fabric.global_rank == 0):
-        _check_base(fabric, settings)
+        check_base(settings, fabric.print)
         mode: ResumeMode = "matching" if run.resume == "auto" and final.is_dir() else run.resume
         objective = make_objective(fabric)
         given: TrainArgs = settings["train"]
@@ -179,12 +179,20 @@ def run_step(
         _train(fabric, step, settings, run, objective, final, mode)
 
 
-def _check_base(fabric: L.Fabric, settings: dict[str, Any]) -> None:
-    """Refuse a checkpoint that cannot be trained, and name what a later export would refuse, before the first step."""
+def check_base(settings: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Refuse a checkpoint that cannot be trained, and name what a later export would refuse, before the first step.
+
+    Args:
+        settings: The step's arguments.
+        say: Prints a text, in one process.
+
+    Raises:
+        UserError: If the checkpoint, with the chat template that the step was given, cannot be trained.
+    """
     problems = checkpoint_problems(Path(settings["checkpoint_dir"]), settings.get("chat_template"))
     report_all(problems.training)
     if notes := problems.notes_on(str(settings["checkpoint_dir"])):
-        fabric.print(notes)
+        say(notes)
 
 
 def _train(

@@ -125,3 +125,14 @@ def test_literal_braces_and_quotes_stay_text(chatml: ChatTemplate) -> None:
     source = derive(of(chatml, QUOTES)).source
     assert '"""' not in source  # it would end the Modelfile's value
     assert '{{ "{{ \\"user\\"\\"\\" }}" }}' in source or '\\"user\\"' in source
+
+
+def test_a_template_that_refuses_system_messages_has_a_modelfile(chatml: ChatTemplate) -> None:
+    modelfile = make_modelfile(of(chatml, NO_SYSTEM), {}, num_ctx=8, num_thread=1)
+    assert (modelfile.system, modelfile.parameters["stop"]) == ("", ["<|im_end|>"])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": "hot"}, {"top_k": [1]}, {"top_p": {}}])
+def test_settings_that_are_no_numbers_are_refused(settings: dict, chatml: ChatTemplate) -> None:
+    with pytest.raises(UserError, match=r"generation_config.json: \w+ is .*, not a number"):
+        make_modelfile(chatml, settings, num_ctx=8, num_thread=1)
