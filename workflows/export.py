@@ -348,8 +348,8 @@ def verify(
         wide = [d for d in result.differences if not d["near_tie"]]
         if kind == "f16" and wide:
             raise UserError(
-                f"f16 in Ollama gives other answers than LitGPT: {len(wide)} of {result.prompts} part from it where the "
-                f"logits are more than {NEAR_TIE} apart. The first: {json.dumps(wide[0], ensure_ascii=False)}"
+                f"f16 in Ollama gives other answers than LitGPT: {len(wide)} of {result.prompts} part from it where "
+                f"the logits are more than {NEAR_TIE} apart. The first: {json.dumps(wide[0], ensure_ascii=False)}"
             )
     return results
 
