@@ -120,7 +120,7 @@ def setup(
     if not local and (written, max_new_tokens) != (WRITTEN, MAX_NEW_TOKENS):
         raise UserError("--written and --max_new_tokens are about local tasks, and --tasks names none.")
     prompts, remarks = settle_prompts(leaves, chat, apply_chat_template, num_fewshot, fewshot_as_multiturn)
-    print("\n".join(_told(prompts)))
+    print("\n".join(_describe_prompts(prompts)))
     with watched(out_dir), PeakMemory() as peak:
         model = load_for_evaluation(checkpoint_dir, precision, device)
         identity = {"model": model_hash(checkpoint_dir), "precision": precision, "device": device}
@@ -162,9 +162,9 @@ def setup(
     if baseline is not None:
         compared, differences = compare_samples(baseline, samples)
         remarks += differences + _prompts_differ(baseline, prompts)
-    if any(how["chat_template"] for how in prompts.values()) and not lm.takes_system:
+    if lm.folded:
         remarks.append(
-            "the chat template takes no system message: a task's description opens its first message instead"
+            "the chat template takes no system message: a task's description opens the first user message instead"
         )
     if lm.truncated:
         remarks.append(f"{lm.truncated} requests were longer than the model's context and lost text at their beginning")
@@ -223,8 +223,8 @@ def _has_template(checkpoint_dir: Path) -> bool:
     return (checkpoint_dir / "chat_template.jinja").is_file() or isinstance(in_config, str)
 
 
-def _told(prompts: dict[str, dict[str, Any]]) -> list[str]:
-    """How the prompts are made, a line for tasks that are alike."""
+def _describe_prompts(prompts: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines on how the prompts are made, one for all tasks that are alike."""
     alike: dict[str, list[str]] = {}
     for task, how in prompts.items():
         text = "by the chat template" if how["chat_template"] else "without the chat template"

@@ -47,7 +47,6 @@ from workflows.training.processes import choose_accelerator
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_K_M", "q4_K_S"]
 _BY_OLLAMA = ("q4_K_M", "q4_K_S")
 """Types that Ollama itself makes."""
-_F16_AGREEMENT = 0.9
 _LOST_GAP = 5.0
 """A token whose logit is so much lower than the best is no rounding of a working model's weights."""
 _HF_USAGE = """```python
@@ -346,8 +345,8 @@ def verify(
     """Verify each model against LitGPT's answers.
 
     Raises:
-        UserError: If prompt ids differ, a model is broken, or f16 agrees with LitGPT on too few answers, or parts from
-            it elsewhere than at near ties.
+        UserError: If prompt ids differ, a model is broken, or f16 parts from LitGPT elsewhere than at near ties. How
+            many near ties there are is a matter of the processor.
     """
     results: dict[str, Verification] = {}
     for kind in kinds:
@@ -365,12 +364,10 @@ def verify(
                 f"more than {_LOST_GAP} lower. The first: {json.dumps(lost[0], ensure_ascii=False)}. Use another type."
             )
         wide = [d for d in result.differences if not d["near_tie"]]
-        if kind == "f16" and (result.greedy_agreement < _F16_AGREEMENT or wide):
-            shown = (wide or result.differences)[0]
+        if kind == "f16" and wide:
             raise UserError(
-                f"f16 in Ollama gives other answers than LitGPT: {result.greedy_agreement:.2f} of {result.prompts} "
-                f"agree (at least {_F16_AGREEMENT} are to), {len(wide)} of the others part where the logits are more "
-                f"than {NEAR_TIE} apart. The first: {json.dumps(shown, ensure_ascii=False)}"
+                f"f16 in Ollama gives other answers than LitGPT: {len(wide)} of {result.prompts} part from it where "
+                f"the logits are more than {NEAR_TIE} apart. The first: {json.dumps(wide[0], ensure_ascii=False)}"
             )
     return results
 

@@ -242,7 +242,22 @@ def test_where_results_go():
 
 
 @pytest.mark.checkpoint
-def test_real_checkpoint_knows_more_than_chance(embedded_checkpoint, hpo_data, tmp_path):
-    setup(embedded_checkpoint, limit=40, data_dir=hpo_data, out_dir=tmp_path)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["metrics"]}
-    assert rows["acc"]["value"] > 0.25 + 2 * rows["acc"]["stderr"]
+def test_the_real_checkpoint_reads_the_question(embedded_checkpoint, hpo_data, tmp_path):
+    """The right answer is far more probable after its own question than after another one."""
+    rows = read_rows(hpo_data / "hpo_mcq" / "test.jsonl", "scoring")[:20]
+    others = [{**row, "prompt": rows[i - 1]["prompt"]} for i, row in enumerate(rows)]
+    means = []
+    for name, questions in (("own", rows), ("other", others)):
+        folder = tmp_path / name / "hpo_mcq"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+        metrics = evaluate(embedded_checkpoint, folder.parent, tmp_path / f"{name}-scores", written=0)
+        samples = [json.loads(line) for line in samples_of(tmp_path / f"{name}-scores").splitlines()]
+        scores = [[resp[0][0] for resp in sample["resps"]] for sample in samples]
+        right = [row["answer"] for row in questions]
+        acc = (
+            sum(max(range(4), key=each.__getitem__) == answer for each, answer in zip(scores, right, strict=True)) / 20
+        )
+        assert {row["name"]: row["value"] for row in metrics["metrics"]}["acc"] == pytest.approx(acc)
+        means.append(sum(each[answer] for each, answer in zip(scores, right, strict=True)) / 20)
+    assert means[0] - means[1] > 5  # nats; it is 16, and rounding moves it in the third digit

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data_prep.rows import read_rows
+from tests.rounding import near_tie_of_8_bits
 from tests.workflows.fake_ollama import Handler, Reply, fake_ollama, show, speak
-from tests.workflows.rounding import near_tie_of_8_bits
 from workflows.__main__ import main
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError

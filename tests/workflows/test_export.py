@@ -191,8 +191,7 @@ def verdict(monkeypatch, kind: str, gaps: list[float], prompts: int = 20) -> dic
 @pytest.mark.parametrize(
     ("kind", "gaps", "message"),
     [
-        ("f16", [0.1] * 3, "f16 in Ollama gives other answers than LitGPT: 0.85 of 20"),
-        ("f16", [0.1, 0.9], r'1 of the others part .* The first: .*"logit_gap": 0.9'),
+        ("f16", [0.1, 0.9], r'f16 in Ollama gives other answers .*: 1 of 20 part .* The first: .*"logit_gap": 0.9'),
         ("q8_0", [0.2] + [6.0] * 11, r'q8_0 in Ollama is broken: 11 of 20 .* The first: .*"logit_gap": 6.0'),
     ],
 )
@@ -201,7 +200,7 @@ def test_a_model_that_answers_otherwise_fails_the_verification(kind: str, gaps, 
         verdict(monkeypatch, kind, gaps)
 
 
-@pytest.mark.parametrize(("kind", "gaps"), [("f16", [0.1, 0.2]), ("q8_0", [0.9] * 8), ("q4_K_M", [6.0] * 10)])
+@pytest.mark.parametrize(("kind", "gaps"), [("f16", [0.1, 0.2] * 3), ("q8_0", [0.9] * 8), ("q4_K_M", [6.0] * 10)])
 def test_near_ties_and_the_cost_of_few_bits_pass(kind: str, gaps, monkeypatch) -> None:
     assert verdict(monkeypatch, kind, gaps)[kind].greedy_agreement == 1 - len(gaps) / 20
 

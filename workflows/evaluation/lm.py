@@ -44,6 +44,7 @@ class LitGPTLM(TemplateLM):
 
     Attributes:
         truncated: How many requests were longer than the context and lost tokens on the left, as in lm-eval's `hf`.
+        folded: Whether a description was put into a question, since the template takes no system message.
         prompts: The first prompt of each task, as the model is shown it: its text with the special tokens, its number
             of tokens, and the continuation that is scored after it.
     """
@@ -80,6 +81,7 @@ class LitGPTLM(TemplateLM):
         self.cache = cache if cache is not None else ResultCache()
         self.seed = seed
         self.truncated = 0
+        self.folded = False
         self.prompts: dict[str, dict[str, Any]] = {}
         self._name = name
         self._progress = progress
@@ -120,6 +122,7 @@ class LitGPTLM(TemplateLM):
         question where the template takes no system message.
         """
         if chat_history[0]["role"] == "system" and not self.takes_system:
+            self.folded = True
             system, user, *others = chat_history
             chat_history = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
         text = self.template.render(chat_history, add_generation_prompt)

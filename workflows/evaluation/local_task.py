@@ -118,7 +118,7 @@ class LocalTask(ConfigurableTask):
         system = _system(messages)
         first = 1 if system else 0
         turns: list[Message] = []
-        for row in self.fewshot_rnd.sample(self._examples[system], num_fewshot):  # type: ignore[union-attr]
+        for row in self.fewshot_rnd.sample(self._examples[system], num_fewshot):
             answer = {"role": "assistant", "content": row["choices"][row["answer"]]}
             turns += [*row["prompt"][first:], answer]
         if self._template is None or fewshot_as_multiturn:

@@ -96,18 +96,24 @@ def _manager(include_path: Path | None, include_defaults: bool) -> TaskManager:
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if include_defaults:
         manager._index = {**all_tasks().task_index, **manager.task_index}
-    manager._factory = _BesideItsData()
+    if include_path is not None:
+        manager._factory = _BesideItsData(include_path.resolve())
     return manager
 
 
 class _BesideItsData(TaskFactory):
-    """Reads task files; data that a file names by a relative path may be beside the file, too."""
+    """Reads task files; data that a user's file names by a relative path may be beside the file, too."""
+
+    def __init__(self, include_path: Path) -> None:
+        super().__init__()
+        self._include_path = include_path
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config = super()._load_full_config(entry, overrides)
-        if entry.yaml_path is not None:
+        if entry.yaml_path is not None and entry.yaml_path.resolve().is_relative_to(self._include_path):
             folder = entry.yaml_path.resolve().parent
-            config |= {name: _found(config[name], folder) for name in ("dataset_path",) if config.get(name)}
+            if str(config.get("dataset_path", "")).startswith("."):
+                config["dataset_path"] = _found(config["dataset_path"], folder)
             kwargs = dict(config.get("dataset_kwargs") or {})
             kwargs |= {name: _found(kwargs[name], folder) for name in ("data_files", "data_dir") if kwargs.get(name)}
             config |= {"dataset_kwargs": kwargs} if kwargs else {}
@@ -179,6 +185,9 @@ def load_tasks(
     problems += [_unknown(name, known, include_path) for name in foreign if name not in manager.task_index]
     if include_path is not None:
         problems += _ambiguous(foreign, include_path)
+        if not problems and not any(name in users for name in names):
+            has = f"it defines {', '.join(sorted(users))}" if users else "it defines none"
+            problems.append(f"--include_path {include_path}: --tasks names no task of it; {has}.")
     report_all(problems)
     own = {name: users[name] for name in foreign if name in users}
     for name, entry in own.items():

@@ -101,7 +101,7 @@ def test_preferences_are_learned_and_counted(data, tmp_path, capsys):
     assert told["pair_accuracy_before"]["value"] == 0.5 and told["pair_accuracy"]["value"] > 0.9
     assert told["logprob_accuracy"]["value"] >= told["logprob_accuracy_before"]["value"]
     assert told["margin"]["value"] > 0.01 and told["margin"]["n"] == 20 == told["pair_accuracy"]["n"]
-    assert told["answer_loss"]["value"] < 2
+    assert told["answer_loss"]["value"] < 3  # it is 1.7; of a model that knows nothing over 5
     assert [answer["wanted"] for answer in found["shown"]] == [f"It is {WORDS[n % 8]} {n}, so." for n in (90, 91, 92)]
     assert all(answer["before"] and answer["question"] for answer in found["shown"])
     assert "pair accuracy before        0.500" in capsys.readouterr().out

@@ -62,8 +62,8 @@ def numbers(out_dir: Path) -> dict[str, float]:
 
 def test_it_learns_to_find_what_no_baseline_finds(trained):
     found = numbers(trained)
-    assert found["exact"] > 0.8 and found["f1"] >= found["exact"]
-    assert found["exact_commonest_answer"] < 0.5 > found["exact_likest_phrase"] and "f1_likest_sentence" in found
+    assert found["exact"] > 2 * max(found["exact_commonest_answer"], found["exact_likest_phrase"])  # 0.91, 0.25, 0.16
+    assert found["f1"] >= found["exact"] and "f1_likest_sentence" in found
     settings = json.loads((trained / "metrics.json").read_text())["settings"]
     assert settings["max_answer_tokens"] == 30
 

