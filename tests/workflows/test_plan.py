@@ -203,14 +203,21 @@ def test_sampling_of_a_sharded_run_takes_all_the_weights_besides(capsys):
     assert float(sampling) == pytest.approx(2.0 + 16.1 + 17.2, abs=2)  # shards, all weights, the answers' cache
 
 
-def test_gradients_of_a_sharded_run_are_whole_until_its_last_row(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+def test_gradients_of_a_sharded_run_are_sharded_row_by_row_or_after_its_last_row(precision, tmp_path):
+    """Row by row where there are float32 masters, since whole ones would take 4 bytes for each weight on each GPU."""
     lora = ["lora", "--config", "workflows/recipes/llama-3.1-8b-instruct/lora-8x80gb.yaml", "--read_data", "false"]
     lora += ["--checkpoint_dir", "llama-3.1-8b-instruct", "--accelerator", "cuda", "--data", "data/none"]
-    lora += ["--lora_r", "0", "--train.row_tokens", "4096"]
+    lora += ["--lora_r", "0", "--train.row_tokens", "4096", "--precision", precision]
     assert main(["plan", *lora, "--json_file", str(tmp_path / "plan.json")]) == 0
     moments = json.loads((tmp_path / "plan.json").read_text())["moments"]
-    assert moments["a row's forward and backward pass"]["gradients"] == 2 * 8_030_261_248
-    assert moments["the optimizer's step"]["gradients"] == 2 * 8_030_261_248 // 8
+    masters = precision == "bf16-true"
+    passing, stepping = moments["a row's forward and backward pass"], moments["the optimizer's step"]
+    assert passing["gradients"] == 4 * 8_030_261_248 // (8 if masters else 1)
+    assert stepping["gradients"] == 4 * 8_030_261_248 // 8
+    assert stepping["optimizer (AdamW)"] == 8 * 8_030_261_248 // 8
+    assert stepping.get("master weights in float32") == (4 * 8_030_261_248 // 8 if masters else None)
+    assert ("gradients on their way" in passing) == masters and "gradients on their way" not in stepping
 
 
 def test_a_head_that_may_be_tied_is_said(capsys):

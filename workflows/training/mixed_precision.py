@@ -5,6 +5,11 @@ A 16-bit parameter cannot take most of AdamW's updates: bfloat16 has 8 significa
 weight rounds to nothing, and a second moment that decays by 0.1% a step never decays. The optimizer therefore steps
 float32 copies, with float32 moments and gradients; after each step the model gets them rounded to its own type. The
 model that is validated, sampled from and written at the end is that 16-bit one.
+
+Rounded to nearest, a weight of a 16-bit checkpoint would rest until its copy has moved by half of its last bit (12 to 24
+steps of 1e-5 for a weight of 0.1 in bfloat16). `dithered` rounds up or down in proportion to where the copy lies between
+its two neighbours, as stochastic rounding does (Gupta et al. 2015, arXiv 1502.02551), so that on average the weights
+move as far as their copies, from the first step on.
 """
 
 import math
@@ -13,9 +18,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workflows.training.whole import is_sharded
 
+_MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
+_CHUNK = 1 << 18
+_GOLDEN = 0x9E3779B1 - (1 << 32)
+"""2^32 by the golden ratio, as int32 holds it: multiples of it modulo 2^32 are spread evenly over all strides."""
 LOSS_SCALE = 64.0
 """Initial and largest factor of the loss of one unit (a token, a pair) in a float16 backward pass."""
 SMALLEST_LOSS_SCALE = 2.0**-16
@@ -45,6 +55,7 @@ class MasterWeights:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = {name: _master_of(parameter) for name, parameter in trained.items()}
         self._copied = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
+        self._offsets = [_offset_of(parameter) for parameter, _ in self._copied]
         self._sharded = is_sharded(model)
         for parameter, master in self._copied:
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
@@ -79,8 +90,52 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the copies into the model; called after each optimizer step, and when a checkpoint was loaded."""
-        for parameter, master in self._copied:
-            parameter.copy_(master)
+        for (parameter, master), offset in zip(self._copied, self._offsets, strict=True):
+            _dither(_local(master), _local(parameter), offset)
+
+
+def dithered(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a tensor in a training precision; in 16 bits exactly what `MasterWeights.publish` gives to the model.
+
+    Whether a number is rounded up or down depends on itself and on its place in the tensor alone (a Weyl sequence by
+    the golden ratio), so each device and each shard rounds alike, and a number that 16 bits can hold stays as it is.
+    """
+    if dtype not in _MANTISSA:
+        return weight.to(dtype, copy=True)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    _dither(weight.float(), out, 0)
+    return out
+
+
+def _dither(weight: torch.Tensor, out: torch.Tensor, offset: int) -> None:
+    """Round a float32 tensor into one of 16 bits; `offset` is the place of its first element in the whole tensor."""
+    dropped = 23 - _MANTISSA[out.dtype]  # bits of float32's mantissa
+    flat, target = weight.detach().reshape(-1), out.detach().view(-1)
+    places = torch.arange(min(len(flat), _CHUNK), dtype=torch.int32, device=flat.device).mul_(_GOLDEN)  # modulo 2^32
+    for begin in range(0, len(flat), _CHUNK):
+        part = flat[begin : begin + _CHUNK]
+        noise = places[: len(part)] + _wrapped((offset + begin) * _GOLDEN)
+        noise.bitwise_right_shift_(32 - dropped).bitwise_and_((1 << dropped) - 1)  # its highest bits
+        bits = noise.add_(part.view(torch.int32)).bitwise_and_(-(1 << dropped))
+        target[begin : begin + len(part)] = bits.view(torch.float32)
+
+
+def _wrapped(number: int) -> int:
+    """A whole number modulo 2^32, as int32 holds it."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _offset_of(parameter: torch.Tensor) -> int:
+    """The place of a shard's first element in the whole tensor, which is sharded along its first dimension."""
+    if not isinstance(parameter, DTensor) or not _local(parameter).numel():
+        return 0
+    rows = torch.arange(len(parameter), device=parameter.device)
+    mine = distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return int(mine[0]) * (parameter.numel() // len(parameter))
 
 
 def _master_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -41,6 +41,7 @@ from workflows.prompt_style import replace_chat_template
 from workflows.training.identity import STEPS, result_changes, result_settings
 from workflows.training.length import length_text, limited_to
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
+from workflows.training.mixed_precision import dithered
 from workflows.training.model import DTYPES, LoRAArgs, Precision, load_model
 from workflows.training.processes import (
     Accelerator,
@@ -62,8 +63,9 @@ class RunArgs:
     """Arguments that all training steps take besides their own; names are LitGPT's where LitGPT has them."""
 
     precision: Precision | None = None
-    """One of "bf16-true" (weights in bfloat16, adapters in float32), "32-true", "16-true"; null takes bfloat16 where
-    the device computes in it, else float32."""
+    """Precision: "bf16-true", "32-true" or "16-true". In 16 bits the trained weights (adapters, or with lora_r 0 masters
+    of all weights) are float32, and float16's loss is scaled. Null takes bfloat16 where the device computes in it, else
+    float32."""
     quantize: Quantize | None = None
     """Keep the frozen weights in 4 bits (QLoRA); needs bitsandbytes."""
     accelerator: Accelerator = "auto"
@@ -289,9 +291,9 @@ def write_final(
             torch.save({"model": {name: tensor.clone() for name, tensor in trained.items()}}, temporary / LORA_WEIGHTS)
             write_merged(base, trained, lora, temporary)
         else:
-            # The float32 masters, rounded: the weights that were validated.
+            # the float32 masters, rounded as they were for validation
             dtype = DTYPES[settings["precision"]]
-            weights = {name.replace(".linear.", "."): tensor.to(dtype, copy=True) for name, tensor in trained.items()}
+            weights = {name.replace(".linear.", "."): dithered(tensor, dtype) for name, tensor in trained.items()}
             if is_tied(base):
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]

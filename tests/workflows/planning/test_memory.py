@@ -21,7 +21,8 @@ from workflows.planning.memory import (
 from workflows.planning.rows import RowShape
 from workflows.training.attention import RowAttention
 from workflows.training.batch import Tree, pack_row
-from workflows.training.model import LoRAArgs, load_model
+from workflows.training.mixed_precision import MasterWeights
+from workflows.training.model import DTYPES, LoRAArgs, load_model
 from workflows.training.rollouts import _make_caches
 
 FULL = LoRAArgs(r=0)
@@ -60,6 +61,23 @@ def test_adapters_counted_by_hand():
         "optimizer (AdamW)": 8 * model.adapters,
         "gradients": 4 * model.adapters,
     }
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+@pytest.mark.parametrize("lora", [LoRAArgs(r=4), FULL], ids=str)
+def test_trained_state_is_as_large_as_after_a_real_step(lora: LoRAArgs, precision: str, tiny_llama: Path):
+    model = load_model(tiny_llama, lora, precision)
+    masters = MasterWeights(model)
+    optimizer = torch.optim.AdamW(masters.weights.values())
+    (-model(pack_row([Tree([1, 2], [[3, 4]])])).sum()).backward()
+    gradients = sum(weight.grad.nbytes for weight in masters.weights.values() if weight.grad is not None)
+    optimizer.step()
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    copies = sum(weight.nbytes for weight in masters.weights.values())
+    planned = trained_state(find_architecture(tiny_llama, lora), Device(DTYPES[precision]))
+    assert planned["gradients"] == gradients and planned["optimizer (AdamW)"] == moments
+    assert planned.get("master weights in float32" if lora.r == 0 else "adapters", copies) == copies
+    assert ("master weights in float32" in planned) == (lora.r == 0 and precision != "32-true")
 
 
 def kept_bytes(directory: Path, lora: LoRAArgs, precision: str, tokens: int) -> tuple[int, int]:

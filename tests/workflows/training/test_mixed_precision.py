@@ -14,7 +14,7 @@ from workflows.errors import UserError
 from workflows.training import mixed_precision
 from workflows.training.batch import PackedBatch, Tree, pack_row
 from workflows.training.loop import Objective, TrainArgs, _accumulate, fit
-from workflows.training.mixed_precision import LOSS_SCALE, LossScaler, MasterWeights
+from workflows.training.mixed_precision import LOSS_SCALE, LossScaler, MasterWeights, dithered
 from workflows.training.model import DTYPES, LoRAArgs, load_model
 from workflows.training.processes import make_fabric
 from workflows.training.resume import trained_weights
@@ -87,15 +87,53 @@ def test_updates_that_a_16_bit_weight_rounds_away_add_up_in_its_master(tmp_path)
     train = TrainArgs(learning_rate=1e-4, lr_schedule="constant", lr_warmup_steps=0, max_norm=None)
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        for steps in (10, 100):
-            model, out_dir = Line(dtype), tmp_path / f"{dtype}-{steps}"
+        for steps in (3, 100):
+            model, out_dir = Line(dtype, 4096), tmp_path / f"{dtype}-{steps}"
             fit(make_fabric(), model, Slopes([1.0]), replace(train, max_steps=steps), out_dir, seed=0, identity={})
-            found[dtype, steps] = (float(model.w), float(trained_weights(out_dir / "checkpoints")["w"]))
-    assert found[torch.float32, 100][1] == pytest.approx(0.99, abs=1e-5)
-    for steps in (10, 100):
-        assert found[torch.bfloat16, steps][1] == found[torch.float32, steps][1]  # this gradient is exact in both
-    assert found[torch.bfloat16, 10][0] == 1.0
-    assert found[torch.bfloat16, 100][0] == float(torch.tensor(found[torch.float32, 100][1]).bfloat16()) < 1
+            found[dtype, steps] = (model.w.detach(), trained_weights(out_dir / "checkpoints")["w"])
+    for steps, right in ((3, 0.9997), (100, 0.99)):
+        weights, masters = found[torch.bfloat16, steps]
+        assert torch.equal(masters, found[torch.float32, steps][1])  # this gradient is exact in both
+        assert masters.mean().item() == pytest.approx(right, abs=1e-5)
+        assert torch.equal(weights, dithered(masters, torch.bfloat16))
+        assert weights.double().mean().item() == pytest.approx(right, abs=2e-5)  # none of them has this value
+        assert len(weights.unique()) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dithered_weights_move_as_far_as_their_masters_on_average(dtype):
+    g = torch.Generator().manual_seed(0)
+    begin = (torch.randn(512, 700, generator=g) * 0.05).to(dtype)
+    assert torch.equal(dithered(begin.float(), dtype), begin)  # what 16 bits can hold stays
+    for distance in (1e-6, 1e-5, -1e-4):
+        found = dithered(begin.float() + distance, dtype)
+        moved = found.double() - begin.double()
+        assert moved.mean().item() == pytest.approx(distance, rel=0.05)
+        for along in (0, 1):  # no row and no column of a matrix is rounded one way
+            assert moved.mean(along).std().item() < 0.1 * moved.std().item()
+    exact = begin.float() + 1e-5
+    assert (dithered(exact, dtype).float() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_shard_is_rounded_as_the_whole(dtype, monkeypatch):
+    whole = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
+    rounded = dithered(whole, dtype)
+    monkeypatch.setattr(mixed_precision, "_CHUNK", 64)
+    assert torch.equal(dithered(whole, dtype), rounded)
+    for begin in (0, 100, 299):
+        shard = torch.empty_like(rounded[begin:])
+        mixed_precision._dither(whole[begin:], shard, 7 * begin)
+        assert torch.equal(shard, rounded[begin:])
+    # places beyond 2^32 are what they are modulo 2^32
+    mixed_precision._dither(whole, rounded_far := torch.empty_like(rounded), 1 << 32)
+    assert torch.equal(rounded_far, rounded)
+
+
+def test_what_float32_holds_is_copied_as_it_is():
+    weight = torch.randn(5)
+    copy = dithered(weight, torch.float32)
+    assert torch.equal(copy, weight) and copy.data_ptr() != weight.data_ptr()
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,36 @@ def test_all_weights_in_bfloat16_stopped_and_resumed_end_bit_identical(strategy,
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
+def keep_weights(file: Path, *args: Any, **options: Any) -> None:
+    """Train, and write the gathered weights as they are at the end, when they have been validated."""
+    report = lora.SFT.report
+
+    def keeping(self: Any, model: Any) -> Any:
+        gathered = {name: weight.full_tensor() for name, weight in model.module.named_parameters()}
+        torch.save(gathered, file.with_suffix(f".{torch.distributed.get_rank()}"))
+        return report(self, model)
+
+    lora.SFT.report = keeping  # type: ignore[method-assign]
+    try:
+        train(*args, **options)
+    finally:
+        lora.SFT.report = report  # type: ignore[method-assign]
+
+
+def test_sharded_weights_are_written_as_they_were_validated(two, llama, data, tmp_path):
+    settings = {"precision": "bf16-true", "lora_r": 0, "train": replace(TRAIN, max_steps=2, eval_interval=2)}
+    outcomes = two.run(_keep_weights, (tmp_path / "kept", "lora", llama, data, tmp_path), settings)
+    assert [outcome.how for outcome in outcomes] == ["returned"] * 2, outcomes
+    validated, written = torch.load(tmp_path / "kept.0"), load_weights(tmp_path / "final")
+    assert len(validated) == len(written)
+    for name, weight in validated.items():
+        assert torch.equal(written[name.replace(".linear.", ".")], weight), name
+
+
+def _keep_weights(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    keep_weights(*args, **options)
+
+
 @pytest.mark.parametrize("begun", ["one file", "shards"])
 def test_masters_go_from_one_file_to_shards_and_back(begun, two, llama, data, tmp_path):
     options: dict[str, Any] = {"precision": "bf16-true", "lora_r": 0, "train": TRAIN}
