@@ -1,6 +1,7 @@
 """A step of GRPO through the real loop has the gradient of TRL's GRPOTrainer on the same answers and rewards."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from workflows.training.loop import fit, step_indices
 from workflows.training.model import LoRAArgs, load_model
 from workflows.training.processes import make_fabric
 from workflows.training.questions import Question
-from workflows.training.rewards import Sample, WeightedReward
+from workflows.training.rewards import Rewards, Sample, WeightedReward
 from workflows.training.rollouts import Rollout
 
 pytestmark = pytest.mark.long
@@ -42,6 +43,13 @@ def made_up_rollouts(eos: int) -> list[Rollout]:
         ids = torch.randint(3, 300, (length,), generator=generator).tolist()
         rollouts.append(Rollout([*ids[:-1], eos] if stopped else ids, [-1.0] * length, stopped))
     return rollouts
+
+
+class GivenRewards(Rewards):
+    """Rewards that do not depend on the answers."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        return [{"brevity": reward, "total": reward} for reward in REWARDS]
 
 
 class Given(GRPO):
@@ -78,8 +86,7 @@ def ours(checkpoint: Path, out_dir: Path, settings: GroupSettings, steps: int, r
         TRAIN, max_steps=steps, save_interval=steps, global_batch_size=3, row_tokens=row_tokens, max_norm=None
     )
     objective = Given(
-        questions, questions, template, lambda samples: [{"total": reward} for reward in REWARDS],  # type: ignore[arg-type]
-        train, 0, settings,
+        questions, questions, template, GivenRewards([WeightedReward("brevity")]), train, 0, settings,
     )  # fmt: skip
     objective.rollouts = made_up_rollouts(template.stop_ids[0])
     objective.updates = []
