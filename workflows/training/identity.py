@@ -43,7 +43,8 @@ def result_changes(before: Settings, now: Settings) -> list[str]:
     """
     validates = _validation_decides(before) or _validation_decides(now)
     free = ROUNDING if validates else (*ROUNDING, "train.eval_interval")
-    return [text for name, text in _differences(before, now) if name not in free]
+    why = _schedule_reason(now)
+    return [text + why * (name in LENGTH) for name, text in _differences(before, now) if name not in free]
 
 
 def resume_changes(before: Settings, now: Settings, plateau: int = 0) -> tuple[list[str], list[str]]:
@@ -59,15 +60,14 @@ def resume_changes(before: Settings, now: Settings, plateau: int = 0) -> tuple[l
     """
     forbidding, harmless = [], []
     found = dict(_differences(before, now))
-    schedule = now.get("train", {}).get("lr_schedule")
     if before.get(STEPS) == now.get(STEPS) or STEPS not in before or STEPS not in now:
         harmless += [found[name] for name in LENGTH if name in found]
     else:
         said = "; ".join(found[name] for name in LENGTH if name in found) or found[STEPS]
-        if schedule == "constant":
-            harmless.append(said)
+        if why := _schedule_reason(now):
+            forbidding.append(said + why)
         else:
-            forbidding.append(f"{said}; a {schedule} schedule depends on it")
+            harmless.append(said)
     for name, text in found.items():
         if name in LENGTH or name == STEPS:
             continue
@@ -94,6 +94,12 @@ def resume_changes(before: Settings, now: Settings, plateau: int = 0) -> tuple[l
         else:
             forbidding.append(text)
     return forbidding, harmless
+
+
+def _schedule_reason(settings: Settings) -> str:
+    """Why the number of steps decides the result of each of them; nothing where it does not."""
+    schedule = settings.get("train", {}).get("lr_schedule")
+    return "" if schedule == "constant" else f"; a {schedule} schedule depends on it"
 
 
 def _validation_decides(settings: Settings) -> bool:
