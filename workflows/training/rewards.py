@@ -246,7 +246,7 @@ class Rewards:
             UserError: If one of them fails or gives no finite number, or a total is too large; the message shows the
                 answer.
         """
-        columns = {name: self._column(name, samples) for name in self.weights}
+        columns = {name: self._column(name, samples) for name in self.weights} if samples else {}
         found = []
         for i, sample in enumerate(samples):
             row = {name: value for name, column in columns.items() if (value := column[i]) is not None}
@@ -399,7 +399,7 @@ def _takes_samples(path: str, function: Reward) -> bool:
         raise UserError(f"--rewards: {path} never returns a value. Is a `return` missing?")
     listed = re.match(
         r"(?:[\w.]*\.)?(?:list|List|Sequence|Iterable|Collection|tuple)\[|<class '(?:list|tuple)'>|(?:list|tuple)\Z",
-        str(first.annotation),
+        str(first.annotation).strip("'\""),  # a quoted one is a text
     )
     return bool(listed) or bool(getattr(function, "takes_samples", False))
 

@@ -334,6 +334,7 @@ def test_a_function_of_a_list_gets_all_samples_at_once():
     assert [found["total"] for found in named("as_tensor")(samples)] == [0, 1, 2, 3]
     assert [found["total"] for found in named("marked")(samples)] == [1] * 4
     assert [found["total"] for found in named("judge")(samples)] == [2] * 4
+    assert named("ranks")([]) == []
 
 
 @pytest.mark.parametrize(
