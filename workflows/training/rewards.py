@@ -60,8 +60,8 @@ class Sample:
 Reward = Callable[[Sample], Any]
 """A reward function; of `list[Sample]` if it takes all samples at once."""
 Function = TypeVar("Function", bound=Callable[..., Any])
-MAX_TOTAL = 1e18
-"""Largest magnitude of an answer's reward: advantages are computed from its square, in float32."""
+LARGEST_TOTAL = 1e15
+"""Largest sum of an answer's rewards: its square, summed over a step's answers, is finite in float32."""
 
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _LETTER = re.compile(
@@ -243,7 +243,7 @@ class Rewards:
         A sample to which no reward applies has a total of 0.
 
         Raises:
-            UserError: If one of them fails or gives no finite number, or a total is too large; the message shows the
+            UserError: If one of them fails or gives no finite number, or their sum is too large; the message shows the
                 answer.
         """
         columns = {name: self._column(name, samples) for name in self.weights} if samples else {}
@@ -251,10 +251,10 @@ class Rewards:
         for i, sample in enumerate(samples):
             row = {name: value for name, column in columns.items() if (value := column[i]) is not None}
             total = sum((self.weights[name] * value for name, value in row.items()), 0.0)
-            if not abs(total) <= MAX_TOTAL:
+            if not abs(total) <= LARGEST_TOTAL:
                 raise UserError(
-                    f"The weighted sum of the rewards is {total:g}; its magnitude must be at most {MAX_TOTAL:g}. "
-                    f"They are {row}. Lower their weights. {_shown(sample)}"
+                    f"The rewards of an answer sum up to {total:g}; beyond {LARGEST_TOTAL:g} their statistics are not "
+                    f"finite. Scale them, with a smaller weight in --rewards say. They are {row}. {_shown(sample)}"
                 )
             found.append({**row, "total": total})
         return found
