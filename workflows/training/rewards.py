@@ -18,7 +18,6 @@ import inspect
 import math
 import numbers
 import re
-import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -60,8 +59,8 @@ class Sample:
 Reward = Callable[[Sample], Any]
 """A reward function; of `list[Sample]` if it takes all samples at once."""
 Function = TypeVar("Function", bound=Callable[..., Any])
-MAX_TOTAL = 1e15
-"""Largest magnitude of an answer's reward: its square, summed over a step's answers, is finite in float32."""
+LARGEST_TOTAL = 1e15
+"""Largest sum of an answer's rewards: its square, summed over a step's answers, is finite in float32."""
 
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _LETTER = re.compile(
@@ -243,18 +242,18 @@ class Rewards:
         A sample to which no reward applies has a total of 0.
 
         Raises:
-            UserError: If one of them fails or gives no finite number, or a total is too large; the message shows the
+            UserError: If one of them fails or gives no finite number, or their sum is too large; the message shows the
                 answer.
         """
-        columns = {name: self._column(name, samples) for name in self.weights}
+        columns = {name: self._column(name, samples) for name in self.weights} if samples else {}
         found = []
         for i, sample in enumerate(samples):
             row = {name: value for name, column in columns.items() if (value := column[i]) is not None}
             total = sum((self.weights[name] * value for name, value in row.items()), 0.0)
-            if not abs(total) <= MAX_TOTAL:
+            if not abs(total) <= LARGEST_TOTAL:
                 raise UserError(
-                    f"The weighted sum of the rewards is {total:g}; its magnitude must be at most {MAX_TOTAL:g}. "
-                    f"They are {row}. Lower their weights. {_shown(sample)}"
+                    f"The rewards of an answer sum up to {total:g}; beyond {LARGEST_TOTAL:g} their statistics are not "
+                    f"finite. Scale them, with a smaller weight in --rewards say. They are {row}. {_shown(sample)}"
                 )
             found.append({**row, "total": total})
         return found
@@ -268,7 +267,7 @@ class Rewards:
         found = {}
         for name in self.weights:
             values = [row[name] for row in given if name in row]
-            found[f"reward_{name}"] = statistics.fmean(values) if values else math.nan
+            found[f"reward_{name}"] = sum(values) / len(values) if values else math.nan
         if not self.functions.keys() <= BUILT_IN.keys():  # the built-in ones apply always
             found["no_reward"] = sum(not row.keys() & self.weights.keys() for row in given) / len(given)
         return found
@@ -283,10 +282,8 @@ class Rewards:
         else:
             found = self._values(name, samples)
         for sample, value in zip(samples, found, strict=True):
-            if value is not None and not abs(value) <= MAX_TOTAL:  # nor NaN
-                raise UserError(
-                    f"The reward {name} gave {value:g}; its magnitude must be at most {MAX_TOTAL:g}. {_shown(sample)}"
-                )
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"The reward {name} gave {value}. {_shown(sample)}")
         return found
 
     def _values(self, name: str, samples: Sequence[Sample]) -> list[float | None]:
@@ -402,7 +399,7 @@ def _takes_samples(path: str, function: Reward) -> bool:
         raise UserError(f"--rewards: {path} never returns a value. Is a `return` missing?")
     listed = re.match(
         r"(?:[\w.]*\.)?(?:list|List|Sequence|Iterable|Collection|tuple)\[|<class '(?:list|tuple)'>|(?:list|tuple)\Z",
-        str(first.annotation),
+        str(first.annotation).strip("'\""),  # a quoted one is a text
     )
     return bool(listed) or bool(getattr(function, "takes_samples", False))
 

@@ -272,7 +272,7 @@ def test_they_add_up_by_weight():
         ("text", "returned '0.5' of type str. It must return a number"),
         ("late_coroutine", "of type coroutine. It must return a number"),
         ("overflowing", "gave inf"),
-        ("huge", "weighted sum of the rewards is 5e.300; its magnitude must be at most 1e.18"),
+        ("huge", "sum up to 5e.300; beyond 1e.15 their statistics are not finite"),
         ("texts", "returned '1' of type str"),
         ("broken_list", "failed with ZeroDivisionError"),
     ],
@@ -334,6 +334,7 @@ def test_a_function_of_a_list_gets_all_samples_at_once():
     assert [found["total"] for found in named("as_tensor")(samples)] == [0, 1, 2, 3]
     assert [found["total"] for found in named("marked")(samples)] == [1] * 4
     assert [found["total"] for found in named("judge")(samples)] == [2] * 4
+    assert named("ranks")([]) == []
 
 
 @pytest.mark.parametrize(

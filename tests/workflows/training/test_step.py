@@ -158,7 +158,7 @@ def test_a_reward_model_is_known_by_its_contents(tiny_llama, questions, judge, t
 
 def test_rewards_that_cannot_be_summed_up_end_the_run_at_once(tiny_llama, questions, tmp_path):
     rewards = [WeightedReward(f"{__name__}.huge")]
-    with pytest.raises(UserError, match=r"huge gave \S*e\+30\d; its magnitude must be at most 1e\+15\..*The question"):
+    with pytest.raises(UserError, match=r"an answer sum up to .*e\+30\d.*smaller weight in --rewards.*The question"):
         run("grpo", tiny_llama, questions, tmp_path, rewards=rewards)
     assert not (tmp_path / "final").exists()
 
