@@ -80,7 +80,7 @@ def _is_operand(token: str) -> bool:
 
 
 def _role_of_minus(before: str, text: str, place: int) -> str | None:
-    """What a minus is: the "sign" of the number behind it, an "operator", or, if it is a hyphen or a dash, None.
+    """Return what a minus is: the "sign" of the number behind it, an "operator", or, if it is a hyphen or a dash, None.
 
     Args:
         before: The token before it, or "".
@@ -103,7 +103,7 @@ def _role_of_minus(before: str, text: str, place: int) -> str | None:
 
 
 def _counts(kind: str, before: str, text: str, start: int, end: int) -> bool:
-    """Whether a character that is an operator or a unit in one place, and layout in others, is the former."""
+    """Return whether a character that is an operator or a unit in one place, and layout in others, is the former."""
     number = _BEFORE_NUMBER.match(text, end)
     if kind == "percent":
         return bool(_NUMBER.fullmatch(before))

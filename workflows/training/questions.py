@@ -96,7 +96,7 @@ def read_and_count(path: Path, fields: Sequence[str], kinds: list[str] | None) -
 
 
 def _needed(fields: Sequence[str]) -> str:
-    """What rewards read of a row, in words, and how a row gets it."""
+    """Return in words what rewards read of a row, and how a row gets it."""
     if "answer" in fields:
         return (
             '"answer", which the reward letter reads: the index of the right one of the "choices", '

@@ -367,7 +367,7 @@ def _imported(path: str) -> Reward:
 
 
 def _takes_samples(path: str, function: Reward) -> bool:
-    """Whether a user's function takes a list of samples: by its annotation, or marked by `batched`.
+    """Return whether a user's function takes a list of samples: by its annotation, or marked by `batched`.
 
     Raises:
         UserError: If it cannot be called with one argument, is asynchronous, or never returns a value.
@@ -405,7 +405,7 @@ def _takes_samples(path: str, function: Reward) -> bool:
 
 
 def _never_returns(function: Any) -> bool:
-    """Whether no `return` in a function's source has a value; False where its source is not known."""
+    """Return whether no `return` in a function's source has a value; False where its source is not known."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
     except (OSError, TypeError, SyntaxError, ValueError):
