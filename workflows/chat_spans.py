@@ -91,7 +91,7 @@ def encode_chat(
             else:
                 spoken.append(i)
     if not spoken:
-        return EncodedChat(template.prompt_ids(messages[:-1], tools), [], [], tuple(notes))
+        return EncodedChat([], [], [], tuple(notes))
     messages = messages[: spoken[-1] + 1]  # no later message is seen by a turn that is learned
     if template.removes_reasoning:
         notes += [REASONING_REMOVED for i in spoken if template.has_reasoning(messages[i])]
