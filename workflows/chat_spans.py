@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workflows.chat_template import ChatTemplate, Message
 
 # Private-use characters: no tokenizer or template treats them specially, and no real text holds them by accident.
-MARKER = "\ue000content\ue001"
+MARKER = "\ue000\ue005\ue001"
 _ARGUMENT = "marker_7f3a_of_arguments"  # JSON may be written with escapes, which private-use characters do not survive
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """The names under which templates look for a message's reasoning."""
@@ -91,7 +91,7 @@ def encode_chat(
             else:
                 spoken.append(i)
     if not spoken:
-        return EncodedChat(template.prompt_ids(messages[:-1], tools), [], [], tuple(notes))
+        return EncodedChat([], [], [], tuple(notes))
     messages = messages[: spoken[-1] + 1]  # no later message is seen by a turn that is learned
     if template.removes_reasoning:
         notes += [REASONING_REMOVED for i in spoken if template.has_reasoning(messages[i])]

@@ -81,7 +81,8 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate, add_bos_to
         add_bos_token: The flag that tokenizer_config.json will have; the one that it has if None.
 
     Raises:
-        UserError: If not even our own class gives the same ids through LitGPT's tokenizer (a BOS token too many).
+        UserError: If not even our own class gives the same ids through LitGPT's tokenizer (a BOS token too many, or a
+            template that changes the message).
     """
     try:
         tokenizer = Tokenizer(checkpoint_dir)
@@ -102,6 +103,12 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate, add_bos_to
     for text in (before, before.removeprefix(template.bos_token)):
         if agrees(own := _style_class(text, after, trims)()):
             return own
+    own = _style_class(before, after, trims)()
+    if any(own.apply(probe) != template.render([{"role": "user", "content": probe}], True) for probe in _PROBES):
+        raise UserError(
+            f"{checkpoint_dir}: the chat template does more to a user's message than to surround it and to strip its "
+            "white space, which LitGPT's commands cannot follow. Correct chat_template.jinja."
+        )
     raise UserError(
         f"{checkpoint_dir}: LitGPT's tokenizer does not reproduce the chat template's ids. `add_bos_token` in "
         "tokenizer_config.json must be true exactly when the template begins with the BOS token."

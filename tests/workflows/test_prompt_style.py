@@ -121,6 +121,17 @@ def test_a_wrong_bos_setting_is_refused(tmp_path):
         choose_prompt_style(directory, ChatTemplate.from_checkpoint(directory))
 
 
+def test_a_template_that_changes_the_message_is_named(tmp_path):
+    directory = make_checkpoint(tmp_path, "smollm2")
+    text = (directory / "chat_template.jinja").read_text()
+    for change in ("|upper", ".lstrip()", ".replace('\\n', ' ')"):
+        (directory / "chat_template.jinja").write_text(
+            text.replace("message['content']", f"(message['content']){change}")
+        )
+        with pytest.raises(UserError, match="does more to a user's message"):
+            choose_prompt_style(directory, ChatTemplate.from_checkpoint(directory))
+
+
 @pytest.mark.parametrize(
     "text",
     [
