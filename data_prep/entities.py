@@ -104,7 +104,8 @@ def prepare_iob(
         UserError: If the file is missing or malformed, or has too few sentences.
     """
     broken: list[str] = []
-    sentences = read_iob(file, broken)
+    unused: Counter[str] = Counter()
+    sentences = read_iob(file, broken, unused)
     if broken:
         told = listed(broken, f"sentences of {file} cannot be read")
         if not skip_broken:
@@ -113,6 +114,7 @@ def prepare_iob(
     items = _items([_row(words, tags) for words, tags in sentences])
     source = Source(file.name, str(file), "raw files", "yours", "yours", {file.name: sha256(file)})
     dataset = _random_data_set(file.stem, items, source, validation_size, test_size, seed)
+    dataset.fields_not_used = dict(unused)
     if broken:
         dataset.dropped["broken sentence"] = len(broken)
     return dataset

@@ -4,6 +4,7 @@ IOB2 (Ramshaw and Marcus 1995, cmp-lg/9505040; Tjong Kim Sang and Veenstra 1999,
 first word, I-TYPE each further one, O all others.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +91,9 @@ class Dictionary:
         return found
 
 
-def read_iob(path: Path, broken: list[str] | None = None) -> list[tuple[list[str], list[str]]]:
+def read_iob(
+    path: Path, broken: list[str] | None = None, unused: Counter[str] | None = None
+) -> list[tuple[list[str], list[str]]]:
     """Read a file of lines `WORD ... TAG`, with an empty line after each sentence.
 
     Columns lie between tabs, or between spaces where there are no tabs; those between the first and the last are
@@ -99,6 +102,7 @@ def read_iob(path: Path, broken: list[str] | None = None) -> list[tuple[list[str
     Args:
         path: The file.
         broken: Where the first wrong line of each sentence that has one is added; None raises at the first.
+        unused: Counts the lines that have columns between the first and the last.
 
     Returns:
         Each sentence's words and tags; those with a wrong line are left out.
@@ -124,6 +128,8 @@ def read_iob(path: Path, broken: list[str] | None = None) -> list[tuple[list[str
                 problem = f"{path}, line {number}: {problem}"
                 if broken is None:
                     raise UserError(problem)
+            if unused is not None and len(columns) > 2:
+                unused["columns between a word and its tag"] += 1
             words.append(columns[0])
             tags.append(columns[-1])
     if not sentences and not broken:

@@ -150,7 +150,7 @@ def _message_problem(message: Row) -> str | None:
         return f'"role" must be one of {", ".join(ROLES)}, but is {role!r}'
     known = {"assistant": _ASSISTANTS, "tool": _TOOLS}.get(role, ())
     if unknown := [name for name in message if name not in ("role", "content", *known)]:
-        return f'a message of role {role} has no field "{unknown[0]}"; `make data` reads other forms than this one'
+        return f'"{unknown[0]}" is no field of a prepared message of role {role}; prepare the file by `make data`'
     if not isinstance(content, str):
         return f'"content" must be a text, but is {type_name(content)}'
     if not content.strip() and role != "tool" and not ("tool_calls" in message or "reasoning_content" in message):

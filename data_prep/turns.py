@@ -62,6 +62,8 @@ def conversation(value: Any, field: str, fields: Fields) -> list[Row]:
 def turns_of(value: Any, role: str, field: str, fields: Fields) -> list[Row]:
     """The messages of a prompt or an answer: a text (a conversation, if it is in Anthropic's HH form) or messages."""
     if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f'"{field}" is empty')
         if _PYTHON_LIST.match(value):
             raise ValueError(f"{field!r} is a list of messages as Python prints it; write it as JSON")
         if _HH.match(value):

@@ -54,7 +54,7 @@ def test_all_broken_rows_are_listed_and_can_be_skipped(tmp_path: Path, capsys: p
         setup("jsonl", tmp_path / "data", file=file)
     told = str(e.value)
     assert told.startswith("21 of 61 rows of") and "line 61: not valid JSON" in told and "… and 11 more" in told
-    assert 'line 1: "messages", message 2: "content" is empty' in told and "--skip_broken true" in told
+    assert 'line 1: "answer" is empty' in told and "--skip_broken true" in told
     assert not (tmp_path / "data").exists()
     setup("jsonl", tmp_path / "data", file=file, skip_broken=True)
     assert "21 of 61 rows" in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_the_command_line_names_a_shape_and_fields_to_ignore(tmp_path: Path, cap
 
 
 def test_broken_sentences_of_an_iob_file_can_be_skipped(tmp_path: Path):
-    lines = [f"word{i}\tB-X\nis\tO\n" for i in range(20)]
+    lines = [f"word{i}\tNN\tB-X\nis\tO\n" for i in range(20)]
     lines[3], lines[7] = "word\tI-X\nis\tO\n", "alone\n"
     (tmp_path / "mine.iob").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"(?s)2 sentences.*line 10: 'I-X' must follow.*line 22: 'alone' is not a word"):
@@ -216,4 +216,5 @@ def test_broken_sentences_of_an_iob_file_can_be_skipped(tmp_path: Path):
     setup("iob", tmp_path / "data", file=tmp_path / "mine.iob", skip_broken=True)
     told = manifest(tmp_path / "data" / "mine")
     assert told["dropped"] == {"broken sentence": 2}
+    assert told["fields_not_used"] == {"columns between a word and its tag": 18}
     assert sum(split["rows"] for split in told["splits"].values()) == 18

@@ -120,9 +120,9 @@ def test_ones_own_pairs(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": " "}, 'line 3: "chosen", message 1: "content" is empty'),
+        ({"chosen": " "}, 'line 3: "chosen" is empty'),
         ({"rejected": []}, 'line 3: "rejected" must be a list of at least one message'),
-        ({"prompt": ""}, 'line 3: "prompt", message 1: "content" is empty'),
+        ({"prompt": ""}, 'line 3: "prompt" is empty'),
         ({"rejected": True}, "line 3: 'rejected' must be a text or a list of messages, but is true or false; write"),
         ({"chosen": [user("what?")]}, "line 3: 'chosen' does not begin with the assistant's message"),
         ({"chosen": [user("what?"), assistant("so")]}, "line 3: 'chosen' does not begin with the assistant's message"),

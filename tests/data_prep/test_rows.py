@@ -8,6 +8,8 @@ import pytest
 from data_prep.rows import question_row, read_rows, row_problem, scoring_row, write_rows
 from workflows.errors import UserError
 
+TOOL = {"role": "tool", "content": "", "tool_call_id": "c", "name": "f"}
+CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}]
 USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}
 GOOD = {
@@ -37,6 +39,20 @@ def test_every_shape_accepts_its_rows_and_no_others(shape: str):
         ("messages", {"messages": [{"role": "doctor", "content": "x"}, ASSISTANT]}, "'doctor'"),
         ("messages", {"messages": [{"role": "user", "content": 3}, ASSISTANT]}, "a number"),
         ("messages", {"messages": [{"role": "user", "content": " \n"}, ASSISTANT]}, "is empty"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "weight": 0}]}, '"weight" is no field of a prepared message'),
+        ("messages", {"messages": [{**USER, "train": False}, ASSISTANT]}, '"train" is no field of a prepared message'),
+        ("messages", {"messages": [USER, {**ASSISTANT, "train": True}]}, '"train" can only be false'),
+        ("messages", {"messages": [USER, {**ASSISTANT, "train": False}]}, "has nothing to learn"),
+        (
+            "messages",
+            {"messages": [USER, {**ASSISTANT, "reasoning_content": ""}]},
+            '"reasoning_content" must be a text',
+        ),
+        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f"}]}]}, '"tool_calls" must be a list'),
+        ("messages", {"messages": [USER, {**TOOL, "tool_call_id": 1}, ASSISTANT]}, '"tool_call_id" must be a text'),
+        ("messages", {"tools": []}, '"tools" must be a list of objects'),
+        ("preference", {"tools": ["f"]}, '"tools" must be a list of objects'),
+        ("preference", {"prompt": [USER, ASSISTANT]}, "must end with a message of role user or system or tool"),
         ("preference", {"rejected": None}, 'no "rejected"'),
         ("labelled", {"label": 1}, "true or false"),
         ("scoring", {"answer": 2}, "0 to 1"),
@@ -50,6 +66,19 @@ def test_every_shape_accepts_its_rows_and_no_others(shape: str):
 )
 def test_the_problem_is_named(shape: str, change: dict, words: str):
     assert words in str(row_problem({**GOOD[shape], **change}, shape))
+
+
+def test_reasoning_calls_tools_and_what_is_not_learned_are_accepted():
+    messages = [
+        {"role": "assistant", "content": "Hello."},
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": CALLS, "train": False},
+        TOOL,
+        {"role": "assistant", "content": "", "reasoning_content": "Hm."},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert row_problem({"messages": messages, "tools": tools}, "messages") is None
+    assert row_problem({"prompt": messages[:-1], "answers": ["a"], "tools": tools}, "verifiable") is None
 
 
 def test_rows_survive_the_file(tmp_path: Path):

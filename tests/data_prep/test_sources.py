@@ -306,7 +306,7 @@ def test_every_accepted_form_becomes_messages(tmp_path: Path):
         ('{"text": "a"}', "line 4: .*continued pretraining on raw text is not available"),
         ('{"question": "a", "reply": "b"}', "line 4: it has the fields 'question', 'reply'"),
         ('{"prompt": 5, "completion": "a"}', "line 4: 'prompt' must be a text"),
-        ('{"prompt": "a", "completion": ""}', 'line 4: "messages", message 2: "content" is empty'),
+        ('{"prompt": "a", "completion": ""}', 'line 4: "completion" is empty'),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 4: it has no answer: no message of role assistant"),
     ],
 )
