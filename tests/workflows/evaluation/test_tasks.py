@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import datasets
 import httpx
+import lm_eval.tasks
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from lm_eval.tasks import TaskManager
 
 from data_prep import pubmedqa
 from workflows.chat_template import ChatTemplate
@@ -134,7 +137,9 @@ def test_names_of_local_tasks(tmp_path, template):
     assert all(isinstance(task, LocalTask) for task in loaded)
 
 
-def test_unknown_tasks_and_missing_data_are_reported_together(tmp_path, template):
+def test_unknown_tasks_and_missing_data_are_reported_together(tmp_path, template, monkeypatch):
+    some = Path(lm_eval.tasks.__file__).parent / "medqa"  # to read all of lm-eval's takes ten seconds
+    monkeypatch.setattr(tasks, "all_tasks", lambda: TaskManager(include_defaults=False, include_path=some))
     with pytest.raises(UserError) as error:
         load_tasks(["hpo_mcq", "medqa_local", "medqa_4option"], tmp_path, template)
     text = str(error.value)
