@@ -199,9 +199,9 @@ def explain(error: Exception) -> str | None:
     words = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return (
-            "The memory is not enough. Lower --train.row_tokens (training) or --row_tokens (evaluation), choose a "
-            "smaller model, --precision bf16-true, or --quantize bnb.nf4 (training); in export, choose "
-            "--verify_precision bf16-true or --device cpu."
+            "The memory is not enough. Lower --train.row_tokens (training, which resumes from its last checkpoint; the "
+            "last bits of sums may differ) or --row_tokens (evaluation); choose a smaller model, --precision bf16-true "
+            "or --quantize bnb.nf4 (training); in export, choose --verify_precision bf16-true or --device cpu."
         )
     return None
 
