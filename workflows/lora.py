@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from data_prep.chat_data import ChatData
-from workflows.chat_template import ChatTemplate, EncodedChat
+from workflows.chat_template import EncodedChat
 from workflows.checkpoint import (
     check_checkpoint_dir,
     copy_companions,
@@ -22,6 +22,7 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
+from workflows.checkpoint_checks import checkpoint_problems
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_dir
 from workflows.lifetime import run_child
@@ -109,8 +110,11 @@ def setup(
         problems.append("--quantize with --trainer litgpt needs a CUDA GPU: LitGPT quantizes on no other device.")
     if trainer == "litgpt" and common.lora_r == 0:
         problems.append("--trainer litgpt runs `finetune_lora`; it needs --lora_r of at least 1.")
-    if chat_template is not None and not chat_template.is_file():
-        problems.append(f"--chat_template {chat_template}: there is no such file.")
+    if chat_template is not None:
+        if chat_template.is_file():
+            problems += checkpoint_problems(checkpoint_dir, chat_template).training
+        else:
+            problems.append(f"--chat_template {chat_template}: there is no such file.")
     report_all(problems)
     template = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).with_reasoning(common.reasoning)
     report_all(template.problems())

@@ -137,7 +137,12 @@ def test_another_chat_template_is_learned_and_handed_on(tiny_llama, data, tmp_pa
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [(None, "there is no such file"), ("{% for", "not valid Jinja"), ("x", "does not write the user's message")],
+    [
+        (None, "there is no such file"),
+        ("{% for", "not valid Jinja"),
+        ("x", "does not write the user's message"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", r"none of the model's stop(.|\n)*--stop TOKEN"),
+    ],
 )
 def test_a_chat_template_that_is_none_is_told(text, why, tiny_llama, data, tmp_path):
     file = tmp_path / "template.jinja"
