@@ -205,7 +205,8 @@ def held_out_prompts(data: Path, number: int, template: ChatTemplate, num_ctx: i
         try:
             messages = list(row["prompt"] if "prompt" in row else row["messages"])
             end = 1 + next(i for i, message in enumerate(messages) if message["role"] == "user")
-            question = [{"role": m["role"], "content": m["content"].strip()} for m in messages[:end]]
+            asked = [m for m in messages[:end] if m["role"] in ("system", "user")]  # without an opening greeting
+            question = [{"role": m["role"], "content": m["content"].strip()} for m in asked]
         except (KeyError, TypeError, AttributeError, StopIteration):
             raise UserError(f"{file}, line {line}: no conversation with a user's message.") from None
         key = json.dumps(question)

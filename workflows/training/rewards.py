@@ -278,7 +278,8 @@ class Rewards:
         if name in self.models:
             prompts = [sample.row["prompt"] for sample in samples]
             texts, truncated = [sample.text for sample in samples], [sample.truncated for sample in samples]
-            found = self.models[name](prompts, texts, truncated)
+            tools = [sample.row.get("tools") for sample in samples]
+            found = self.models[name](prompts, texts, truncated, tools)
         else:
             found = self._values(name, samples)
         for sample, value in zip(samples, found, strict=True):

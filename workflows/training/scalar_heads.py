@@ -151,6 +151,7 @@ class LearnedReward:
         prompts: Sequence[list[Message]],
         answers: Sequence[str],
         truncated: Sequence[bool] | None = None,
+        tools: Sequence[list[Any] | None] | None = None,
         row_tokens: int = 2048,
     ) -> list[float]:
         """Rewards of answers in units of the reward model's standard deviation, 0 being its mean.
@@ -161,12 +162,15 @@ class LearnedReward:
             prompts: Conversations that end with the user's turn.
             answers: The assistant's, as text.
             truncated: Whether an answer did not end; it is scored without the token that ends a turn. None if all did.
+            tools: The tools that each conversation may call; None if there are none.
             row_tokens: Capacity of a packed row.
         """
         longest = self.model.max_seq_length
         trees = []
-        for prompt, answer, cut in zip(prompts, answers, truncated or [False] * len(answers), strict=True):
-            chat = self.template.encode_chat([*prompt, {"role": "assistant", "content": answer}], len(prompt))
+        cuts, offered = truncated or [False] * len(answers), tools or [None] * len(answers)
+        for prompt, answer, cut, callable_tools in zip(prompts, answers, cuts, offered, strict=True):
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            chat = self.template.encode_chat(messages, len(prompt), callable_tools)
             completion = chat.completion[: max(1, longest - len(chat.prompt))]
             ids = [*chat.prompt[-longest + 1 :], *completion]
             if cut and ids[-1] in self.template.stop_ids:
