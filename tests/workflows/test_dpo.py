@@ -224,7 +224,7 @@ def test_a_mismatched_completion_is_another_prompts_and_all_answers_are_taken_al
     trees = add_mismatched_completions(answers, answers, 64)
     assert [tree.prompt for tree in trees] == [[1, prompt] for prompt in prompts]
     assert all(tree.completions[0][0] != 10 * prompt for tree, prompt in zip(trees, prompts, strict=True))
-    if max(map(prompts.count, prompts)) <= len(prompts) / 2:  # each answer, good or bad, stands in once
+    if max(map(prompts.count, prompts)) <= len(prompts) / 2:  # each answer, good or bad, is taken once
         taken = sorted(tree.completions[0] for tree in trees)
         assert taken == sorted(answer.tree.completions[0] for answer in answers)
 
