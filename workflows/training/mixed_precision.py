@@ -7,9 +7,9 @@ float32 copies, with float32 moments and gradients; after each step the model ge
 model that is validated, sampled from and written at the end is that 16-bit one.
 
 Rounded to nearest, a weight of a 16-bit checkpoint would rest until its copy has moved by half of its last bit (12 to 24
-steps of 1e-5 for a weight of 0.1 in bfloat16). `dithered` rounds up or down in proportion to where the copy lies between
-its two neighbours, as stochastic rounding does (Gupta et al. 2015, arXiv 1502.02551), so that on average the weights
-move as far as their copies, from the first step on.
+steps of 1e-5 for a weight of 0.1 in bfloat16). `dithered` rounds up or down in proportion to where the copy lies
+between its two neighbours, as stochastic rounding does (Gupta et al. 2015, arXiv 1502.02551), so that on average the
+weights move as far as their copies, from the first step on.
 """
 
 import math
