@@ -24,6 +24,7 @@ from workflows.errors import UserError
 from workflows.training import resume, shards
 from workflows.training.loop import TrainArgs
 from workflows.training.rewards import WeightedReward
+from workflows.training.whole import whole
 
 pytestmark = pytest.mark.long
 
@@ -151,7 +152,8 @@ def keep_weights(file: Path, *args: Any, **options: Any) -> None:
     report = lora.SFT.report
 
     def keeping(self: Any, model: Any) -> Any:
-        gathered = {name: weight.full_tensor() for name, weight in model.module.named_parameters()}
+        with whole(model) as gathered_model:
+            gathered = {name: weight.clone() for name, weight in gathered_model.named_parameters()}
         torch.save(gathered, file.with_suffix(f".{torch.distributed.get_rank()}"))
         return report(self, model)
 
