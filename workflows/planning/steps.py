@@ -213,10 +213,9 @@ def _training(step: str, settings: dict[str, Any], libraries: int, read_data: bo
     if judged:
         work.parts["teacher or judge"] = judged * train.max_steps
     moments.append(_writing(model, device, update))
-    return Plan(
-        step, model, device, moments, mapped + other_mapped, row, work,
-        _training_disk(step, model, row, train, device.dtype), 1 if on_gpu else devices,
-    )  # fmt: skip
+    disk = _training_disk(step, model, row, train, device.dtype)
+    local = 1 if on_gpu else devices
+    return Plan(step, model, device, moments, mapped + other_mapped, row, work, disk, local)
 
 
 def _with_steps(settings: dict[str, Any]) -> TrainArgs:

@@ -6,10 +6,10 @@ weight rounds to nothing, and a second moment that decays by 0.1% a step never d
 float32 copies, with float32 moments and gradients; after each step the model gets them rounded to its own type. The
 model that is validated, sampled from and written at the end is that 16-bit one.
 
-Rounded to nearest, a weight of a 16-bit checkpoint would rest until its copy has moved by half of its last bit (12 to 24
-steps of 1e-5 for a weight of 0.1 in bfloat16). `dithered` rounds up or down in proportion to where the copy lies between
-its two neighbours, as stochastic rounding does (Gupta et al. 2015, arXiv 1502.02551), so that on average the weights
-move as far as their copies, from the first step on.
+Rounded to nearest, a weight of a 16-bit checkpoint would rest until its copy has moved by half of its last bit (12 to
+24 steps of 1e-5 for a weight of 0.1 in bfloat16). `dithered` rounds up or down in proportion to where the copy lies
+between its two neighbours, as stochastic rounding does (Gupta et al. 2015, arXiv 1502.02551), so that on average the
+weights move as far as their copies, from the first step on.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workflows.training.whole import is_sharded
@@ -56,7 +57,7 @@ class MasterWeights:
         self.weights = {name: _master_of(parameter) for name, parameter in trained.items()}
         self._copied = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
         self._offsets = [_offset_of(parameter) for parameter, _ in self._copied]
-        self._sharded = is_sharded(model)
+        self._sharded, self._model = is_sharded(model), model
         for parameter, master in self._copied:
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
@@ -90,6 +91,8 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the copies into the model; called after each optimizer step, and when a checkpoint was loaded."""
+        if self._copied and isinstance(self._model, FSDPModule):
+            self._model.reshard()  # after a forward pass alone, the outermost unit stays gathered, with the old weights
         for (parameter, master), offset in zip(self._copied, self._offsets, strict=True):
             _dither(_local(master), _local(parameter), offset)
 

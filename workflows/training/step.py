@@ -63,9 +63,9 @@ class RunArgs:
     """Arguments that all training steps take besides their own; names are LitGPT's where LitGPT has them."""
 
     precision: Precision | None = None
-    """Precision: "bf16-true", "32-true" or "16-true". In 16 bits the trained weights (adapters, or with lora_r 0 masters
-    of all weights) are float32, and float16's loss is scaled. Null takes bfloat16 where the device computes in it, else
-    float32."""
+    """Precision: "bf16-true", "32-true" or "16-true". In 16 bits the trained weights (adapters, or with lora_r 0
+    masters of all weights) are float32, and float16's loss is scaled. Null takes bfloat16 where the device computes in
+    it, else float32."""
     quantize: Quantize | None = None
     """Keep the frozen weights in 4 bits (QLoRA); needs bitsandbytes."""
     accelerator: Accelerator = "auto"
