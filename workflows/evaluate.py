@@ -158,7 +158,7 @@ def setup(
     results = json.loads(json.dumps(results, default=handle_non_serializable))
     samples = results.pop("samples")
     results["prompts"] = {task: how | lm.prompts.get(task, {}) for task, how in prompts.items()}
-    compared = []
+    compared: list[Comparison] = []
     if baseline is not None:
         compared, differences = compare_samples(baseline, samples)
         remarks += differences + _prompts_differ(baseline, prompts)
