@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from data_prep.chat_data import ChatData
-from workflows.chat_template import EncodedChat
+from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import (
     check_checkpoint_dir,
     copy_companions,
