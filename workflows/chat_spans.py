@@ -335,6 +335,15 @@ def _is_written(whole: _Text, messages: list["Message"], i: int) -> bool:
     return MARKER in whole.build([*messages[:i], message, *messages[i + 1 :]])
 
 
+def split_reasoning(content: str) -> tuple[str, str]:
+    """The reasoning that an answer begins with, "" if it has none, and what follows it."""
+    before, found, after = content.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if not found or ("<think>" in before and not opened):
+        return "", content
+    return before.lstrip().removeprefix("<think>").strip(), after.lstrip()
+
+
 def _marked(messages: list["Message"], i: int) -> list["Message"]:
     """A conversation with one content replaced by the marker."""
     return [*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1 :]]

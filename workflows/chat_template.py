@@ -20,7 +20,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from workflows import chat_spans
-from workflows.chat_spans import MARKER, REASONING_FIELDS, EncodedChat
+from workflows.chat_spans import MARKER, REASONING_FIELDS, EncodedChat, split_reasoning
 from workflows.checkpoint import load_config
 from workflows.errors import UserError
 from workflows.files import read_json, read_text
@@ -158,7 +158,7 @@ class ChatTemplate:
     @staticmethod
     def has_reasoning(message: Message) -> bool:
         """Whether an assistant message holds reasoning, in a field of its own or before `</think>`."""
-        return any(message.get(name) for name in REASONING_FIELDS) or bool(_split_reasoning(message["content"])[0])
+        return any(message.get(name) for name in REASONING_FIELDS) or bool(split_reasoning(message["content"])[0])
 
     def prepared(self, messages: list[Message]) -> list[Message]:
         """Messages as they are handed to the template: reasoning in the form that it reads, or removed."""
@@ -168,14 +168,12 @@ class ChatTemplate:
         message = {name: value for name, value in message.items() if name != "train"}
         if self.removes_reasoning:
             message = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
-            return {**message, "content": _split_reasoning(message["content"])[1]}
-        field_ = self._reasoning_field
-        reasoning = message.get("reasoning_content")
-        if reasoning is None or field_ == "reasoning_content":
+            return {**message, "content": split_reasoning(message["content"])[1]}
+        if "reasoning_content" not in message or self._reasoning_field == "reasoning_content":
             return message
-        message.pop("reasoning_content")
-        if field_ is not None:
-            return {**message, field_: reasoning}
+        reasoning = message.pop("reasoning_content")
+        if self._reasoning_field is not None:
+            return {**message, self._reasoning_field: reasoning}
         return (
             {**message, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"} if reasoning else message
         )
@@ -417,7 +415,7 @@ class ChatTemplate:
         return []
 
     def remarks(self) -> list[str]:
-        """What is not learned, or in another form than the template writes it, of every longer conversation."""
+        """What of a longer conversation is not learned, or in another form than the template writes it."""
         return sorted(set(self._probe_notes))
 
     @functools.cached_property
@@ -444,15 +442,6 @@ class ChatTemplate:
 
 _PROBE: list[Message] = [{"role": "user", "content": "\ue002"}]
 _ANSWER: Message = {"role": "assistant", "content": MARKER}
-
-
-def _split_reasoning(content: str) -> tuple[str, str]:
-    """The reasoning that an answer begins with, "" if it has none, and what follows it."""
-    before, found, after = content.partition("</think>")
-    opened = before.lstrip().startswith("<think>")
-    if not found or ("<think>" in before and not opened):
-        return "", content
-    return before.lstrip().removeprefix("<think>").strip(), after.lstrip()
 
 
 def _token_text(token: Any) -> str:
