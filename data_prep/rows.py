@@ -217,7 +217,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Any:
         UserError: If it is not UTF-8 or not JSON; the message names file and line.
     """
     try:
-        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), unique_names=True)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
     except json.JSONDecodeError as e:
