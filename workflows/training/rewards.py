@@ -67,7 +67,7 @@ _LETTER = re.compile(
     r"\\boxed\{(?:\\text\{)?\W*([A-Z])\b"
     r"|\b(?i:answer|option|choice)\b\W*(?i:is\b\W*)?\(?([A-Z])\b"
     r"|^\W*([A-Z])\b(?:(?= is\b)|(?![a-z' ]\w))"
-    r"|\(([A-Z])\)",
+    r"|(?<!not )(?<!nor )(?<!n't )\(([A-Z])\)",
     re.MULTILINE,
 )
 

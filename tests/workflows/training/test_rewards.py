@@ -60,6 +60,8 @@ def test_a_finding_is_worth_its_f1_with_the_best_name(said: str, worth: float):
         ("Answer: A", False),
         ("B cells are made in the marrow", False),
         ("I would say (A), no: the answer is B.", True),
+        ("The answer is (A), not (B).", False),
+        ("(B), not (A)", True),
         ("<think>A? B?</think>B", True),
         ("A", False),
         ("A heart defect", False),
