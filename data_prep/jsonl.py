@@ -88,9 +88,12 @@ def _read(file: Path, intake: Intake) -> tuple[list[Row], list[str], int]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without an object's null fields: Parquet has each field of a column in each of its objects."""
+    """A value without an object's null fields: Parquet has each field of a column in each of its objects.
+
+    NaN is null, too: pandas writes a number that is missing so.
+    """
     if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None and part == part}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 

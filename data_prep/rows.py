@@ -188,7 +188,7 @@ def type_name(value: Any) -> str:
     names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}")
 
 
 def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:

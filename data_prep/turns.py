@@ -7,6 +7,7 @@ something else, is noted in the row's `Fields`.
 
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 from data_prep.fields import FLAGS, MEDIA, REASONING, TOOLS, Fields, is_blank, parse_flag
@@ -184,6 +185,10 @@ def _turn(message: Fields) -> Row | None:
 def _content(content: Any, role: str, message: Fields) -> str:
     if content is None:
         return ""
+    typed = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    if role == "tool" and not typed and not isinstance(content, str):
+        message.notes.append("results of tools written as JSON texts")
+        return json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
         return joined_parts(content, message)
     if role == "assistant" and _is_number(content):
@@ -289,9 +294,9 @@ def _is_learned(message: Fields, role: str) -> bool | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
-def _number_text(value: int | float, fields: Fields) -> str:
+def _number_text(value: int | float | Decimal, fields: Fields) -> str:
     fields.notes.append("numbers read as texts")
-    return json.dumps(value)
+    return str(value) if isinstance(value, Decimal) else json.dumps(value)

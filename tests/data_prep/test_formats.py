@@ -133,6 +133,11 @@ MESSAGES = {
         {"Question": "Q", "Complex_CoT": "T", "Response": "A"},
         [user("Q"), assistant("A", reasoning_content="T")],
     ),
+    "a tool's result as an object": (
+        {"messages": [user("Q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": {"x": "é"}},
+                      assistant("A")]},
+        [user("Q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": '{"x": "é"}'}, assistant("A")],
+    ),
     "names in camel case": (
         {"messages": [user("Q"), assistant("A", reasoningContent="T")], "systemPrompt": "S"},
         [system("S"), user("Q"), assistant("A", reasoning_content="T")],

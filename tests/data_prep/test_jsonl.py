@@ -1,6 +1,8 @@
 """`make data DATA=jsonl`: a user's file as a data directory, with everything that was left out in its manifest."""
 
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,16 @@ def test_parquet_leaves_no_nulls_in_messages_and_tools(tmp_path: Path):
         assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
         assert row["messages"][1]["train"] is False and "train" not in row["messages"][3]
         assert row["messages"][3] == {"role": "assistant", "content": "A"}
+
+
+def test_parquets_missing_numbers_are_no_values_and_its_decimals_are_numbers(tmp_path: Path):
+    rows = [{"prompt": f"Q{i}", "completion": Decimal("1.50"), "score": math.nan if i else 1.0} for i in range(20)]
+    setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.parquet", rows))
+    assert manifest(tmp_path / "jsonl")["fields_not_used"] == {"score": 1}
+    assert {row["messages"][1]["content"] for row in all_rows(tmp_path / "jsonl")} == {"1.50"}
+    rows = [{"prompt": b"Q", "completion": "A"}]
+    with pytest.raises(UserError, match="'prompt' must be a text or a list of messages, but is of type bytes"):
+        setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.parquet", rows))
 
 
 def test_a_table_may_hold_messages_as_text(tmp_path: Path):
