@@ -121,8 +121,8 @@ def _of_rows(
     rule = "at random by seed; rows with the same question stay together"
     if len(groups_of(list(items.values()))) < len(SPLITS) <= len(set(asked.values())):
         items = {whole: replace(item, keys=asked[whole]) for whole, item in items.items()}
-        rule += ", to the letter, since all of them differ in case and punctuation only"
-        print("All questions differ in case and punctuation only; what is the same to the letter stays in one split.")
+        rule += ", to the letter: without case and punctuation there are fewer questions than splits"
+        print("Without case and punctuation there are fewer questions than splits: only equal texts stay in one split.")
     size = max(1, min(MOST_HELD_OUT, round(SHARE_HELD_OUT * len(items))))
     return DataSet(
         name="jsonl",

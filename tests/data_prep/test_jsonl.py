@@ -127,7 +127,7 @@ def test_questions_that_differ_in_punctuation_only_are_split_to_the_letter(
 ):
     rows = [{"prompt": f"Balanced? {'(' * (1 + i // 2)}", "completion": f"A{i}"} for i in range(20)]
     setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.jsonl", rows))
-    assert "All questions differ in case and punctuation only" in capsys.readouterr().out
+    assert "Without case and punctuation there are fewer questions than splits" in capsys.readouterr().out
     assert "to the letter" in manifest(tmp_path / "jsonl")["split"]
     prompts = [{row["messages"][0]["content"] for row in read_rows(tmp_path / f"jsonl/{s}.jsonl")} for s in SPLITS]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 10
