@@ -4,6 +4,7 @@ A field that changes what a row means is read or refused, by name. A harmless on
 other is left out too, counted and reported, for nobody knows what its author meant by it.
 """
 
+import re
 from typing import Any
 
 from data_prep.rows import type_name
@@ -23,9 +24,24 @@ LABELS = ("label", "kto_tag")
 REFERENCES = ("answers", "final_answer", "expected_answer", "ground_truth")
 """Names of what counts as right, for rewards (`data_prep.answers.answers_of`)."""
 CHOICES = ("choices", "options")
+CHOSEN = ("answer", "answer_key")
+"""Names of the right one of the choices."""
 TOOLS = ("tools", "functions")
-FLAGS = ("weight", "train", "loss", "learn", "trainable", "training", "loss_mask", "loss_weight", "train_detail")
+FLAGS = (
+    "weight", "train", "loss", "learn", "trainable", "training", "loss_mask", "loss_weight", "loss_scale",
+    "train_detail", "train_on_turn",
+)  # fmt: skip
 """Names of a flag that says whether something is learned."""
+_FLAG_WORDS = frozenset({
+    "train", "trained", "trainable", "training", "loss", "losses", "learn", "learned", "learnable", "mask", "masked",
+    "masks", "weight", "weights", "supervised", "ignore", "ignored",
+})  # fmt: skip
+"""Words in other names of such a flag; nobody knows which of its values says yes."""
+VERDICTS = frozenset({
+    "correct", "is_correct", "good", "is_good", "desirable", "is_desirable", "accepted", "is_accepted", "thumbs_up",
+    "upvoted",
+})  # fmt: skip
+"""Names of a flag that says whether an answer is good, besides `LABELS`."""
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values", "files")
 
 HARMLESS = frozenset({
@@ -44,13 +60,28 @@ _MEANINGFUL = {
     **dict.fromkeys((*SYSTEMS, "history", *CONTEXTS), "part of what the model is shown"),
     **dict.fromkeys(REASONING, "the answer's reasoning, which belongs into the answer's message"),
     **dict.fromkeys(LABELS, "whether an answer is good"),
-    **dict.fromkeys(("chosen", "rejected"), "a preference"),
-    **dict.fromkeys((*REFERENCES, *CHOICES), "what counts as right"),
+    **dict.fromkeys(
+        (
+            "chosen",
+            "rejected",
+            "chosen_response",
+            "rejected_response",
+            "chosen_messages",
+            "rejected_messages",
+            "preferred_output",
+            "non_preferred_output",
+        ),
+        "a preference",
+    ),
+    **dict.fromkeys((*REFERENCES, *CHOICES, "answer_key"), "what counts as right"),
     **dict.fromkeys((*TOOLS, "tool_calls", "function_call"), "tools and their calls"),
     **dict.fromkeys((*FLAGS, "mask", "mask_history"), "what is learned"),
     **dict.fromkeys(MEDIA, "images, sound or files, which a language model is not shown"),
 }
 """Fields that change what a row means, and what they say."""
+_KNOWN = {name.replace("_", ""): name for name in (*HARMLESS, *_MEANINGFUL, *VERDICTS)}
+_SEPARATORS = re.compile(r"[\s_-]+")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _NAMELESS = "(a column without a name)"
 
 
@@ -77,7 +108,7 @@ class Fields:
         self._place = place
         self._values: dict[str, Any] = {}
         for name, value in raw.items():
-            plain = str(name).strip().lower()
+            plain = plain_name(str(name))
             if value is None:
                 self.nulls.append(str(name))
                 continue
@@ -132,14 +163,37 @@ class Fields:
                 continue
             if name in FLAGS and parse_flag(value) is True:
                 continue
-            if name in _MEANINGFUL:
+            if meaning := _meaning(name, self.names[name], value):
                 raise ValueError(
-                    f'it has the field "{self.names[name]}" ({_MEANINGFUL[name]}), which is not read in a row of this '
+                    f'it has the field "{self.names[name]}" ({meaning}), which is not read in a row of this '
                     f"form; rewrite the row, or leave the field out: --ignore_fields+={name}"
                 )
             if name not in HARMLESS:
                 label = self.names[name] or _NAMELESS
                 self.unused.append(f"{self._place}: {label}" if self._place else label)
+
+
+def plain_name(name: str) -> str:
+    """A field's name as it is written here: "systemPrompt" and "System-Prompt" are "system_prompt"."""
+    plain = name.strip().lower()
+    return _KNOWN.get(_SEPARATORS.sub("", plain), plain)
+
+
+def _meaning(name: str, written: str, value: Any) -> str | None:
+    """What a field says of a row that is not what it seems without it; None if it says nothing of the kind.
+
+    Args:
+        name: Its name as `plain_name` has it.
+        written: Its name in the row.
+        value: Its value.
+    """
+    if name in _MEANINGFUL:
+        return _MEANINGFUL[name]
+    if name in VERDICTS and parse_flag(value) is False:
+        return 'the answer is not good; to learn from good and bad ones, call the field "label"'
+    words = {word.lower() for word in _WORD.findall(written)}
+    flags = isinstance(value, bool | int | float | list) or parse_flag(value) is not None
+    return "what is learned" if flags and name not in HARMLESS and _FLAG_WORDS & words else None
 
 
 def is_blank(value: Any) -> bool:

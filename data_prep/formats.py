@@ -1,11 +1,12 @@
 """Forms in which people write rows, and what each becomes: one record a form (`FORMATS`), in order of precedence."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_prep.fields import CHOICES, COMPLETIONS, CONVERSATIONS, LABELS, PROMPTS, Fields
+from data_prep.fields import CHOICES, CHOSEN, COMPLETIONS, CONVERSATIONS, LABELS, PROMPTS, Fields
 from data_prep.readers import (
     ANSWERED,
     DOCUMENTS,
@@ -21,9 +22,14 @@ from data_prep.readers import (
     read_translation,
     read_verifiable,
 )
-from data_prep.rows import SHAPES, Row, row_problem
+from data_prep.rows import SHAPES, Row, row_problem, type_name
 
 Shape = Literal["messages", "preference", "labelled", "scoring", "verifiable", "translated", "summarised", "spans"]
+_RENDERED = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant)\|>|<(?:start|end)_of_turn>|\[/?INST\]|"
+    r"### (?:Instruction|Response):"
+)
+"""What chat templates write; a text that has it was probably rendered before."""
 _ASKED, _SAID = (*PROMPTS, "user"), (*COMPLETIONS, "assistant")
 """Names of a question and its answer; "user" and "assistant" are so where there is no other."""
 
@@ -81,6 +87,8 @@ class Intake:
         Raises:
             ValueError: If it has no known form, or one of another shape; the message says what is wrong.
         """
+        if not isinstance(raw, dict):
+            raise ValueError(f"it is {type_name(raw)}, not an object")
         fields = Fields(raw, self.ignored)
         found = next((f for f in FORMATS if f.fits(fields, self.shape)), None)
         if found is None:
@@ -88,6 +96,8 @@ class Intake:
         self.shape = found.shape
         row = {**found.read(fields), **_identity(fields)}
         fields.finish()
+        if _RENDERED.search(str(row)):
+            fields.notes.append("rows with the marks of a chat template in their texts, which are kept as they are")
         if found.whole and (problem := row_problem(row, found.shape)):
             raise ValueError(problem)
         names = (next(iter(fields.filled(*group)), group[0]) for group in found.needs)
@@ -125,7 +135,9 @@ def _unknown(fields: Fields, shape: Shape | None) -> str:
         if shape in (None, "messages") and all(name in fields for name in names):
             return reason
     nulls = f"; null: {', '.join(map(repr, fields.nulls))}" if fields.nulls else ""
-    return f"it has the fields {', '.join(map(repr, fields.names.values())) or 'without a value'}{nulls}"
+    if not fields.names:
+        return f"it has no field with a value{nulls}"
+    return f"it has the fields {', '.join(map(repr, fields.names.values()))}, which make up no known form{nulls}"
 
 
 FORMATS = (
@@ -136,7 +148,7 @@ FORMATS = (
     Format("conversations", "messages", (CONVERSATIONS,), read_conversation, '{"messages": [...]}'),
     Format("questions about a context", "spans", (("question",), ("context",), ("answers",)), read_spans,
            SHAPES["spans"], lambda values: isinstance(values["answers"], dict), whole=False),
-    Format("questions with options", "scoring", (_ASKED, CHOICES, ("answer",)), read_options,
+    Format("questions with options", "scoring", (_ASKED, CHOICES, CHOSEN), read_options,
            '{"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX}'),
     Format("labelled answers", "labelled", (_ASKED, _SAID, LABELS), read_labelled,
            '{"prompt": TEXT, "completion": TEXT, "label": true}'),
@@ -156,6 +168,11 @@ _REFUSED = (
     (("tokens", "tags"), "it is a sentence with tags; write a word and its tag a line and give --data iob"),
     (("chosen",), 'it has "chosen" without "rejected"'),
     (("rejected",), 'it has "rejected" without "chosen"'),
+    (("preferred_output", "non_preferred_output"), 'it is a preference in OpenAI\'s form; write {"prompt": [...], '
+                                                   '"chosen": [...], "rejected": [...]}'),
+    (("reward_model",), 'it has its right answer in "reward_model"; write it as "answers": [TEXT]'),
+    (("prompt", "label"), 'it has a "label" without an answer; if it is what counts as right, call it "answers"'),
+    (("contents",), 'it is a conversation in Gemini\'s form; write "messages" of {"role": ..., "content": TEXT}'),
     (("paragraphs",), 'it is an article in SQuAD\'s nested form; write a row for each question: ' + SHAPES["spans"]),
     (("translation",), 'it is a "translation" by language; write {"source": TEXT, "target": TEXT}'),
     (("text",), 'it has only a "text": continued pretraining on raw text is not available; give a question with an '

@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.answers import answers_of
 from data_prep.fields import (
     CHOICES,
+    CHOSEN,
     COMPLETIONS,
     CONTEXTS,
     CONVERSATIONS,
@@ -21,7 +22,7 @@ from data_prep.fields import (
     parse_flag,
 )
 from data_prep.rows import Row, row_problem, type_name
-from data_prep.turns import conversation, from_json, tools_of, turns_of
+from data_prep.turns import add_reasoning, conversation, from_json, joined_parts, tools_of, turns_of
 
 ANSWERED = (*REFERENCES, "answer", "solution")
 """Names of what a reward compares with."""
@@ -63,6 +64,8 @@ def _system(fields: Fields) -> list[Row]:
     name, system = fields.take(*SYSTEMS)
     if is_blank(system):
         return []
+    if isinstance(system, list):
+        system = joined_parts(system, fields)
     if not isinstance(system, str):
         raise ValueError(f'"{name}" must be a text, but is {type_name(system)}')
     return [{"role": "system", "content": system}]
@@ -118,7 +121,7 @@ def _answer(fields: Fields) -> list[Row]:
     if not is_blank(reasoning):
         if len(turns) != 1 or not isinstance(reasoning, str):
             raise ValueError(f'"{name}" must be a text, beside an answer that is one message')
-        turns = [{**turns[0], "reasoning_content": reasoning}]
+        add_reasoning(turns[0], name, reasoning)
     return turns
 
 
@@ -143,7 +146,8 @@ def _conversation(fields: Fields) -> list[Row]:
 def _up_to_last_answer(turns: list[Row], fields: Fields) -> list[Row]:
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < 0:
-        raise ValueError("it has no answer: no message of role assistant")
+        hint = '; to ask it, call the messages "prompt"' if fields.filled(*ANSWERED) else ""
+        raise ValueError(f"it has no answer: no message of role assistant{hint}")
     if last + 1 < len(turns):
         fields.notes.append("conversations cut after their last answer")
     return turns[: last + 1]
@@ -225,12 +229,15 @@ def read_options(fields: Fields) -> Row:
         named = isinstance(choices.get("text"), list) and isinstance(choices.get("label"), list)
         letters = [str(letter) for letter in (choices["label"] if named else choices)]
         choices = choices["text"] if named else list(choices.values())
-    _, answer = fields.take("answer")
+    _, answer = fields.take(*CHOSEN)
     if isinstance(answer, str) and isinstance(choices, list):
         found = [i for i, choice in enumerate(choices) if choice == answer] or [
             i for i, letter in enumerate(letters) if letter.lower() == answer.strip(" ().").lower()
         ]
-        answer = found[0] if len(found) == 1 else answer
+        if len(found) == 1:
+            answer = found[0]
+        elif answer.strip().isdecimal():  # an index in a table's cell
+            answer = int(answer)
     return {"prompt": _shown(_question(fields)), "choices": choices, "answer": answer}
 
 

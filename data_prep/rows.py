@@ -188,7 +188,7 @@ def type_name(value: Any) -> str:
     names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}")
 
 
 def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -217,7 +217,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Any:
         UserError: If it is not UTF-8 or not JSON; the message names file and line.
     """
     try:
-        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), unique_names=True)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line {number}: not UTF-8 text ({e.reason}); save it as UTF-8.") from None
     except json.JSONDecodeError as e:

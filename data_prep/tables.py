@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,20 @@ class Table:
 
     def place(self, index: int) -> str:
         """Where a row came from, for messages."""
-        return f"{self.name}, line {self.numbers[index]}" if self.numbers else f"{self.name}, row {index + 1}"
+        return self.places([index])
+
+    def places(self, indices: Sequence[int], most: int = 5) -> str:
+        """Where some rows came from, for messages: neighbours as a range, and at most so many of these."""
+        numbers = [self.numbers[index] if self.numbers else index + 1 for index in indices]
+        ranges: list[list[int]] = []
+        for number in numbers:
+            if ranges and number == ranges[-1][1] + 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        shown = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:most]]
+        word = ("line" if self.numbers else "row") + "s" * (len(numbers) > 1)
+        return f"{self.name}, {word} {', '.join([*shown, '…'] if len(ranges) > most else shown)}"
 
     def require(self, columns: dict[str, type | tuple[type, ...]]) -> None:
         """Make sure that every row has these columns with values of these types.
@@ -137,7 +150,7 @@ def _read_json(path: Path, content: bytes, broken: list[str] | None) -> Table:
         return Table(str(path), [])
     if len(lines) == 1 or not _is_json(lines[0][1]):
         try:
-            value = parse_json(content.decode())
+            value = parse_json(content.decode(), unique_names=True)
             rows = _rows_within(path, value)
             return Table(str(path), rows, [lines[0][0]] if rows == [value] else None)
         except UnicodeDecodeError as e:

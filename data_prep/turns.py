@@ -7,6 +7,7 @@ something else, is noted in the row's `Fields`.
 
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 from data_prep.fields import FLAGS, MEDIA, REASONING, TOOLS, Fields, is_blank, parse_flag
@@ -14,13 +15,16 @@ from data_prep.rows import ROLES, Row, type_name
 from workflows.untrusted import parse_json
 
 _ROLE_NAMES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "model", "ai", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "chatbot", "bard", "bing", "claude", "model", "ai", "bot", "function_call"), "assistant"
+    ),
     "developer": "system",
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PYTHON_LIST = re.compile(r"\s*\[\{\s*'(role|from|content|value)'\s*:")
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HH = re.compile(r"\A\s*Human:.*\n\nAssistant:", re.DOTALL)
 
@@ -86,7 +90,7 @@ def _written_messages(text: str) -> list[Any] | None:
     if not text.lstrip().startswith("["):
         return None
     try:
-        value = parse_json(text)
+        value = parse_json(text, unique_names=True)
     except ValueError:
         return None
     pairs = ({"role", "content"}, {"from", "value"})
@@ -115,7 +119,7 @@ def from_json(value: Any, field: str) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return parse_json(value)
+        return parse_json(value, unique_names=True)
     except ValueError as e:
         raise ValueError(f"{field!r} is a text that is not valid JSON ({e})") from None
 
@@ -181,8 +185,12 @@ def _turn(message: Fields) -> Row | None:
 def _content(content: Any, role: str, message: Fields) -> str:
     if content is None:
         return ""
+    typed = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    if role == "tool" and not typed and not isinstance(content, str):
+        message.notes.append("results of tools written as JSON texts")
+        return json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
-        return _joined_parts(content, role, message)
+        return joined_parts(content, message)
     if role == "assistant" and _is_number(content):
         return _number_text(content, message)
     if not isinstance(content, str):
@@ -190,7 +198,7 @@ def _content(content: Any, role: str, message: Fields) -> str:
     return content
 
 
-def _joined_parts(parts: list[Any], role: str, message: Fields) -> str:
+def joined_parts(parts: list[Any], message: Fields) -> str:
     """The texts of parts such as {"type": "text", "text": TEXT}, one after another as chat templates write them."""
     texts = []
     for part in parts:
@@ -211,6 +219,24 @@ def _add_reasoning(turn: Row, message: Fields) -> None:
         raise ValueError(f'"{name}" must be a text, but is {type_name(reasoning)}')
     if turn["role"] != "assistant":
         raise ValueError(f'"{name}" belongs to a message of role assistant, not {turn["role"]}')
+    add_reasoning(turn, name, reasoning)
+
+
+def add_reasoning(turn: Row, name: str, reasoning: str) -> None:
+    """Put reasoning beside an answer's content, from which the same reasoning is taken out.
+
+    Args:
+        turn: The assistant's message.
+        name: The reasoning's field, for messages.
+        reasoning: The text.
+
+    Raises:
+        ValueError: If the content begins with other reasoning.
+    """
+    if found := _THOUGHTS.match(turn["content"]):
+        if found[1].strip() != reasoning.strip():
+            raise ValueError(f'the answer begins with other reasoning, in <think>, than "{name}" has; keep one of them')
+        turn["content"] = turn["content"][found.end() :]
     turn["reasoning_content"] = reasoning
 
 
@@ -268,9 +294,9 @@ def _is_learned(message: Fields, role: str) -> bool | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
-def _number_text(value: int | float, fields: Fields) -> str:
+def _number_text(value: int | float | Decimal, fields: Fields) -> str:
     fields.notes.append("numbers read as texts")
-    return json.dumps(value)
+    return str(value) if isinstance(value, Decimal) else json.dumps(value)

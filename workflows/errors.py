@@ -28,16 +28,19 @@ def report_all(problems: list[str]) -> None:
         raise UserError("\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]))
 
 
-def listed(problems: list[str], what: str, most: int = 10) -> str:
+def listed(problems: list[str], what: str, most: int = 10, number: int | None = None) -> str:
     """Problems one below the other, after their number.
 
     Args:
         problems: Messages, one per problem.
         what: What follows their number.
         most: Maximum number of problems that are shown.
+        number: How many things have these problems, if it is not one each.
     """
     more = [f"  - … and {len(problems) - most:,} more"] if len(problems) > most else []
-    return "\n".join([f"{len(problems):,} {what}:", *(f"  - {problem}" for problem in problems[:most]), *more])
+    return "\n".join(
+        [f"{number or len(problems):,} {what}:", *(f"  - {problem}" for problem in problems[:most]), *more]
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

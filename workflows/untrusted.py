@@ -19,17 +19,19 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, unique_names: bool = False) -> Any:
     """Parse JSON from a file that may be anyone's: no text that is not Unicode, no nesting beyond reason, no NaN.
 
     Args:
         text: The JSON text.
+        unique_names: Refuse an object that has a name twice, of which Python's parser keeps the last value only.
 
     Raises:
         ValueError: If it is not such JSON (`json.JSONDecodeError` where it is none at all).
     """
     try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        pairs = _unique if unique_names else None
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [value]
@@ -49,6 +51,14 @@ def _finite(number: str) -> float:
     if not math.isfinite(value := float(number)):
         raise ValueError(f"it has no {number}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -133,6 +133,28 @@ MESSAGES = {
         {"Question": "Q", "Complex_CoT": "T", "Response": "A"},
         [user("Q"), assistant("A", reasoning_content="T")],
     ),
+    "a tool's result as an object": (
+        {"messages": [user("Q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": {"x": "é"}},
+                      assistant("A")]},
+        [user("Q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": '{"x": "é"}'}, assistant("A")],
+    ),
+    "names in camel case": (
+        {"messages": [user("Q"), assistant("A", reasoningContent="T")], "systemPrompt": "S"},
+        [system("S"), user("Q"), assistant("A", reasoning_content="T")],
+    ),
+    "reasoning twice": (
+        {"messages": [user("Q"), assistant("<think>\nT\n</think>\n\nA", reasoning_content="T")]},
+        [user("Q"), assistant("A", reasoning_content="T")],
+    ),
+    "system in parts": (
+        {"system": [{"type": "text", "text": "S"}], "messages": [user("Q"), assistant("A")]},
+        [system("S"), user("Q"), assistant("A")],
+    ),
+    "roles of other collections": (
+        {"messages": [{"role": "prompter", "content": "Q"}, {"role": "Chatbot", "content": "A"}]},
+        [user("Q"), assistant("A")],
+    ),
+    "an answer said to be good": ({"question": "Q", "answer": "A", "is_correct": True}, [user("Q"), assistant("A")]),
     "user and assistant": ({"user": "Q", "assistant": "A"}, [user("Q"), assistant("A")]),
     "user is a name": ({"prompt": "Q", "completion": "A", "user": "alice"}, [user("Q"), assistant("A")]),
     "a number": ({"prompt": "Q", "completion": 2.5}, [user("Q"), assistant("2.5")]),
@@ -267,6 +289,16 @@ OTHERS = {
         "scoring",
         {"prompt": [user("Q")], "choices": ["x", "y"], "answer": 1},
     ),
+    "options by letter, ARC": (
+        {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        "scoring",
+        {"prompt": [user("Q")], "choices": ["x", "y"], "answer": 1},
+    ),
+    "options in a cell": (
+        {"question": "Q", "choices": '["x", "y"]', "answer": "1"},
+        "scoring",
+        {"prompt": [user("Q")], "choices": ["x", "y"], "answer": 1},
+    ),
     "options by text": (
         {"prompt": "Q", "choices": ["x", "y"], "answer": "x"},
         "scoring",
@@ -321,7 +353,19 @@ REFUSED = [
     ({"prompt": "Q", "completion": "A", "response": "B"}, "it has both 'completion' and 'response', which differ"),
     ({"question": "Q", "answer": "A", "Answer": "B"}, "the field 'answer' twice"),
     ({"question": "Q", "answer": True}, 'write the answer as a text, such as "yes"'),
-    ({"question": "Q", "answer": None}, "it has the fields 'question'; null: 'answer'"),
+    ({"question": "Q", "answer": None}, "it has the fields 'question', which make up no known form; null: 'answer'"),
+    ({"messages": [user("Q"), assistant("A", masked=True)]}, 'the field "masked" (what is learned)'),
+    ({"messages": [user("Q"), assistant("A", trainOn=0)]}, 'the field "trainOn" (what is learned)'),
+    ({"messages": [user("Q"), assistant("A", train_on_turn=False)]}, "has nothing to learn"),
+    ({"prompt": "Q", "completion": "A", "sample_weight": 0.1}, 'the field "sample_weight" (what is learned)'),
+    ({"question": "Q", "answer": "A", "is_correct": False}, '"is_correct" (the answer is not good; to learn from good'),
+    ({"messages": [user("Q"), assistant("A")], "rejected_response": "B"}, '"rejected_response" (a preference)'),
+    ({"messages": [user("Q"), assistant("<think>S</think>A", reasoning="T")]}, "begins with other reasoning"),
+    ({"input": {}, "preferred_output": [], "non_preferred_output": [1]}, "a preference in OpenAI's form"),
+    ({"prompt": [user("Q")], "reward_model": {"ground_truth": "1"}}, 'write it as "answers"'),
+    ({"prompt": "Q", "label": "42"}, 'call it "answers"'),
+    ({"messages": [user("Q")], "answer": "42"}, 'to ask it, call the messages "prompt"'),
+    ({"contents": [{"role": "user", "parts": []}]}, "in Gemini's form"),
     ({"question": "Q", "answer": "A", "context": {"a": 1}}, '"context" must be a text or a list of texts'),
     ({"instruction": "Q", "output": "A", "history": [["a"]]}, '"history" must be a list of [QUESTION, ANSWER]'),
     ({"prompt": "[{'role': 'user', 'content': 'Q'}]", "completion": "A"}, "as Python prints it; write it as JSON"),
@@ -384,6 +428,13 @@ def test_what_was_read_as_something_else_is_noted():
         "contexts put before their question": 1,
     }
     assert intake.read_as() == "messages (2 conversations: messages; 1 questions with answers: question, answer)"
+
+
+def test_marks_of_a_chat_template_in_texts_are_noted():
+    intake = Intake()
+    intake.read({"prompt": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "completion": "A<|im_end|>"})
+    intake.read({"prompt": "[Q] <x>", "completion": "A"})
+    assert intake.notes == {"rows with the marks of a chat template in their texts, which are kept as they are": 1}
 
 
 def test_the_first_row_decides_the_shape_and_a_name_overrules_it():

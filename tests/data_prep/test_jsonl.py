@@ -1,6 +1,8 @@
 """`make data DATA=jsonl`: a user's file as a data directory, with everything that was left out in its manifest."""
 
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,8 @@ def test_all_broken_rows_are_listed_and_can_be_skipped(tmp_path: Path, capsys: p
     with pytest.raises(UserError) as e:
         setup("jsonl", tmp_path / "data", file=file)
     told = str(e.value)
-    assert told.startswith("21 of 61 rows of") and "line 61: not valid JSON" in told and "… and 11 more" in told
-    assert 'line 1: "answer" is empty' in told and "--skip_broken true" in told
+    assert told.startswith("21 of 61 rows of") and "line 61: not valid JSON" in told and "--skip_broken true" in told
+    assert told.count("\n  - ") == 2 and 'lines 1, 4, 7, 10, 13, …: "answer" is empty' in told
     assert not (tmp_path / "data").exists()
     setup("jsonl", tmp_path / "data", file=file, skip_broken=True)
     assert "21 of 61 rows" in capsys.readouterr().out
@@ -120,6 +122,23 @@ def test_one_question_for_all_rows_cannot_be_split_and_sizes_are_no_cure(tmp_pat
     assert "--validation_size" not in str(e.value)
 
 
+def test_questions_that_differ_in_punctuation_only_are_split_to_the_letter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [{"prompt": f"Balanced? {'(' * (1 + i // 2)}", "completion": f"A{i}"} for i in range(20)]
+    setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.jsonl", rows))
+    assert "Without case and punctuation there are fewer questions than splits" in capsys.readouterr().out
+    assert "to the letter" in manifest(tmp_path / "jsonl")["split"]
+    prompts = [{row["messages"][0]["content"] for row in read_rows(tmp_path / f"jsonl/{s}.jsonl")} for s in SPLITS]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 10
+
+
+def test_an_object_with_a_field_twice_is_broken(tmp_path: Path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Q", "prompt": "R", "completion": "A"}\n')
+    with pytest.raises(UserError, match=r"line 1: not valid JSON \(an object has 'prompt' twice\)"):
+        setup("jsonl", tmp_path, file=tmp_path / "mine.jsonl")
+
+
 def test_repeated_rows_of_every_shape_are_left_out(tmp_path: Path):
     for row in ({"prompt": "Q{}", "completion": "A", "label": True}, {"prompt": "Q{}", "answers": ["a"]}):
         rows = [json.loads(json.dumps({**row, "id": i}).replace("{}", str(i % 20))) for i in range(25)]
@@ -154,6 +173,16 @@ def test_parquet_leaves_no_nulls_in_messages_and_tools(tmp_path: Path):
         assert row["messages"][3] == {"role": "assistant", "content": "A"}
 
 
+def test_parquets_missing_numbers_are_no_values_and_its_decimals_are_numbers(tmp_path: Path):
+    rows = [{"prompt": f"Q{i}", "completion": Decimal("1.50"), "score": math.nan if i else 1.0} for i in range(20)]
+    setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.parquet", rows))
+    assert manifest(tmp_path / "jsonl")["fields_not_used"] == {"score": 1}
+    assert {row["messages"][1]["content"] for row in all_rows(tmp_path / "jsonl")} == {"1.50"}
+    rows = [{"prompt": b"Q", "completion": "A"}]
+    with pytest.raises(UserError, match="'prompt' must be a text or a list of messages, but is of type bytes"):
+        setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.parquet", rows))
+
+
 def test_a_table_may_hold_messages_as_text(tmp_path: Path):
     import csv
 
@@ -176,7 +205,7 @@ def test_a_table_may_hold_messages_as_text(tmp_path: Path):
 def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parsed: list[str] = []
 
-    def parse(text: str) -> Any:
+    def parse(text: str, unique_names: bool = False) -> Any:
         parsed.append(text)
         return json.loads(text)
 

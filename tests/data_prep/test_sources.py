@@ -301,7 +301,7 @@ def test_every_accepted_form_becomes_messages(tmp_path: Path):
     ("line", "words"),
     [
         ("{not json}", "line 4: not valid JSON"),
-        ('"text"', "line 4: is a text"),
+        ('"text"', "line 4: it is a text"),
         ("{}", "line 4: it is an empty object"),
         ('{"text": "a"}', "line 4: .*continued pretraining on raw text is not available"),
         ('{"question": "a", "reply": "b"}', "line 4: it has the fields 'question', 'reply'"),

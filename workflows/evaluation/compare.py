@@ -112,9 +112,11 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 def is_share(value: float, stderr: float | None, n: int | None) -> bool:
     """Whether a mean is that of right-or-wrong scores, told by its standard error (of the sample, as lm-eval's)."""
+    if n == 1:  # lm-eval has no standard error of one score
+        return value in (0, 1)
     if stderr is None or not n or not 0 <= value <= 1:
         return False
-    return math.isclose(stderr**2 * max(1, n - 1), value * (1 - value), rel_tol=_DIGITS, abs_tol=1e-12)
+    return math.isclose(stderr**2 * (n - 1), value * (1 - value), rel_tol=_DIGITS, abs_tol=1e-12)
 
 
 def interval_of(row: dict[str, Any]) -> tuple[float, float] | None:

@@ -225,7 +225,8 @@ def _why_not_loaded(error: Exception, own: dict[str, Entry], include_path: Path 
         )
     if isinstance(error, ImportError):
         return f"A task needs a package that is not installed. {reason}"
-    if isinstance(error, DatasetsError | httpx.HTTPError | OSError):
+    closed = isinstance(error, RuntimeError) and "httpx" in Path(frame.filename).parts  # a second try after a lost one
+    if closed or isinstance(error, DatasetsError | httpx.HTTPError | OSError):
         return (
             f"A task's data set could not be loaded: {reason}\n"
             "Tasks outside data/ come from the Hugging Face Hub and need the internet; the local ones are "

@@ -81,8 +81,13 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _PROSE = re.compile(r"[^\W\d_]{2,}")
 _EXPRESSION_BEFORE = re.compile(
     r"[\w.^_/\\+*{<>≤≥≠≈±√|~—-]\Z|[/\\^+*÷<>≤≥≠≈±√|~—-]\s*\Z|[\d)\]}]\s*[,;]\s*\Z|[([]\s*\Z|\d:\Z"
-    r"|\d\W*\b(?:or|and|to|over|plus|minus|times|by|through|point)\s+(?:[a-z]\s*=\s*)?\Z"
-    r"|\b(?:not|never|than|least|most|minus|negative|under|over|below|above|between)\s+\Z|n['’]t\s+\Z",
+    r"|\d\W*\b(?:or|and|to|over|plus|minus|times|by|through|point|in|of|out\s+of|from|mod|modulo|choose)\s+"
+    r"(?:[a-z]\s*=\s*)?\Z"
+    r"|\b(?:than|least|most|minus|negative|under|over|below|above|between|unequal\s+to|raised\s+to|(?:divided|multiplied)"
+    r"\s+by)\s+\Z|(?:\b(?:not|never|cannot)|n['’]t)\s+(?:[a-z]+\s+){0,2}\Z"
+    r"|\b(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|percent|twice"
+    r"|double|triple|square|cube|root|sqrt|sine?|cos|cosine|tan|tangent|log|ln|logarithm|exp|power|reciprocal"
+    r"|factorial|factors?|multiples?|divisors?)\s+(?:of\s+)?\Z|%\s+of\s+\Z",
     re.IGNORECASE,
 )
 """What stands before a number that is a part of an expression, a list or a range, or is denied."""

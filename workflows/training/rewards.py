@@ -62,12 +62,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LARGEST_TOTAL = 1e15
 """Largest sum of an answer's rewards: its square, summed over a step's answers, is finite in float32."""
 
+_OF_ALL = " (A function of all samples is annotated with list[Sample].)"
 _THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _LETTER = re.compile(
     r"\\boxed\{(?:\\text\{)?\W*([A-Z])\b"
     r"|\b(?i:answer|option|choice)\b\W*(?i:is\b\W*)?\(?([A-Z])\b"
     r"|^\W*([A-Z])\b(?:(?= is\b)|(?![a-z' ]\w))"
-    r"|\(([A-Z])\)",
+    r"|(?<!not )(?<!nor )(?<!n't )\(([A-Z])\)",
     re.MULTILINE,
 )
 
@@ -313,7 +314,8 @@ def _called(name: str, function: Reward, argument: Any, sample: Sample) -> Any:
     try:
         return function(argument)
     except Exception as e:  # a function of the user's may raise anything
-        raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}. {_shown(sample)}") from None
+        listed = _OF_ALL if isinstance(argument, Sample) and "'Sample' object" in str(e) else ""
+        raise UserError(f"The reward {name} failed with {type(e).__name__}: {e}.{listed} {_shown(sample)}") from None
 
 
 def _as_number(name: str, value: Any, sample: Sample) -> float | None:
@@ -325,7 +327,7 @@ def _as_number(name: str, value: Any, sample: Sample) -> float | None:
     if not isinstance(value, numbers.Real | Decimal):  # bool is Real
         if inspect.iscoroutine(value):
             value.close()
-        listed = " (A function of all samples is annotated with list[Sample].)" if isinstance(value, list) else ""
+        listed = _OF_ALL if isinstance(value, list) else ""
         raise UserError(
             f"The reward {name} returned {_kind(value)}. It must return a number, or None where it does not apply."
             f"{listed} {_shown(sample)}"
@@ -398,8 +400,8 @@ def _takes_samples(path: str, function: Reward) -> bool:
         )
     if _never_returns(called):
         raise UserError(f"--rewards: {path} never returns a value. Is a `return` missing?")
-    listed = re.match(
-        r"(?:[\w.]*\.)?(?:list|List|Sequence|Iterable|Collection|tuple)\[|<class '(?:list|tuple)'>|(?:list|tuple)\Z",
+    listed = re.search(  # in Optional[...] and unions, too
+        r"\b(?:list|List|Sequence|Iterable|Collection|tuple)\[|\A<class '(?:list|tuple)'>|\A(?:list|tuple)\Z",
         str(first.annotation).strip("'\""),  # a quoted one is a text
     )
     return bool(listed) or bool(getattr(function, "takes_samples", False))

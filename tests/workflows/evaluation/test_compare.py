@@ -112,6 +112,7 @@ def test_right_or_wrong_scores_are_told_from_graded_ones_by_their_standard_error
     assert is_share(binary.mean(), stats.sem(binary), 50) and not is_share(graded.mean(), stats.sem(graded), 50)
     assert is_share(1.0, 0.0, 50) and not is_share(1.0, None, 50) and not is_share(12.5, 0.3, 50)
     assert not is_share(0.5, float("nan"), 50)
+    assert is_share(1.0, None, 1) and is_share(0.0, 0.0, 1) and not is_share(0.7, None, 1)
 
 
 def test_tables_show_95_percent_intervals():

@@ -230,6 +230,14 @@ def test_tasks_named_twice_and_data_that_cannot_be_had(hub, monkeypatch, tmp_pat
     with pytest.raises(UserError, match=r"twice.*medmcqa"):
         load_tasks(["medical", "medmcqa"], tmp_path, template)
 
+    def closed(*args, **kwargs):
+        client = httpx.Client()
+        client.close()
+        client.get("http://localhost")
+
+    monkeypatch.setattr(datasets, "load_dataset", closed)
+    with pytest.raises(UserError, match=r"(?s)client has been closed.*need the internet"):
+        load_tasks(["pubmedqa"], tmp_path, template)
     for error in (ConnectionError, LocalEntryNotFoundError, httpx.ReadError):
 
         def unreachable(*args, error=error, **kwargs):

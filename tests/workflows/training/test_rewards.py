@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -60,6 +60,8 @@ def test_a_finding_is_worth_its_f1_with_the_best_name(said: str, worth: float):
         ("Answer: A", False),
         ("B cells are made in the marrow", False),
         ("I would say (A), no: the answer is B.", True),
+        ("The answer is (A), not (B).", False),
+        ("(B), not (A)", True),
         ("<think>A? B?</think>B", True),
         ("A", False),
         ("A heart defect", False),
@@ -222,6 +224,14 @@ def as_tensor(samples: "Sequence[Sample]") -> torch.Tensor:
     return torch.arange(len(samples))
 
 
+def maybe_samples(samples: Optional[list[Sample]] = None) -> list[float]:  # noqa: UP045 (as users write it)
+    return [3.0 for _ in samples or []]
+
+
+def without_annotation(samples):  # type: ignore[no-untyped-def]
+    return [1.0 for _ in samples]
+
+
 @batched
 def marked(samples):  # type: ignore[no-untyped-def]
     return np.ones(len(samples))
@@ -275,6 +285,7 @@ def test_they_add_up_by_weight():
         ("huge", "sum up to 5e.300; beyond 1e.15 their statistics are not finite"),
         ("texts", "returned '1' of type str"),
         ("broken_list", "failed with ZeroDivisionError"),
+        ("without_annotation", r"object is not iterable. \(A function of all samples is annotated with list"),
     ],
 )
 def test_a_reward_that_fails_names_the_sample(name: str, message: str):
@@ -333,6 +344,7 @@ def test_a_function_of_a_list_gets_all_samples_at_once():
     assert f"{__name__}.ranks" not in named("ranks")(samples)[2]
     assert [found["total"] for found in named("as_tensor")(samples)] == [0, 1, 2, 3]
     assert [found["total"] for found in named("marked")(samples)] == [1] * 4
+    assert [found["total"] for found in named("maybe_samples")(samples)] == [3] * 4
     assert [found["total"] for found in named("judge")(samples)] == [2] * 4
     assert named("ranks")([]) == []
 
