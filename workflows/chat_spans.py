@@ -263,7 +263,7 @@ def _start(
     tools: list[Any] | None,
     notes: list[str],
 ) -> int | None:
-    """Where an earlier assistant turn begins: after the prompt, or after the prompt's last part where others differ."""
+    """Find the start of an earlier turn: after its prompt, or after the prompt's end where the rest was rewritten."""
     text = whole.text
     if i == 0:
         start = _after_header(template, whole, messages)
@@ -286,7 +286,7 @@ def _start(
 
 
 def _after_header(template: "ChatTemplate", whole: _Text, messages: list["Message"]) -> int | None:
-    """Where the answer that opens a conversation begins: after the header that a prompt would end with."""
+    """Find the start of an answer that opens a conversation: after the header that a prompt would end with."""
     header, content = template.generation_header, _content(whole, messages, 0)
     if not header or content is None:
         return None
@@ -295,7 +295,7 @@ def _after_header(template: "ChatTemplate", whole: _Text, messages: list["Messag
 
 
 def _content(whole: _Text, messages: list["Message"], i: int) -> tuple[int, int] | None:
-    """Where in the text a message's content is; None if the template does not write it, or more than once."""
+    """Find a message's content in the text; None if the template does not write it, or more than once."""
     if i not in whole.contents:
         before, found, after = whole.build(_marked(messages, i)).partition(MARKER)
         if found and MARKER not in after and whole.text.endswith(after):
@@ -307,7 +307,7 @@ def _content(whole: _Text, messages: list["Message"], i: int) -> tuple[int, int]
 
 
 def _tool_calls_end(whole: _Text, messages: list["Message"], i: int) -> int | None:
-    """Where the arguments of an assistant turn's last tool call end in the text."""
+    """Find the end of the arguments of an assistant turn's last tool call."""
     version = [*messages[:i], _marked_calls(messages[i], _ARGUMENT), *messages[i + 1 :]]
     _, found, after = whole.build(version).rpartition(_ARGUMENT)
     return len(whole.text) - len(after) if found and whole.text.endswith(after) else None
@@ -324,7 +324,7 @@ def _marked_calls(message: "Message", mark: str) -> "Message":
 
 
 def _is_written(whole: _Text, messages: list["Message"], i: int) -> bool:
-    """Whether the text has the reasoning of an assistant turn."""
+    """Return True if the text has the reasoning of an assistant turn."""
     message = {**messages[i]}
     content = str(message["content"])
     if "</think>" in content:
@@ -366,7 +366,7 @@ def _encode(template: "ChatTemplate", text: str, turns: list[tuple[int, int]], n
     tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
 
     def cuts(n: int) -> bool:
-        """Whether a token is one that cuts the text: what is before it does not depend on what is after it."""
+        """Return True for a token that cuts the text: tokens before it do not depend on the text after it."""
         token, (begin, end) = tokens[n]
         return text[begin:end].strip() == template.added_tokens.get(token)
 

@@ -32,7 +32,7 @@ Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": TEXT}`, and for some roles `reasoning_content`,
 `tool_calls`, `tool_call_id`, `name`, `train`."""
 Reasoning = Literal["keep", "drop", "none"]
-"""What becomes of the reasoning before answers: "keep" = as the data has it, "drop" = removed from the data, "none" =
+"""Treatment of the reasoning before answers: "keep" = as the data has it, "drop" = removed from the data, "none" =
 removed, and thinking is switched off in the chat template, here and in all that is made from the result."""
 THINKING_OFF = "{%- set enable_thinking = false -%}\n"
 """The first line of a chat template in which thinking is switched off."""
@@ -147,17 +147,17 @@ class ChatTemplate:
 
     @property
     def thinking_is_off(self) -> bool:
-        """Whether the template's first line switches thinking off."""
+        """True if the template's first line switches thinking off."""
         return self.source.startswith(THINKING_OFF.strip())
 
     @property
     def removes_reasoning(self) -> bool:
-        """Whether the reasoning of the data is removed before it is rendered."""
+        """True if the reasoning of the data is removed before it is rendered."""
         return self.drops_data_reasoning or self.thinking_is_off
 
     @staticmethod
     def has_reasoning(message: Message) -> bool:
-        """Whether an assistant message holds reasoning, in a field of its own or before `</think>`."""
+        """Return True if an assistant message holds reasoning, in a field of its own or before `</think>`."""
         return any(message.get(name) for name in REASONING_FIELDS) or bool(split_reasoning(message["content"])[0])
 
     def prepared(self, messages: list[Message]) -> list[Message]:
@@ -346,7 +346,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def frames(self) -> dict[bool, tuple[str, str, int] | None]:
-        """What the template writes around an answer, the last one or an earlier one; filled when needed."""
+        """Texts that the template writes around an answer, the last one or an earlier one; filled when needed."""
         return {}
 
     @functools.cached_property
@@ -407,7 +407,7 @@ class ChatTemplate:
         return chat_spans.encode_chat(self, messages, prompt_turns, tools)
 
     def problems(self) -> list[str]:
-        """What makes the template unfit for training, as messages: found on a conversation of two short turns."""
+        """Return the faults that make the template unfit for training, found on a conversation of two short turns."""
         try:
             _ = self._probe_notes, self.single_turn()
         except UserError as e:
@@ -415,7 +415,7 @@ class ChatTemplate:
         return []
 
     def remarks(self) -> list[str]:
-        """What of a longer conversation is not learned, or in another form than the template writes it."""
+        """Return the notes on what is not learned of a longer conversation, or is encoded in another form."""
         return sorted(set(self._probe_notes))
 
     @functools.cached_property
