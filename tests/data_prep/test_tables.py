@@ -27,7 +27,7 @@ FILES = {
     "wide.jsonl": LINES.encode("utf-16"),
     "big.jsonl": b"\xfe\xff" + LINES.encode("utf-16-be"),
     "wider.jsonl": LINES.encode("utf-32"),
-    "zipped.jsonl.gz": gzip.compress(LINES.encode()),
+    "zipped.jsonl.gz": gzip.compress(LINES.encode(), mtime=0),
     "list.json": json.dumps(ROWS, indent=1).encode(),
     "list.jsonl": json.dumps(ROWS).encode(),
     "wrapped.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
@@ -37,7 +37,7 @@ FILES = {
     "marked.csv": b"\xef\xbb\xbf" + CSV.encode(),
     "wide.csv": CSV.encode("utf-16"),
     "semicolons.csv": csv_with(";"),
-    "zipped.CSV.GZ": gzip.compress(CSV.encode()),
+    "zipped.CSV.GZ": gzip.compress(CSV.encode(), mtime=0),
     "table.tsv": csv_with("\t"),
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_lines_that_cannot_be_read_are_all_listed(
         ("a.jsonl.zst", b"x", "is none of"),
         ("a", b"x", "is none of"),
         ("a.jsonl.gz", b"x", "not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "not a whole gzip file"),
         ("a.jsonl", b"\xff\xfea", "not utf-16-le text"),
         ("a.json", b'[{"a": 1},', "not valid JSON"),
         ("a.json", b'{\n "data": [\n  {"a": 1}\n', "not valid JSON"),
