@@ -43,6 +43,7 @@ REASONING_HIDDEN = (
     "earlier answers shown to the model without their reasoning: reasoning is removed (--reasoning drop or none)"
 )
 NOT_SHOWN = "messages not shown to the model: the template does not write them"
+UNKNOWN = "conversations with characters that the tokenizer does not know: the model sees its unknown token instead"
 UNMARKED = "answers not learned: their messages are marked `train: false`"
 NO_TOOLS = "conversations whose tools are not shown to the model: the template writes no tools"
 
@@ -152,7 +153,7 @@ def prompt_notes(
 
 def concerns_prompt(note: str) -> bool:
     """Return True for a note on what a model is shown, which all answers to a prompt share."""
-    return note in (NO_TOOLS, REASONING_HIDDEN) or note.endswith(NOT_SHOWN)
+    return note in (NO_TOOLS, REASONING_HIDDEN, UNKNOWN) or note.endswith(NOT_SHOWN)
 
 
 def answer_prompt(template: "ChatTemplate", messages: list["Message"], tools: list[Any] | None = None) -> str:
@@ -409,6 +410,8 @@ def _encode(template: "ChatTemplate", text: str, turns: list[tuple[int, int]], n
     end = max(end for _, end in turns)
     tokens = [token for token in tokens if token[1][1] <= end]
     ids = template.checked_ids([token for token, _ in tokens])
+    if template.unknown_id in ids:
+        notes.append(UNKNOWN)
     learned = [any(a <= start and stop <= b for a, b in turns) for _, (start, stop) in tokens]
     first = learned.index(True) if True in learned else len(ids)
     return EncodedChat(ids[:first], ids[first:], learned[first:], tuple(notes))

@@ -345,6 +345,12 @@ class ChatTemplate:
         return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for every character the tokenizer does not know; None if it knows all, or their bytes."""
+        one, other = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in ("\ue0aa", "\uf1bb"))
+        return one[-1] if one and one == other else None
+
+    @functools.cached_property
     def frames(self) -> dict[bool, tuple[str, str, int] | None]:
         """Texts that the template writes around an answer, the last one or an earlier one; filled when needed."""
         return {}

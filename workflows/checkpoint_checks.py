@@ -185,7 +185,7 @@ def _beyond_embedding(tokenizer: Tokenizer, written: set[int], vocab_size: int) 
 
 
 def _stripping_tokens(template: ChatTemplate) -> list[str]:
-    """Return a refusal of tokens that take the white space beside them, if the template writes some; a GGUF has none."""
+    """Return a refusal of tokens that take the white space beside them, if the template writes some: GGUF has none."""
     data = json.loads(template.tokenizer.to_str())
     flags = {"lstrip": False, "rstrip": False, "single_word": False}
     flagged = [token for token in data["added_tokens"] if any(token[flag] for flag in flags)]

@@ -358,6 +358,20 @@ def test_tools_and_calls_are_rendered_as_transformers_passes_them():
     assert "mg" not in text and '"drug": "a<|im_end|>"' in text
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_counted(tiny_llama):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "It": 1, "<|im_end|>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    template = dataclasses.replace(chatml(tiny_llama), tokenizer=tokenizer, stop_ids=(2,))
+    assert template.unknown_id == 0 and chatml(tiny_llama).unknown_id is None
+    assert ours("qwen3", "sentencepiece").unknown_id is None  # it writes bytes
+    prompt, answer = turns("कि?", "It")
+    _, report = encode_rows([{"messages": [prompt, answer]}], template, 500)
+    assert report.notes == {chat_spans.UNKNOWN: 1}
+    _, told = encode_questions([{"prompt": [prompt]}], template, 500, "questions")
+    assert told.endswith(f"\n  1 {chat_spans.UNKNOWN}")
+
+
 def test_what_a_prompt_does_not_show_is_counted_once_for_all_its_answers(tiny_llama):
     source = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from data_prep.rows import Row, iterate_jsonl, row_problem
-from workflows.chat_spans import prompt_notes
+from workflows.chat_spans import UNKNOWN, prompt_notes
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.training.rewards import Rewards
@@ -130,6 +130,7 @@ def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: s
         try:
             questions.append(Question(row, template.prompt_ids(row["prompt"], row.get("tools"))))
             notes.update(prompt_notes(template, row["prompt"], row.get("tools")))
+            notes.update([UNKNOWN] if template.unknown_id in questions[-1].prompt else [])
         except UserError as e:
             raise UserError(f"{name}, row {number} ({row['prompt'][0]['content'][:60]!r}): {e}") from None
     kept = [question for question in questions if len(question.prompt) <= room]
