@@ -144,7 +144,7 @@ def prompt_notes(
         ]
     for role in template.unwritten[roles]:
         if role == "user":
-            raise UserError("The chat template does not write the user's message; check chat_template.jinja.")
+            raise template.no_user_error()
         notes.append(f"{role} {NOT_SHOWN}")
     if tools and template.render(messages, tools=tools) == template.render(messages):
         notes.append(NO_TOOLS)

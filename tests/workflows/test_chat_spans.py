@@ -372,6 +372,28 @@ def test_characters_that_the_tokenizer_does_not_know_are_counted(tiny_llama):
     assert told.endswith(f"\n  1 {chat_spans.UNKNOWN}")
 
 
+@pytest.mark.parametrize(
+    ("name", "conversation", "reason"),
+    [
+        ("smolvlm", ["user"], "does not write the user's message; it reads contents as lists of parts"),
+        ("llava_next", ["user", "call"], r"roles: user, assistant\): it reads contents as lists of parts"),
+        ("deepseekv3", ["user", "call"], r"roles: user, assistant\): it reads the arguments of tool calls as JSON"),
+        ("gemma", ["system", "user"], r"roles: system, user\): System role not supported"),
+    ],
+)
+def test_a_refusal_names_the_form_that_the_template_takes(name, conversation, reason):
+    call = {"type": "function", "function": {"name": "dose_of", "arguments": {"drug": "a"}}}
+    made = {
+        "system": {"role": "system", "content": "Be brief."},
+        "user": {"role": "user", "content": "What?"},
+        "call": {"role": "assistant", "content": "", "tool_calls": [call]},
+    }
+    template = ours(name, "byte-level")
+    with pytest.raises(UserError, match=reason):
+        template.render([made[part] for part in conversation])
+        template.single_turn()
+
+
 def test_what_a_prompt_does_not_show_is_counted_once_for_all_its_answers(tiny_llama):
     source = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
