@@ -11,7 +11,7 @@ rendering has it if it follows the header that the model is asked with; if not, 
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,13 @@ NO_PROMPT = "opening answers not learned: the template writes no prompt for a co
 OTHER_CONTEXT = "earlier answers learned after a context that the template has rewritten since"
 NO_END = "ends of earlier answers not learned: the template ends them with another token than the last answer"
 NO_REASONING = "earlier answers learned without their reasoning: the template drops it from earlier turns"
+REASONING_LOST = "answers learned without their reasoning: the template does not write it"
 REASONING_REMOVED = "answers learned without their reasoning: reasoning is removed (--reasoning drop or none)"
+REASONING_HIDDEN = (
+    "earlier answers shown to the model without their reasoning: reasoning is removed (--reasoning drop or none)"
+)
+NOT_SHOWN = "messages not shown to the model: the template does not write them"
+UNKNOWN = "conversations with characters that the tokenizer does not know: the model sees its unknown token instead"
 UNMARKED = "answers not learned: their messages are marked `train: false`"
 NO_TOOLS = "conversations whose tools are not shown to the model: the template writes no tools"
 
@@ -95,20 +101,32 @@ def encode_chat(
     messages = messages[: spoken[-1] + 1]  # no later message is seen by a turn that is learned
     if template.removes_reasoning:
         notes += [REASONING_REMOVED for i in spoken if template.has_reasoning(messages[i])]
+    notes += prompt_notes(template, messages, tools, spoken)
     messages = template.prepared(messages)
-    notes += _unwritten(template, messages, tools)
     whole = _whole(template, messages, tools, notes)
     turns = [_find_turn(template, whole, messages, i, tools, notes) for i in spoken]
     return _encode(template, whole.text, [turn for turn in turns if turn is not None], notes)
 
 
-def _unwritten(template: "ChatTemplate", messages: list["Message"], tools: list[Any] | None) -> list[str]:
-    """Notes on what a template leaves out of a conversation: messages other than the assistant's, tools.
+def prompt_notes(
+    template: "ChatTemplate", messages: list["Message"], tools: list[Any] | None, spoken: Sequence[int] = ()
+) -> list[str]:
+    """Notes on what of a conversation a model is not shown: messages other than the assistant's, tools, reasoning.
+
+    Args:
+        template: The chat template.
+        messages: The conversation, or a prompt.
+        tools: JSON schemas of the tools that the assistant may call.
+        spoken: Indices of the assistant's messages that are learned; their reasoning is another matter.
 
     Raises:
-        UserError: If it leaves out a user's message or tool calls: the rest would make no sense.
+        UserError: If the template leaves out a user's message or tool calls: the rest would make no sense.
     """
     notes = []
+    if template.removes_reasoning:
+        context = [m for i, m in enumerate(messages) if m["role"] == "assistant" and i not in spoken]
+        notes += [REASONING_HIDDEN for message in context if template.has_reasoning(message)]
+    messages = template.prepared(messages)
     roles = tuple(str(message["role"]) for message in messages)
     calls = [i for i, message in enumerate(messages) if message.get("tool_calls")]
     if calls or roles not in template.unwritten:
@@ -126,11 +144,16 @@ def _unwritten(template: "ChatTemplate", messages: list["Message"], tools: list[
         ]
     for role in template.unwritten[roles]:
         if role == "user":
-            raise UserError("The chat template does not write the user's message; check chat_template.jinja.")
-        notes.append(f"{role} messages not shown to the model: the template does not write them")
+            raise template.no_user_error()
+        notes.append(f"{role} {NOT_SHOWN}")
     if tools and template.render(messages, tools=tools) == template.render(messages):
         notes.append(NO_TOOLS)
     return notes
+
+
+def concerns_prompt(note: str) -> bool:
+    """Return True for a note on what a model is shown, which all answers to a prompt share."""
+    return note in (NO_TOOLS, REASONING_HIDDEN, UNKNOWN) or note.endswith(NOT_SHOWN)
 
 
 def answer_prompt(template: "ChatTemplate", messages: list["Message"], tools: list[Any] | None = None) -> str:
@@ -206,8 +229,8 @@ def _find_turn(
     if not last:
         following = (_content(whole, messages, j) for j in range(i + 1, len(messages)))
         limit = next((span[0] for span in following if span is not None and span[0] >= (written or start)), limit)
-        if template.has_reasoning(messages[i]) and not _is_written(whole, messages, i):
-            notes.append(NO_REASONING)
+    if template.has_reasoning(messages[i]) and not _is_written(whole, messages, i):
+        notes.append(REASONING_LOST if last else NO_REASONING)
     written = max(start, written or start)
     end = template.find_stop(text, written, limit)
     if end is None:
@@ -387,6 +410,8 @@ def _encode(template: "ChatTemplate", text: str, turns: list[tuple[int, int]], n
     end = max(end for _, end in turns)
     tokens = [token for token in tokens if token[1][1] <= end]
     ids = template.checked_ids([token for token, _ in tokens])
+    if template.unknown_id in ids:
+        notes.append(UNKNOWN)
     learned = [any(a <= start and stop <= b for a, b in turns) for _, (start, stop) in tokens]
     first = learned.index(True) if True in learned else len(ids)
     return EncodedChat(ids[:first], ids[first:], learned[first:], tuple(notes))

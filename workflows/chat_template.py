@@ -12,6 +12,7 @@ inference, and the token that ends the assistant's turn belongs to the completio
 import contextlib
 import copy
 import functools
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -205,6 +206,18 @@ class ChatTemplate:
         return self._render(self.prepared(messages), add_generation_prompt, tools)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
+        try:
+            return self._render_raw(messages, add_generation_prompt, tools)
+        except jinja2.TemplateSyntaxError as e:
+            raise UserError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from None
+        except (RecursionError, SyntaxError):  # of Python's compiler, which has limits on nesting
+            raise UserError("The chat template is nested too deeply, or calls itself without end.") from None
+        except _RENDERING_ERRORS as e:
+            roles = ", ".join(str(message.get("role")) for message in messages[:20])
+            reason = self._other_form(messages, add_generation_prompt, tools) or str(e)[:500]
+            raise UserError(f"The chat template refuses this conversation (roles: {roles}): {reason}") from None
+
+    def _render_raw(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         variables = {
             "messages": copy.deepcopy(messages),  # Jinja's `indent` adds to the list that it is given
             "add_generation_prompt": add_generation_prompt,
@@ -213,15 +226,25 @@ class ChatTemplate:
             "tools": copy.deepcopy(tools) if tools else None,
             "documents": None,
         }
+        return render(self.source, variables)
+
+    def _other_form(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
+        """Return in which other form the template takes a conversation, found out by rendering it so; "" if in none."""
+        turn = [*_PROBE, _ANSWER]
+        in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in turn]
+        if not self._takes(turn, False, None) and self._takes(in_parts, False, None):
+            return _PARTS
+        with_json = [_with_json_arguments(message) for message in messages]
+        return _JSON_ARGUMENTS if with_json != messages and self._takes(with_json, add_generation_prompt, tools) else ""
+
+    def _takes(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> bool:
+        """Return True if the template renders a conversation and writes the user's texts."""
         try:
-            return render(self.source, variables)
-        except jinja2.TemplateSyntaxError as e:
-            raise UserError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from None
-        except (RecursionError, SyntaxError):  # of Python's compiler, which has limits on nesting
-            raise UserError("The chat template is nested too deeply, or calls itself without end.") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
-            roles = ", ".join(str(message.get("role")) for message in messages[:20])
-            raise UserError(f"The chat template refuses this conversation (roles: {roles}): {str(e)[:500]}") from None
+            text = self._render_raw(messages, add_generation_prompt, tools)
+        except (*_RENDERING_ERRORS, RecursionError, SyntaxError):
+            return False
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        return all((content if isinstance(content, str) else content[0]["text"]).strip() in text for content in asked)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it become their ids, none are added.
@@ -316,6 +339,11 @@ class ChatTemplate:
         ends = (end for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if i in self.stop_ids)
         return next((begin + end for end in ends), None)
 
+    def no_user_error(self) -> UserError:
+        """The error for a template that does not write the user's message."""
+        reason = self._other_form(_PROBE, False, None) or "check chat_template.jinja."
+        return UserError(f"The chat template does not write the user's message; {reason}")
+
     def no_stop_error(self, after: str) -> UserError:
         """The error for a template that ends an answer with the text `after`."""
         return UserError(
@@ -343,6 +371,12 @@ class ChatTemplate:
     def added_tokens(self) -> dict[int, str]:
         """The tokens that are cut out of a text before it is tokenized, by id."""
         return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for every character the tokenizer does not know; None if it knows all, or their bytes."""
+        one, other = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in ("\ue0aa", "\uf1bb"))
+        return one[-1] if one and one == other else None
 
     @functools.cached_property
     def frames(self) -> dict[bool, tuple[str, str, int] | None]:
@@ -434,14 +468,35 @@ class ChatTemplate:
         """
         text = self.render([{"role": "user", "content": _SPACED}], add_generation_prompt=True)
         if MARKER not in text:
-            raise UserError("The chat template does not write the user's message; check chat_template.jinja.")
+            raise self.no_user_error()
         trims = _SPACED not in text
         before, _, after = text.partition(MARKER if trims else _SPACED)
         return before, after, trims
 
 
 _PROBE: list[Message] = [{"role": "user", "content": "\ue002"}]
+_RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What a template raises that does not suit its messages."""
+_PARTS = (
+    "it reads contents as lists of parts (texts and images), and is given texts. Use a model for text, or a template "
+    "that reads texts (--chat_template)."
+)
+_JSON_ARGUMENTS = (
+    "it reads the arguments of tool calls as JSON in a text, and is given objects. Use another template "
+    "(--chat_template), or remove the tool calls from the data."
+)
 _ANSWER: Message = {"role": "assistant", "content": MARKER}
+
+
+def _with_json_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments"))}}
+        for call in message["tool_calls"]
+        if "function" in call
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _token_text(token: Any) -> str:

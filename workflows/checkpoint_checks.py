@@ -5,6 +5,7 @@ with the same functions that the export uses. No weights are read.
 """
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from workflows.chat_template import ChatTemplate, Message
 from workflows.checkpoint import copy_companions, load_config
-from workflows.errors import UserError
+from workflows.errors import UserError, report_all
 from workflows.files import read_json
 from workflows.hf_export import check_architecture
 from workflows.ollama.modelfile import make_modelfile
@@ -31,6 +32,10 @@ _PROBE: list[Message] = [
 ]
 
 
+HF_ONLY = '`export --create false --quantize "[]"` still writes its Hugging Face folder.'
+"""What remains possible where no GGUF file and no Ollama model can be made."""
+
+
 @dataclass(frozen=True)
 class CheckpointProblems:
     """What is wrong with a checkpoint, as messages.
@@ -39,20 +44,23 @@ class CheckpointProblems:
         training: Reasons why it cannot be trained or evaluated.
         export: Reasons why it can be trained, but not exported to GGUF and Ollama.
         notes: What else a user should know; nothing is refused for it.
+        unlearned: What is not learned of a conversation with several answers, or is encoded in another form.
     """
 
     training: list[str] = field(default_factory=list)
     export: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unlearned: list[str] = field(default_factory=list)
 
     def notes_on(self, place: str) -> str:
         """Return one block of text with everything that forbids no training; "" if there is nothing."""
         lines = [f"{place}: {note}" for note in self.notes]
+        lines += [f"{place}: in training on conversations with several answers, {note}" for note in self.unlearned]
         if self.export:
             lines += [
                 f"{place}: training and evaluation work, but `make export` will make no Ollama model of it:",
                 *(f"  - {problem}" for problem in self.export),
-                '  `export --create false --quantize "[]"` still writes its Hugging Face folder.',
+                f"  {HF_ONLY}",
             ]
         return "\n".join(lines)
 
@@ -76,6 +84,7 @@ def checkpoint_problems(
         with tempfile.TemporaryDirectory() as folder:
             copy_companions(checkpoint_dir, Path(folder))
             try:
+                report_all(unembedded_tokens(ChatTemplate.from_checkpoint(Path(folder), template_file)))
                 replace_chat_template(Path(folder), template_file)
             except UserError as e:
                 return CheckpointProblems([str(e).replace(folder, place)])
@@ -93,15 +102,18 @@ def checkpoint_problems(
             return CheckpointProblems([str(e).replace(str(checkpoint_dir), place)], export)
     tokenizer = template.tokenizer if template else _read(checkpoint_dir / "tokenizer.json")
     training, notes = _beyond_embedding(tokenizer, _written(template) if template else set(), vocab_size)
+    unlearned: list[str] = []
     if template is not None and not training:
         training = [
             f"{message} `download` takes --stop TOKEN and --chat_template FILE."
             for message in _refusal(lambda: template.turn_end)
         ] or template.problems()
     if template is not None and not training:
+        export += _stripping_tokens(template)
         export += _refusal(lambda: make_modelfile(template, generation, num_ctx=1, num_thread=1))
-        notes += template.remarks() + _unknown_stops(template, generation)
-    found = (training, export, notes)
+        notes += _unknown_stops(template, generation)
+        unlearned = template.remarks()
+    found = (training, export, notes, unlearned)
     return CheckpointProblems(*([text.replace(str(checkpoint_dir), place) for text in texts] for texts in found))
 
 
@@ -120,6 +132,16 @@ def _refusal(check: Callable[[], object]) -> list[str]:
     except UserError as e:
         return [str(e)]
     return []
+
+
+def unembedded_tokens(template: ChatTemplate) -> list[str]:
+    """Return a refusal of the tokens that a template or the tokenizer needs and the embedding has no row for, if any.
+
+    It comes before whatever encodes a text, whose own message could not say where the token is from.
+    """
+    if template.vocab_size is None:
+        return []
+    return _beyond_embedding(template.tokenizer, _written(template), template.vocab_size)[0]
 
 
 def _written(template: ChatTemplate) -> set[int]:
@@ -160,6 +182,26 @@ def _beyond_embedding(tokenizer: Tokenizer, written: set[int], vocab_size: int) 
             "template nor a stop needs them; a text that holds one cannot be used, and a GGUF file leaves them out."
         )
     return problems, notes
+
+
+def _stripping_tokens(template: ChatTemplate) -> list[str]:
+    """Return a refusal of tokens that take the white space beside them, if the template writes some: GGUF has none."""
+    data = json.loads(template.tokenizer.to_str())
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    flagged = [token for token in data["added_tokens"] if any(token[flag] for flag in flags)]
+    if not flagged:
+        return []
+    for token in flagged:
+        token |= flags
+    text = template.render(_PROBE[1:], add_generation_prompt=True)
+    plain = Tokenizer.from_str(json.dumps(data)).encode(text, add_special_tokens=False)
+    if plain.ids == template.encode(text):
+        return []
+    names = ", ".join(token["content"] for token in flagged if token["content"] in text)
+    return [
+        f"tokenizer.json says that the tokens {names} take the white space beside them (lstrip, rstrip), which those "
+        "of a GGUF file do not, so Ollama would make other prompts than the chat template."
+    ]
 
 
 def _unknown_stops(template: ChatTemplate, generation: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from workflows import litgpt_api
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import SIZES, WEIGHTS, checked, write_config
-from workflows.checkpoint_checks import checkpoint_problems, unnamed_turn_end
+from workflows.checkpoint_checks import checkpoint_problems, unembedded_tokens, unnamed_turn_end
 from workflows.errors import UserError, report_all
 from workflows.files import write_json, write_text
 from workflows.prompt_style import write_prompt_files
@@ -413,6 +413,7 @@ def _write_prompt_files(source: Source, output: Path, stop: Sequence[str]) -> No
         return
     write_text(output / "chat_template.jinja", source.chat_template)
     template = ChatTemplate.from_checkpoint(output)
+    report_all(unembedded_tokens(template))
     if (token := unnamed_turn_end(template)) is not None:
         print(
             f"{source.place}: the chat template ends a turn with {token}, which is none of the checkpoint's stop "

@@ -27,7 +27,7 @@ from workflows.checkpoint import (
     write_metrics,
     write_provenance,
 )
-from workflows.checkpoint_checks import checkpoint_problems
+from workflows.checkpoint_checks import HF_ONLY, checkpoint_problems
 from workflows.errors import UserError, report_all
 from workflows.files import atomic_file, atomic_update, read_json, write_json, write_text
 from workflows.hf_export import write_hf
@@ -138,9 +138,11 @@ def setup(
     modelfile, prompts = None, []
     if kinds:
         found = checkpoint_problems(directory)
+        if found.export:
+            found.export[-1] += f" {HF_ONLY}"
         report_all(found.training + found.export)
-        if notes := found.notes_on(str(directory)):
-            print(notes)
+        for note in found.notes:
+            print(f"{directory}: {note}")
         modelfile = make_modelfile(
             template,
             read_json(file) if (file := directory / "generation_config.json").is_file() else {},

@@ -98,6 +98,9 @@ def read_chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str
         template = read_json(file).get("chat_template")
     if isinstance(template, list):  # several by name, as [{"name": …, "template": …}]
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        if not named:
+            names = ", ".join(str(entry.get("name")) for entry in template if isinstance(entry, dict))
+            print(f"{directory}: none of its chat templates is called default, so none is used ({names}).")
         template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise UserError(f"{directory}: its chat template is {template!r:.40}, not a text. Download it again.")

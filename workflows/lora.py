@@ -110,11 +110,10 @@ def setup(
         problems.append("--quantize with --trainer litgpt needs a CUDA GPU: LitGPT quantizes on no other device.")
     if trainer == "litgpt" and common.lora_r == 0:
         problems.append("--trainer litgpt runs `finetune_lora`; it needs --lora_r of at least 1.")
-    if chat_template is not None:
-        if chat_template.is_file():
-            problems += checkpoint_problems(checkpoint_dir, chat_template).training
-        else:
-            problems.append(f"--chat_template {chat_template}: there is no such file.")
+    if chat_template is not None and not chat_template.is_file():
+        problems.append(f"--chat_template {chat_template}: there is no such file.")
+    else:
+        problems += checkpoint_problems(checkpoint_dir, chat_template).training
     report_all(problems)
     template = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).with_reasoning(common.reasoning)
     report_all(template.problems())

@@ -95,6 +95,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     file = directory / ADAPTER_CONFIG
     config = read_json(file)
     base = config.get("base_model_name_or_path")
+    if "peft_type" not in config:
+        raise UserError(
+            f"{file} names no peft_type, so the adapter is not in PEFT's format. Merge it into its base with the tool "
+            "that made it (mlx-lm: `mlx_lm.fuse`), and give the saved model."
+        )
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{directory} is a PEFT adapter of the type {config.get('peft_type')!r:.40} for {base!r:.200}; only LoRA "

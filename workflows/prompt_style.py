@@ -87,7 +87,10 @@ def choose_prompt_style(checkpoint_dir: Path, template: ChatTemplate, add_bos_to
     try:
         tokenizer = Tokenizer(checkpoint_dir)
     except (ValueError, TypeError, KeyError, AttributeError) as e:  # a BOS or EOS token that tokenizer.json lacks, …
-        raise UserError(f"{checkpoint_dir}: tokenizer_config.json does not fit tokenizer.json ({e}).") from None
+        raise UserError(
+            f"{checkpoint_dir}: tokenizer_config.json does not fit tokenizer.json ({e}). Correct the tokens that it "
+            "names (bos_token, eos_token), or get both files again from where the model comes from."
+        ) from None
     if add_bos_token is not None:
         tokenizer.use_bos = add_bos_token
     wanted = [template.prompt_ids([{"role": "user", "content": probe}]) for probe in _PROBES]

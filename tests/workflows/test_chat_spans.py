@@ -20,6 +20,8 @@ from workflows.evaluation.lm import LitGPTLM
 from workflows.evaluation.tasks import LocalTask
 from workflows.ollama.modelfile import conversations, derive
 from workflows.prompt_style import choose_prompt_style, replace_chat_template
+from workflows.training.answers import encode_answers
+from workflows.training.questions import encode_questions
 
 ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -268,6 +270,15 @@ def test_reasoning_that_the_prompt_opens_is_learned_after_it(tmp_path):
     assert report.notes == {chat_spans.APART: 1, chat_spans.OTHER_HEADER: 1}
 
 
+def test_reasoning_that_the_template_cuts_off_the_last_answer_too_is_counted(tiny_llama):
+    source = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    template = dataclasses.replace(chatml(tiny_llama), source=source)
+    chat = template.encode_chat(THINKS)
+    assert learned_text(template, chat) == "\n\nOne.<|im_end|>\n\nTwo.<|im_end|>"
+    assert chat.notes == (chat_spans.NO_REASONING, chat_spans.REASONING_LOST)
+    assert template.encode_chat(THINKS[:2]).notes == (chat_spans.REASONING_LOST,)
+
+
 def test_reasoning_can_be_dropped(tiny_llama):
     for template in (chatml(tiny_llama), ours("qwen3", "byte-level"), ours("deepseek_r1_distill", "byte-level")):
         dropped = template.with_reasoning("drop")
@@ -345,6 +356,58 @@ def test_tools_and_calls_are_rendered_as_transformers_passes_them():
     text = learned_text(template, chat)
     assert text.startswith("I look it up.\n<tool_call>") and text.endswith("</tool_call><|im_end|>Five.<|im_end|>")
     assert "mg" not in text and '"drug": "a<|im_end|>"' in text
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_counted(tiny_llama):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "It": 1, "<|im_end|>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    template = dataclasses.replace(chatml(tiny_llama), tokenizer=tokenizer, stop_ids=(2,))
+    assert template.unknown_id == 0 and chatml(tiny_llama).unknown_id is None
+    assert ours("qwen3", "sentencepiece").unknown_id is None  # it writes bytes
+    prompt, answer = turns("कि?", "It")
+    _, report = encode_rows([{"messages": [prompt, answer]}], template, 500)
+    assert report.notes == {chat_spans.UNKNOWN: 1}
+    _, told = encode_questions([{"prompt": [prompt]}], template, 500, "questions")
+    assert told.endswith(f"\n  1 {chat_spans.UNKNOWN}")
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation", "reason"),
+    [
+        ("smolvlm", ["user"], "does not write the user's message; it reads contents as lists of parts"),
+        ("llava_next", ["user", "call"], r"roles: user, assistant\): it reads contents as lists of parts"),
+        ("deepseekv3", ["user", "call"], r"roles: user, assistant\): it reads the arguments of tool calls as JSON"),
+        ("gemma", ["system", "user"], r"roles: system, user\): System role not supported"),
+    ],
+)
+def test_a_refusal_names_the_form_that_the_template_takes(name, conversation, reason):
+    call = {"type": "function", "function": {"name": "dose_of", "arguments": {"drug": "a"}}}
+    made = {
+        "system": {"role": "system", "content": "Be brief."},
+        "user": {"role": "user", "content": "What?"},
+        "call": {"role": "assistant", "content": "", "tool_calls": [call]},
+    }
+    template = ours(name, "byte-level")
+    with pytest.raises(UserError, match=reason):
+        template.render([made[part] for part in conversation])
+        template.single_turn()
+
+
+def test_what_a_prompt_does_not_show_is_counted_once_for_all_its_answers(tiny_llama):
+    source = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    template = dataclasses.replace(chatml(tiny_llama), source=source).with_reasoning("drop")
+    prompt = [{"role": "system", "content": "Be brief."}, *THINKS[:3]]
+    shown = {f"system {chat_spans.NOT_SHOWN}": 1, chat_spans.REASONING_HIDDEN: 1, chat_spans.NO_TOOLS: 1}
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Two.", "Three."))
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": TOOLS}
+    _, told = encode_answers([pair], template, 500, "pairs")
+    _, asked = encode_questions([{"prompt": prompt, "tools": TOOLS}], template, 500, "questions")
+    for text in (told, asked):
+        lines = {f"  {count} {note}" for note, count in shown.items()}
+        assert set(text.splitlines()[1:]) == lines
 
 
 def test_tools_that_the_template_does_not_write_are_named(tiny_llama):

@@ -192,7 +192,7 @@ def test_rows_without_what_the_rewards_read_are_refused(tiny_llama, questions, t
 def test_rows_without_answers_are_counted_among_others(tmp_path):
     rows = [question(0), question(1), {"prompt": question(2)["prompt"]}]
     path = write(tmp_path / "mixed", train=rows) / "train.jsonl"
-    assert read_and_count(path, ["answers"], None) == (rows[:2], '; 1 more rows have no "answers" and are not asked')
+    assert read_and_count(path, ["answers"], None) == (rows[:2], '\n  1 more rows have no "answers" and are not asked')
     assert read_and_count(path, [], None) == (rows, "")
 
 

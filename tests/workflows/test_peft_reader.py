@@ -253,6 +253,21 @@ def plain_adapter(tiny_llama_hf: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def test_an_adapter_of_another_tool_is_called_what_it_is(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "model": "a/b"}))
+    with pytest.raises(UserError, match=r"names no peft_type, so the adapter is not in PEFT's format.*mlx_lm.fuse"):
+        setup(model=str(tmp_path), checkpoints_dir=tmp_path / "c")
+
+
+def test_a_relative_base_that_is_not_here_is_no_hub_id(plain_adapter, tmp_path, capsys):
+    folder = shutil.copytree(plain_adapter, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "../base"}))
+    with pytest.raises(UserError, match=r"Unknown model '../base'(.|\n)*named with --base"):
+        setup(model=str(folder), checkpoints_dir=tmp_path / "c")
+    assert "Hugging Face Hub" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_understood_is_refused_by_name(case, plain_adapter, tmp_path):
     changes, message = REFUSED[case]

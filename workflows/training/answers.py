@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from data_prep.rows import Row
+from workflows.chat_spans import concerns_prompt
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.training.batch import Tree
@@ -67,7 +68,8 @@ def encode_answers(
             dropped["chosen and rejected answer are the same, as far as they fit"] += 1
         else:
             truncated += sum(len(chat.completion) > room for chat in chats)
-            notes.update(note for chat in chats for note in chat.notes)
+            notes.update(chats[0].notes)
+            notes.update(note for chat in chats[1:] for note in chat.notes if not concerns_prompt(note))
             answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides], row))
     told = f"{name}: {len(answers):,} of {len(rows):,} rows; {truncated:,} answers truncated"
     told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())

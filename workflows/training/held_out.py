@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.rows import Row
+from workflows.chat_spans import split_reasoning
 from workflows.chat_template import ChatTemplate
 from workflows.training.answers import Labelled
 from workflows.training.model import GPT, adapters_off
@@ -51,7 +52,7 @@ def answered(row: Row, before: Rollout | None, after: Rollout, template: ChatTem
         found["before"] = text_of(before, template)
     found["after"] = text_of(after, template)
     if wanted := right_answer(row):
-        found["wanted"] = wanted
+        found["wanted"] = split_reasoning(wanted)[1] if template.removes_reasoning else wanted
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from data_prep.rows import Row, iterate_jsonl, row_problem
+from workflows.chat_spans import UNKNOWN, prompt_notes
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 from workflows.training.rewards import Rewards
@@ -92,7 +93,7 @@ def read_and_count(path: Path, fields: Sequence[str], kinds: list[str] | None) -
     if not rows:
         raise UserError(f"{path} has no rows with {_needed(fields)}")
     named = " or ".join(f'"{field}"' for field in fields)
-    return rows, f"; {lacking:,} more rows have no {named} and are not asked" if lacking else ""
+    return rows, f"\n  {lacking:,} more rows have no {named} and are not asked" if lacking else ""
 
 
 def _needed(fields: Sequence[str]) -> str:
@@ -124,13 +125,14 @@ def encode_questions(rows: list[Row], template: ChatTemplate, room: int, name: s
         The questions, and what became of the rows, in words.
     """
     questions = []
+    notes: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
         try:
             questions.append(Question(row, template.prompt_ids(row["prompt"], row.get("tools"))))
+            notes.update(prompt_notes(template, row["prompt"], row.get("tools")))
+            notes.update([UNKNOWN] if template.unknown_id in questions[-1].prompt else [])
         except UserError as e:
             raise UserError(f"{name}, row {number} ({row['prompt'][0]['content'][:60]!r}): {e}") from None
     kept = [question for question in questions if len(question.prompt) <= room]
-    return (
-        kept,
-        f"{name}: {len(kept):,} of {len(rows):,} questions; {len(rows) - len(kept):,} dropped: over {room} tokens",
-    )
+    told = f"{name}: {len(kept):,} of {len(rows):,} questions; {len(rows) - len(kept):,} dropped: over {room} tokens"
+    return kept, told + "".join(f"\n  {count:,} {note}" for note, count in notes.items())
