@@ -43,8 +43,8 @@ class TrainArgs:
     """Step whose weights are the result: "best" is that of the best validation (every eval_interval, and the last
     step), since a run over few rows overfits before it ends; "last" takes the last step."""
     patience: int | None = None
-    """Early-stopping patience: the run stops after this many validations in a row without improvement. null never
-    stops."""
+    """Early-stopping patience: the run stops after this many validations (every eval_interval) in a row without
+    improvement. null never stops."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all devices."""
     row_tokens: int = 512
@@ -99,7 +99,7 @@ class TrainArgs:
                 found.append(
                     f"--train.{name} must be 0 or more" + (f", and below {most}" * (most == 1)) + f", not {value}."
                 )
-        longest = math.inf if self.epochs is not None and self.max_steps == 0 else self.max_steps
+        longest = math.inf if self.epochs is not None and self.max_steps == 0 else max(0, self.max_steps)
         if not 0 <= self.lr_warmup_steps <= longest:
             found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
         if self.max_norm is not None and not self.max_norm > 0:

@@ -34,8 +34,8 @@ from workflows.training.whole import is_sharded
 Resume = bool | Literal["auto"]
 """True goes on from the newest checkpoint and needs one, "auto" does so if there is one, False starts anew."""
 ResumeMode = Resume | Literal["matching"]
-"""For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings and
-deletes others."""
+"""For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings, and
+deletes others and says so."""
 
 
 _LONGER = (
@@ -116,6 +116,9 @@ class Checkpoints:
                 + (_LONGER if any("schedule depends on it" in line for line in forbidding) else "")
             )
         if path is None or forbidding:
+            if forbidding:
+                lines = "".join(f"\n  - {line}" for line in forbidding)
+                self.fabric.print(f"{path} is of other settings and is deleted; training begins at step 0:{lines}")
             self.fabric.barrier()
             if self.fabric.global_rank == 0:
                 for old in self.found():

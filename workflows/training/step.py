@@ -39,7 +39,7 @@ from workflows.merge import write_merged
 from workflows.progress import watched
 from workflows.prompt_style import replace_chat_template
 from workflows.training.identity import STEPS, result_changes, result_settings
-from workflows.training.length import length_text, limited_to
+from workflows.training.length import length_text, limited_to, validation_text
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.mixed_precision import dithered
 from workflows.training.model import DTYPES, LoRAArgs, Precision, load_model
@@ -178,6 +178,8 @@ def run_step(
         given: TrainArgs = settings["train"]
         objective.train = limited_to(given, objective.epoch_rows, objective.updates)
         fabric.print(length_text(given, objective.train, objective.epoch_rows, objective.updates))
+        if note := validation_text(objective.train, objective.updates):
+            fabric.print(note)
         _train(fabric, step, settings, run, objective, final, mode)
 
 
