@@ -74,10 +74,10 @@ def validation_text(train: TrainArgs, updates: int = 1) -> str:
     lines = []
     if interval != train.eval_interval:
         lines.append(
-            f"the best step and --train.patience go by every {interval}th step: --train.eval_interval "
+            f"the best step and --train.patience go by validations every {interval} steps: --train.eval_interval "
             f"{train.eval_interval} is no multiple of --updates {updates}"
         )
-    if train.keep == "best" and interval >= train.max_steps:
+    if train.keep == "best" and interval > train.max_steps:
         lines.append(
             f"--train.keep best takes the last of {_steps(train.max_steps)}, the only one that is validated for it. "
             f"Lower --train.eval_interval ({train.eval_interval}) to choose among several"

@@ -424,7 +424,7 @@ def fit(
     if result.steps < train.max_steps:
         fabric.print(
             f"stopped after step {result.steps:,} of {train.max_steps:,}: {objective.best_by[0]} has not improved in "
-            f"{result.stale} validations (--train.patience)"
+            f"{result.stale} validation{'s' * (result.stale != 1)} (--train.patience)"
         )
     if train.keep == "best" and result.best and not result.is_best(objective.best_by):
         result.kept_step, result.metrics = result.best["step"], result.best["metrics"]
@@ -432,7 +432,7 @@ def fit(
             saver.load(result.kept_step)
             masters.publish()
             name = objective.best_by[0]
-            fabric.print(f"kept is step {result.kept_step:,}, with the best {name}: {result.metrics[name]:.4f}")
+            fabric.print(f"step {result.kept_step:,} is kept, with the best {name}: {result.metrics[name]:.4f}")
     result.report = objective.report(wrapped)
     if result.steps_without_signal:
         fabric.print(signal_report(result, objective.without_signal))

@@ -300,8 +300,9 @@ def write_final(
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]
                 weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
-            # What the objective had no use for stays as it was; cloned, since mapped tensors share the whole file.
-            kept = {name: tensor.clone() for name, tensor in load_weights(base).items() if name not in weights}
+            # What the objective had no use for stays as it was; copied, since mapped tensors share the whole file.
+            untrained = {name: tensor for name, tensor in load_weights(base).items() if name not in weights}
+            kept = {name: tensor.to(dtype, copy=True) for name, tensor in untrained.items()}
             torch.save({**weights, **kept}, temporary / WEIGHTS)
         write_hyperparameters(temporary, settings)
         write_metrics(
