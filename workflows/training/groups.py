@@ -74,6 +74,8 @@ class GRPO(Objective):
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
         self.epoch_rows, self.updates = len(train_questions), settings.updates
+        if settings.mask_truncated:
+            self.without_signal += ", or no answer ended (--mask_truncated)"
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
         self._largest: dict[str, float] = {}

@@ -55,8 +55,9 @@ def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 
     elif epochs > MANY_EPOCHS:
         fewer = replace(train, epochs=3, max_steps=0, lr_warmup_steps=0)
         text += (
-            f". So many are often too many: --train.epochs 3 would be {limited_to(fewer, rows, updates).max_steps:,} "
-            "steps; --train.patience 3 stops when validation no longer improves"
+            ". So many are often too many: --train.epochs 3 would be "
+            f"{_steps(limited_to(fewer, rows, updates).max_steps)}; --train.patience 3 stops when validation no longer "
+            "improves"
         )
     return text
 

@@ -345,6 +345,8 @@ def _read_rest(checkpoint: Path) -> dict[str, Any]:
     identity = rest["identity"]
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
+    if "plateau" not in rest:
+        raise TypeError("it is of an earlier version")
     if type(rest["plateau"]) is not int:
         raise TypeError(f"plateau is {rest['plateau']!r:.40}")
     return rest

@@ -85,7 +85,11 @@ def test_one_step_is_no_plural():
         ({"eval_interval": 500}, 1, []),
         ({"eval_interval": 500, "keep": "last"}, 1, []),
         ({"eval_interval": 250, "keep": "last", "patience": 1}, 1, ["patience 1 cannot end this run early"]),
-        ({"eval_interval": 25}, 4, ["go by validations every 100 steps: --train.eval_interval 25 is no multiple of --updates 4"]),
+        (
+            {"eval_interval": 25},
+            4,
+            ["go by validations every 100 steps: --train.eval_interval 25 is no multiple of --updates 4"],
+        ),
         ({"eval_interval": 25, "keep": "last"}, 4, []),
         ({"eval_interval": 24}, 4, []),
     ],
