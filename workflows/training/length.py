@@ -23,7 +23,8 @@ def limited_to(train: TrainArgs, rows: int, updates: int = 1) -> TrainArgs:
     """
     if train.epochs is None:
         return train
-    steps = math.ceil(train.epochs * rows / train.global_batch_size) * updates
+    batches = round(train.epochs * rows / train.global_batch_size, 9)  # 1.1 * 800 is above 880
+    steps = math.ceil(batches) * updates
     limited = replace(train, max_steps=min(steps, train.max_steps or steps))
     if limited.lr_warmup_steps > limited.max_steps:
         raise UserError(

@@ -19,6 +19,7 @@ TRAIN = TrainArgs(max_steps=500, global_batch_size=16, lr_warmup_steps=2)
         (0, 3, 30_000, 1, 5625),
         (500, 3, 30_000, 1, 500),  # whichever comes first
         (0, 0.5, 320, 1, 10),
+        (0, 1.1, 800, 1, 55),  # 1.1 * 800 is above 880 in binary
         (500, 1, 32, 3, 6),  # two steps' questions, three updates on each
     ],
 )
