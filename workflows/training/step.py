@@ -251,11 +251,11 @@ def report_text(report: Report) -> str:
     for answer in report.shown:
         lines += ["", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items())]
     lines += ["", *(f"test {row['name']}: {with_interval(row, 4)}" for row in report.metrics)]
-    lines += [
-        f"test {row['metric']}, after - before: {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to "
-        f"{row['high']:+.4f}, n = {row['n']}"
-        for row in report.gain
-    ]
+    for row in report.gain:
+        ends = f", 95% interval {row['low']:+.4f} to {row['high']:+.4f}"
+        if row["low"] == row["high"]:  # no spread in a few rows says nothing of others
+            ends = ", the same in each row"
+        lines.append(f"test {row['metric']}, after - before: {row['difference']:+.4f}{ends}, n = {row['n']}")
     return "\n".join(lines[:-1] if not lines[-1] else lines)
 
 
