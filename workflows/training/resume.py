@@ -140,6 +140,7 @@ class Checkpoints:
         if not path.exists():
             raise UserError(f"{path}, the best step's, is gone. Take the last step instead: --train.keep last.")
         self._load(path)
+        self.fabric.barrier()  # the first process deletes it when it has written the result
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Fill the model and the optimizer from a checkpoint.
