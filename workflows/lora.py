@@ -29,7 +29,7 @@ from workflows.lifetime import run_child
 from workflows.measure import seconds_of_step, step_began
 from workflows.prompt_style import replace_chat_template
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.length import limited_to
+from workflows.training.length import length_text, limited_to
 from workflows.training.loop import Objective, TrainArgs, step_indices
 from workflows.training.model import GPT
 from workflows.training.step import RunArgs, check_base, decided, done_before, run_step, sources
@@ -170,7 +170,8 @@ def run_litgpt(settings: dict[str, Any]) -> None:
     base, final = Path(settings["checkpoint_dir"]), Path(settings["out_dir"]) / "final"
     unfinished = final.parent / "litgpt"
     rows = len(_chat_data(settings).rows("train"))
-    train = limited_to(train, rows)
+    given, train = train, limited_to(train, rows)
+    print(length_text(given, train, rows))
     unused = {"max_norm": train.max_norm, "min_lr": train.min_lr or None, "loggers": settings["loggers"]}
     unused |= {name: settings[name] for name in ("strategy", "accelerator") if settings[name] != "auto"}
     unused |= {"keep": train.keep if train.keep != "last" else None, "patience": train.patience}

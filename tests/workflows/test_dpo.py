@@ -326,8 +326,13 @@ def test_what_cannot_be_learned_from_is_counted(tiny_llama):
     assert len(answers) == 2 and "2 of 5 rows; 1 answers truncated" in told
     assert "2 dropped: chosen and rejected answer are the same" in told
     assert "1 dropped: the prompt alone fills 200 tokens" in told
-    with pytest.raises(UserError, match="No row is left"):
-        encode_answers([rows[1]], template, 200, "rows")
+    for row, cure in (
+        (rows[1], "nothing to compare"),
+        (rows[2], "Raise --train.max_seq_length"),
+        (both, "Raise --train"),
+    ):
+        with pytest.raises(UserError, match=rf"(?s)No row is left.*{cure}"):
+            encode_answers([row], template, 200, "rows")
 
 
 def test_all_problems_are_told_at_once(tiny_llama, pairs, tmp_path):

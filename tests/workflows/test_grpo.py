@@ -106,6 +106,30 @@ def test_groups_without_signal_teach_nothing_and_are_counted(tiny_llama, questio
     assert beta or all(row["grad_norm"] == 0 for row in log)  # else the KL has a gradient
 
 
+@pytest.mark.parametrize(
+    ("rewards", "penalty", "is_share"),
+    [
+        ([WeightedReward("exact")], 0.0, True),
+        ([WeightedReward("exact")], 0.5, False),
+        ([WeightedReward("exact", 2.0)], 0.0, False),
+        ([WeightedReward("exact"), WeightedReward("format")], 0.0, False),
+        ([WeightedReward("finding")], 0.0, False),
+    ],
+)
+def test_a_share_of_right_answers_has_wilsons_interval(
+    tiny_llama, questions, tmp_path, capsys, rewards, penalty, is_share
+):
+    train = replace(TRAIN, max_steps=1)
+    align(tiny_llama, questions, tmp_path, rewards=rewards, missing_eos_penalty=penalty, train=train)
+    row = on_test_split(tmp_path)["reward"]
+    assert ("low" in row) == is_share
+    if is_share:  # none of six answers is right
+        assert (row["value"], row["low"], row["high"]) == (0, 0, pytest.approx(0.3903, abs=1e-4))
+        said = capsys.readouterr().out
+        assert "test reward: 0.0000 (0.0000 to 0.3903)" in said
+        assert "after - before: +0.0000, the same in each row, n = 6" in said
+
+
 def test_a_large_group_is_learned_from_in_rows_that_are_not_larger_than_asked_for(tiny_llama, questions, tmp_path):
     logs = [
         align(tiny_llama, questions, tmp_path / str(room), train=replace(TRAIN, row_tokens=room, max_steps=2))

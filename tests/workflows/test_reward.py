@@ -121,6 +121,12 @@ def test_full_weights_of_a_model_with_a_head_of_its_own(tiny_qwen2, pairs, tmp_p
     LearnedReward(tmp_path / "final", "32-true")
 
 
+def test_a_result_of_full_weights_is_of_one_precision(tiny_qwen2, pairs, tmp_path):
+    """The untrained head, too: exports name one type for all."""
+    reward.setup(tiny_qwen2, pairs, tmp_path, train=replace(TRAIN, max_steps=1), precision="bf16-true", lora_r=0)
+    assert {tensor.dtype for tensor in load_weights(tmp_path / "final").values()} == {torch.bfloat16}
+
+
 def test_what_is_no_reward_model_is_refused(tiny_llama):
     with pytest.raises(UserError, match="is no reward model"):
         LearnedReward(tiny_llama, "32-true")

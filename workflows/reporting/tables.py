@@ -101,6 +101,8 @@ def gains_table(run: Run) -> Rows:
         for c in step.metrics.get("gain") or []:
             what = f"{c['metric'].replace('_', ' ')}, {c['n']} held-out rows"
             gain, spread = _signed(c["difference"]), f"{_signed(c['low'])} to {_signed(c['high'])}"
+            if c["low"] == c["high"]:
+                spread = "the same in each row"
             rows.append([f"{step.name} − its start", what, gain, spread, f"{c['p_value']:.2g}"])
     return rows
 

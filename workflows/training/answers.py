@@ -44,7 +44,7 @@ def encode_answers(
     answers: list[Labelled] = []
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    truncated = 0
+    truncated, lost_by_length = 0, False
     for number, row in enumerate(rows, start=1):
         sides = [(row["completion"], row["label"])] if "label" in row else [(row[k], v) for k, v in SIDES.items()]
         try:
@@ -58,22 +58,30 @@ def encode_answers(
         room = max(0, max_seq_length - len(prompt))
         completions = [chat.completion[:room] for chat in chats]
         masks = [chat.loss_mask[:room] for chat in chats]
+        is_cut = any(len(chat.completion) > room for chat in chats)
+        reason = ""
         if any(chat.prompt != prompt for chat in chats):
-            dropped["the answers do not follow the same prompt"] += 1
+            reason = "the answers do not follow the same prompt"
         elif room == 0:
-            dropped[f"the prompt alone fills {max_seq_length} tokens"] += 1
+            reason = f"the prompt alone fills {max_seq_length} tokens"
         elif not all(map(any, masks)):
-            dropped["nothing to learn from is left of an answer"] += 1
+            reason = "nothing to learn from is left of an answer"
         elif len(completions) == 2 and completions[0] == completions[1]:
-            dropped["chosen and rejected answer are the same, as far as they fit"] += 1
-        else:
-            truncated += sum(len(chat.completion) > room for chat in chats)
-            notes.update(chats[0].notes)
-            notes.update(note for chat in chats[1:] for note in chat.notes if not concerns_prompt(note))
-            answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides], row))
+            reason = "chosen and rejected answer are the same, as far as they fit"
+        if reason:
+            dropped[reason] += 1
+            lost_by_length |= is_cut
+            continue
+        truncated += sum(len(chat.completion) > room for chat in chats)
+        notes.update(chats[0].notes)
+        notes.update(note for chat in chats[1:] for note in chat.notes if not concerns_prompt(note))
+        answers.append(Labelled(Tree(prompt, completions, masks), [label for _, label in sides], row))
     told = f"{name}: {len(answers):,} of {len(rows):,} rows; {truncated:,} answers truncated"
     told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())
     told += "".join(f"\n  {count:,} {note}" for note, count in notes.items())
     if not answers:
-        raise UserError(f"No row is left to use. {told}\nRaise --train.max_seq_length.")
+        cure = (
+            "Raise --train.max_seq_length." if lost_by_length else "The data has nothing to compare or to learn from."
+        )
+        raise UserError(f"No row is left to use. {told}\n{cure}")
     return answers, told

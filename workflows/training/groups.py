@@ -22,7 +22,7 @@ import torch
 
 from data_prep.rows import Row
 from workflows.chat_template import ChatTemplate
-from workflows.checkpoint import metric
+from workflows.checkpoint import metric, share_metric
 from workflows.evaluation.compare import compare
 from workflows.training import losses
 from workflows.training.answer_log import AnswerLog
@@ -74,6 +74,8 @@ class GRPO(Objective):
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
         self.epoch_rows, self.updates = len(train_questions), settings.updates
+        if settings.mask_truncated:
+            self.without_signal += ", or no answer ended (--mask_truncated)"
         self._current: list[GroupBatch] = []
         self._metrics: dict[str, float] = {}
         self._largest: dict[str, float] = {}
@@ -359,13 +361,14 @@ class GRPO(Objective):
             ),
         }
         found = Report()
+        is_share = self.rewards.is_share and not self.settings.missing_eos_penalty
         for name, (before, after) in answers.items():
             now = self._worth(self.test, after)
             if before is not None:
                 was = self._worth(self.test, before)
-                found.metrics.append(_mean_row(f"{name}_before", was))
+                found.metrics.append(_mean_row(f"{name}_before", was, is_share))
                 found.gain.append(compare("test", name, was, now).row())
-            found.metrics.append(_mean_row(name, now))
+            found.metrics.append(_mean_row(name, now, is_share))
         if self.frozen is not None or self._policy.has_adapters:
             found.metrics.append(_mean_row("kl_per_answer", self._distances(answers["sampled_reward"][1])))
         before, after = answers["reward"]
@@ -384,6 +387,8 @@ class GRPO(Objective):
         return found
 
 
-def _mean_row(name: str, values: list[float]) -> dict[str, Any]:
+def _mean_row(name: str, values: list[float], is_share: bool = False) -> dict[str, Any]:
+    if is_share:
+        return share_metric(name, statistics.fmean(values), len(values))
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return metric(name, statistics.fmean(values), stderr=spread, n=len(values), split="test")

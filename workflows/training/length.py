@@ -23,11 +23,12 @@ def limited_to(train: TrainArgs, rows: int, updates: int = 1) -> TrainArgs:
     """
     if train.epochs is None:
         return train
-    steps = math.ceil(train.epochs * rows / train.global_batch_size) * updates
+    batches = round(train.epochs * rows / train.global_batch_size, 9)  # 1.1 * 800 is above 880
+    steps = math.ceil(batches) * updates
     limited = replace(train, max_steps=min(steps, train.max_steps or steps))
     if limited.lr_warmup_steps > limited.max_steps:
         raise UserError(
-            f"--train.epochs {train.epochs:g} of {rows:,} rows are {limited.max_steps:,} steps of "
+            f"--train.epochs {train.epochs:g} of {rows:,} rows are {_steps(limited.max_steps)} of "
             f"{train.global_batch_size}, fewer than --train.lr_warmup_steps {train.lr_warmup_steps}. Lower it, to "
             f"{limited.max_steps // 10} say."
         )
@@ -44,7 +45,7 @@ def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 
         updates: Optimizer steps on the same rows.
     """
     epochs = limited.max_steps * train.global_batch_size / (rows * updates)
-    text = f"{limited.max_steps:,} steps of {train.global_batch_size} = {epochs:.1f} epochs of {rows:,} rows"
+    text = f"{_steps(limited.max_steps)} of {train.global_batch_size} = {epochs:.1f} epochs of {rows:,} rows"
     if updates > 1:
         text += f", {updates} steps on the same rows"
     if train.epochs is not None and epochs + 1 / rows < train.epochs:
@@ -55,7 +56,41 @@ def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 
     elif epochs > MANY_EPOCHS:
         fewer = replace(train, epochs=3, max_steps=0, lr_warmup_steps=0)
         text += (
-            f". So many are often too many: --train.epochs 3 would be {limited_to(fewer, rows, updates).max_steps:,} "
-            "steps; --train.patience 3 stops when validation no longer improves"
+            ". So many are often too many: --train.epochs 3 would be "
+            f"{_steps(limited_to(fewer, rows, updates).max_steps)}; --train.patience 3 stops when validation no longer "
+            "improves"
         )
     return text
+
+
+def validation_text(train: TrainArgs, updates: int = 1) -> str:
+    """What keeping the best step and early stopping cannot do in a run as it is set; nothing where they can.
+
+    Args:
+        train: Training settings with the number of steps decided.
+        updates: Optimizer steps on the same rows.
+    """
+    if train.keep != "best" and train.patience is None:
+        return ""
+    interval = math.lcm(train.eval_interval, updates)  # a checkpoint is possible between updates on other rows only
+    lines = []
+    if interval != train.eval_interval:
+        lines.append(
+            f"the best step and --train.patience go by validations every {interval} steps: --train.eval_interval "
+            f"{train.eval_interval} is no multiple of --updates {updates}"
+        )
+    if train.keep == "best" and interval > train.max_steps:
+        lines.append(
+            f"--train.keep best takes the last of {_steps(train.max_steps)}, the only one that is validated for it. "
+            f"Lower --train.eval_interval ({train.eval_interval}) to choose among several"
+        )
+    if train.patience is not None and (train.patience + 1) * interval >= train.max_steps:
+        lines.append(
+            f"--train.patience {train.patience} cannot end this run early: it is validated every {interval} of "
+            f"{_steps(train.max_steps)}. Lower --train.eval_interval or --train.patience"
+        )
+    return "\n".join(lines)
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step" + "s" * (number != 1)

@@ -1,9 +1,8 @@
 """The one training loop (Lightning Fabric): what SFT, DPO, GRPO and reward modelling share.
 
-In here: accumulation that weighs every token of a step the same however its samples fall into rows and processes,
-gradient clipping, the learning-rate schedule, progress bar; beside it `processes.py` (devices and strategies),
-`resume.py` (checkpoints), `stopping.py` (signals) and `logs.py`. A step file supplies an `Objective`: its batches, its
-loss, its validation.
+In here: gradient clipping, the learning-rate schedule, progress bar; beside it `accumulation.py` (a step's forward and
+backward passes), `processes.py` (devices and strategies), `resume.py` (checkpoints), `stopping.py` (signals) and
+`logs.py`. A step file supplies an `Objective`: its batches, its loss, its validation.
 """
 
 import math
@@ -21,6 +20,7 @@ from workflows.checkpoint import plain
 from workflows.errors import UserError
 from workflows.measure import PeakMemory
 from workflows.progress import Bar
+from workflows.training.accumulation import accumulate, mean_over_processes
 from workflows.training.logs import MetricsLog
 from workflows.training.mixed_precision import LOSS_SCALE, LossScaler, MasterWeights
 from workflows.training.resume import Checkpoints, ResumeMode
@@ -43,8 +43,8 @@ class TrainArgs:
     """Step whose weights are the result: "best" is that of the best validation (every eval_interval, and the last
     step), since a run over few rows overfits before it ends; "last" takes the last step."""
     patience: int | None = None
-    """Early-stopping patience: the run stops after this many validations in a row without improvement. null never
-    stops."""
+    """Early-stopping patience: the run stops after this many validations (every eval_interval) in a row without
+    improvement. null never stops."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all devices."""
     row_tokens: int = 512
@@ -99,7 +99,7 @@ class TrainArgs:
                 found.append(
                     f"--train.{name} must be 0 or more" + (f", and below {most}" * (most == 1)) + f", not {value}."
                 )
-        longest = math.inf if self.epochs is not None and self.max_steps == 0 else self.max_steps
+        longest = math.inf if self.epochs is not None and self.max_steps == 0 else max(0, self.max_steps)
         if not 0 <= self.lr_warmup_steps <= longest:
             found.append(f"--train.lr_warmup_steps must be between 0 and max_steps, not {self.lr_warmup_steps}.")
         if self.max_norm is not None and not self.max_norm > 0:
@@ -368,8 +368,8 @@ def fit(
             batches = objective.batches(step, fabric.global_rank, fabric.world_size)
             waited = time.perf_counter() - began  # where answers are sampled and judged first
             while True:
-                logged = _accumulate(fabric, wrapped, objective, batches, masters, scaler)
-                logged |= _mean(fabric, objective.step_metrics()) | scaler.metrics()
+                logged = accumulate(fabric, wrapped, objective, batches, masters, scaler)
+                logged |= mean_over_processes(fabric, objective.step_metrics()) | scaler.metrics()
                 require_finite(logged, step)
                 # Without a limit the norm is still wanted: a step along a gradient that is no number would be saved.
                 norm: Any = fabric.clip_gradients(
@@ -424,7 +424,7 @@ def fit(
     if result.steps < train.max_steps:
         fabric.print(
             f"stopped after step {result.steps:,} of {train.max_steps:,}: {objective.best_by[0]} has not improved in "
-            f"{result.stale} validations (--train.patience)"
+            f"{result.stale} validation{'s' * (result.stale != 1)} (--train.patience)"
         )
     if train.keep == "best" and result.best and not result.is_best(objective.best_by):
         result.kept_step, result.metrics = result.best["step"], result.best["metrics"]
@@ -432,7 +432,7 @@ def fit(
             saver.load(result.kept_step)
             masters.publish()
             name = objective.best_by[0]
-            fabric.print(f"kept is step {result.kept_step:,}, with the best {name}: {result.metrics[name]:.4f}")
+            fabric.print(f"step {result.kept_step:,} is kept, with the best {name}: {result.metrics[name]:.4f}")
     result.report = objective.report(wrapped)
     if result.steps_without_signal:
         fabric.print(signal_report(result, objective.without_signal))
@@ -452,66 +452,3 @@ def _remedy(name: str) -> str:
     if name.startswith(("reward", "val_reward")):
         return "The rewards are too large to be summed up. Scale them, with a smaller `weight` in --rewards say."
     return "Lower --train.learning_rate, or use --precision 32-true."
-
-
-def _mean(fabric: L.Fabric, metrics: dict[str, float]) -> dict[str, float]:
-    """The mean of each metric over the processes that have it; those that no process has are left out.
-
-    Args:
-        fabric: A launched Fabric.
-        metrics: The same names in all processes; NaN is a metric that this process does not have in this step.
-    """
-    if fabric.world_size > 1 and metrics:
-        values = torch.tensor(list(metrics.values()), device=fabric.device)  # (metrics,)
-        known = ~values.isnan()
-        sums: Any = fabric.all_reduce(
-            {"total": values.where(known, 0.0), "processes": known.float()}, reduce_op="sum"
-        )  # (metrics,) each
-        metrics = dict(zip(metrics, (sums["total"] / sums["processes"]).tolist(), strict=True))
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-
-def _accumulate(
-    fabric: L.Fabric,
-    model: Any,
-    objective: Objective,
-    batches: list[Any],
-    masters: MasterWeights,
-    scaler: LossScaler,
-) -> dict[str, float]:
-    """Forward and backward of one optimizer step; returns the step's loss, logged sums and real tokens.
-
-    The units of all rows and processes are counted first, so that each weighs the same. A process with fewer rows than
-    another runs its last one again with weight zero: sharded models gather their weights together, row by row.
-    """
-    device = fabric.device
-    units = sum(map(objective.units, batches))
-    real_tokens = sum(batch.real_tokens for batch in batches)
-    rounds = len(batches)
-    if fabric.world_size > 1:
-        gathered: Any = fabric.all_gather(torch.tensor([units, real_tokens, rounds], device=device))  # (processes, 3)
-        units, real_tokens = gathered[:, :2].sum(dim=0).tolist()
-        rounds = int(gathered[:, 2].max())
-    if not units and not objective.may_rest:
-        raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
-
-    units = max(1, units)
-    # DDP and FSDP average over processes; times world_size, the sum over all of them is left.
-    weight = fabric.world_size / units
-    sums: dict[str, torch.Tensor] = {}
-    for index in range(rounds):
-        idle = index >= len(batches)
-        batch = batches[min(index, len(batches) - 1)].to(device)
-        with fabric.no_backward_sync(model, enabled=not masters.is_synchronized(index == rounds - 1)):
-            loss, extras = objective.loss(model, batch)
-            fabric.backward(loss * (0.0 if idle else scaler.scale if scaler.is_active else weight))
-        if not idle:
-            for name, value in {"loss": loss, **extras}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
-    masters.reduce(fabric.world_size)
-    if scaler.is_active:
-        masters.scale_gradients(weight / scaler.scale)
-    if fabric.world_size > 1:
-        reduced: Any = fabric.all_reduce(sums, reduce_op="sum")
-        sums = reduced
-    return {**{name: value.item() / units for name, value in sums.items()}, "real_tokens": real_tokens}

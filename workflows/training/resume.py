@@ -34,8 +34,8 @@ from workflows.training.whole import is_sharded
 Resume = bool | Literal["auto"]
 """True goes on from the newest checkpoint and needs one, "auto" does so if there is one, False starts anew."""
 ResumeMode = Resume | Literal["matching"]
-"""For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings and
-deletes others."""
+"""For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings, and
+deletes others and says so."""
 
 
 _LONGER = (
@@ -116,6 +116,9 @@ class Checkpoints:
                 + (_LONGER if any("schedule depends on it" in line for line in forbidding) else "")
             )
         if path is None or forbidding:
+            if forbidding:
+                lines = "".join(f"\n  - {line}" for line in forbidding)
+                self.fabric.print(f"{path} is of other settings and is deleted; training begins at step 0:{lines}")
             self.fabric.barrier()
             if self.fabric.global_rank == 0:
                 for old in self.found():
@@ -137,6 +140,7 @@ class Checkpoints:
         if not path.exists():
             raise UserError(f"{path}, the best step's, is gone. Take the last step instead: --train.keep last.")
         self._load(path)
+        self.fabric.barrier()  # the first process deletes it when it has written the result
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Fill the model and the optimizer from a checkpoint.
@@ -342,6 +346,8 @@ def _read_rest(checkpoint: Path) -> dict[str, Any]:
     identity = rest["identity"]
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
+    if "plateau" not in rest:
+        raise TypeError("it is of an earlier version")
     if type(rest["plateau"]) is not int:
         raise TypeError(f"plateau is {rest['plateau']!r:.40}")
     return rest

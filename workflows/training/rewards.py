@@ -158,6 +158,8 @@ BUILT_IN: dict[str, Reward] = {
 }
 NEEDS = {"finding": "answers", "exact": "answers", "math_answer": "answers", "letter": "answer"}
 """The field of a row that a reward reads."""
+RIGHT_OR_WRONG = ("exact", "letter", "math_answer", "format")
+"""Rewards that are 0 or 1."""
 RENAMED = {"number": "math_answer"}
 """Earlier names of rewards."""
 
@@ -220,6 +222,13 @@ class Rewards:
     def fields(self) -> list[str]:
         """The fields of a row that the built-in ones among them read."""
         return sorted({NEEDS[name] for name in self.functions if name in NEEDS})
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the total of an answer is 0 or 1, so that a mean of totals is a share of answers."""
+        return len(self.weights) == 1 and all(
+            name in RIGHT_OR_WRONG and weight == 1 for name, weight in self.weights.items()
+        )
 
     def check(self, rows: Sequence[Row], path: Path) -> None:
         """Make sure that the answers of a file's rows can be compared.

@@ -39,7 +39,7 @@ from workflows.merge import write_merged
 from workflows.progress import watched
 from workflows.prompt_style import replace_chat_template
 from workflows.training.identity import STEPS, result_changes, result_settings
-from workflows.training.length import length_text, limited_to
+from workflows.training.length import length_text, limited_to, validation_text
 from workflows.training.loop import FitResult, Objective, Report, TrainArgs, fit
 from workflows.training.mixed_precision import dithered
 from workflows.training.model import DTYPES, LoRAArgs, Precision, load_model
@@ -178,6 +178,8 @@ def run_step(
         given: TrainArgs = settings["train"]
         objective.train = limited_to(given, objective.epoch_rows, objective.updates)
         fabric.print(length_text(given, objective.train, objective.epoch_rows, objective.updates))
+        if note := validation_text(objective.train, objective.updates):
+            fabric.print(note)
         _train(fabric, step, settings, run, objective, final, mode)
 
 
@@ -249,11 +251,11 @@ def report_text(report: Report) -> str:
     for answer in report.shown:
         lines += ["", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items())]
     lines += ["", *(f"test {row['name']}: {with_interval(row, 4)}" for row in report.metrics)]
-    lines += [
-        f"test {row['metric']}, after - before: {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to "
-        f"{row['high']:+.4f}, n = {row['n']}"
-        for row in report.gain
-    ]
+    for row in report.gain:
+        ends = f", 95% interval {row['low']:+.4f} to {row['high']:+.4f}"
+        if row["low"] == row["high"]:  # no spread in a few rows says nothing of others
+            ends = ", the same in each row"
+        lines.append(f"test {row['metric']}, after - before: {row['difference']:+.4f}{ends}, n = {row['n']}")
     return "\n".join(lines[:-1] if not lines[-1] else lines)
 
 
@@ -298,8 +300,9 @@ def write_final(
                 # a shared parameter is saved once, under the first of its two names
                 shared = weights["lm_head.weight" if "lm_head.weight" in weights else "transformer.wte.weight"]
                 weights["transformer.wte.weight"] = weights["lm_head.weight"] = shared
-            # What the objective had no use for stays as it was; cloned, since mapped tensors share the whole file.
-            kept = {name: tensor.clone() for name, tensor in load_weights(base).items() if name not in weights}
+            # What the objective had no use for stays as it was; copied, since mapped tensors share the whole file.
+            untrained = {name: tensor for name, tensor in load_weights(base).items() if name not in weights}
+            kept = {name: tensor.to(dtype, copy=True) for name, tensor in untrained.items()}
             torch.save({**weights, **kept}, temporary / WEIGHTS)
         write_hyperparameters(temporary, settings)
         write_metrics(

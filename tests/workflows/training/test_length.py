@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from workflows.errors import UserError
-from workflows.training.length import length_text, limited_to
+from workflows.training.length import length_text, limited_to, validation_text
 from workflows.training.loop import TrainArgs
 
 TRAIN = TrainArgs(max_steps=500, global_batch_size=16, lr_warmup_steps=2)
@@ -19,6 +19,7 @@ TRAIN = TrainArgs(max_steps=500, global_batch_size=16, lr_warmup_steps=2)
         (0, 3, 30_000, 1, 5625),
         (500, 3, 30_000, 1, 500),  # whichever comes first
         (0, 0.5, 320, 1, 10),
+        (0, 1.1, 800, 1, 55),  # 1.1 * 800 is above 880 in binary
         (500, 1, 32, 3, 6),  # two steps' questions, three updates on each
     ],
 )
@@ -63,3 +64,39 @@ def test_what_cannot_be_is_refused():
         ({"patience": 0}, "patience must be at least 1"),
     ):
         assert message in replace(TRAIN, lr_warmup_steps=0, **changes).problems()[0]
+
+
+def test_no_warm_up_is_no_problem_of_a_run_without_steps():
+    for changes in ({"max_steps": -1}, {"max_steps": 0}, {"max_steps": -1, "epochs": 1}):
+        assert len(replace(TRAIN, lr_warmup_steps=0, **changes).problems()) == 1
+    assert replace(TRAIN, max_steps=0, epochs=1).problems() == []
+
+
+def test_one_step_is_no_plural():
+    assert text_of(160, max_steps=1) == "1 step of 16 = 0.1 epochs of 160 rows"
+
+
+@pytest.mark.parametrize(
+    ("changes", "updates", "notes"),
+    [
+        ({"eval_interval": 50}, 1, []),
+        ({"eval_interval": 50, "patience": 8}, 1, []),
+        ({"eval_interval": 50, "patience": 9}, 1, ["patience 9 cannot end this run early"]),
+        ({"eval_interval": 501}, 1, ["takes the last of 500 steps"]),
+        ({"eval_interval": 500}, 1, []),
+        ({"eval_interval": 500, "keep": "last"}, 1, []),
+        ({"eval_interval": 250, "keep": "last", "patience": 1}, 1, ["patience 1 cannot end this run early"]),
+        (
+            {"eval_interval": 25},
+            4,
+            ["go by validations every 100 steps: --train.eval_interval 25 is no multiple of --updates 4"],
+        ),
+        ({"eval_interval": 25, "keep": "last"}, 4, []),
+        ({"eval_interval": 24}, 4, []),
+    ],
+)
+def test_validations_that_cannot_choose_a_step_are_reported(changes, updates, notes):
+    lines = validation_text(replace(TRAIN, **changes), updates).splitlines()
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert note in line

@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(tmp_path, capfd):
     assert all(torch.equal(a, b) for a, b in zip(weights(expected), weights(model), strict=True))
 
 
-def test_matching_goes_on_with_its_own_run_and_drops_others(tmp_path):
+def test_matching_goes_on_with_its_own_run_and_drops_others(tmp_path, capfd):
     class Stopping(Toy):
         def batches(self, step, rank, world_size):
             if step == 3:
@@ -260,8 +260,11 @@ def test_matching_goes_on_with_its_own_run_and_drops_others(tmp_path):
         run(tmp_path, Stopping())
     _, result = run(tmp_path, resume="matching")
     assert len(result.losses) == 4  # from step 2 on
+    assert "deleted" not in capfd.readouterr().out
     _, result = run(tmp_path, resume="matching", identity={"name": "other"})
     assert len(result.losses) == 6
+    said = capfd.readouterr().out
+    assert "step-00000006.pth is of other settings and is deleted; training begins at step 0:\n  - name: toy" in said
 
 
 def test_loggers_hold_every_step_when_the_run_ends(tmp_path):

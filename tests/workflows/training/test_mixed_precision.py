@@ -11,9 +11,10 @@ from tests.workflows.test_lora import TRAIN, write_rows
 from workflows import lora
 from workflows.checkpoint import load_weights
 from workflows.errors import UserError
-from workflows.training import mixed_precision
+from workflows.training import mixed_precision, resume
+from workflows.training.accumulation import accumulate
 from workflows.training.batch import PackedBatch, Tree, pack_row
-from workflows.training.loop import Objective, TrainArgs, _accumulate, fit
+from workflows.training.loop import Objective, TrainArgs, fit
 from workflows.training.mixed_precision import LOSS_SCALE, LossScaler, MasterWeights, dithered
 from workflows.training.model import DTYPES, LoRAArgs, load_model
 from workflows.training.processes import make_fabric
@@ -248,7 +249,7 @@ def gradient(checkpoint: Path, rank: int, precision: str, units: int, scale: flo
     wrapped = fabric.setup_module(model)
     masters, scaler = MasterWeights(wrapped.module), LossScaler(fabric, wrapped, scale)
     objective = Counted(units // 2)
-    _accumulate(fabric, wrapped, objective, objective.rows, masters, scaler)
+    accumulate(fabric, wrapped, objective, objective.rows, masters, scaler)
     gradients = [weight.grad for weight in masters.weights.values()]
     return torch.cat([each.flatten() for each in gradients if each is not None]) * units
 
@@ -267,7 +268,7 @@ def test_a_step_that_overflows_float16_is_computed_again_and_reported(tiny_llama
     train_args = TrainArgs(max_steps=3, lr_warmup_steps=0, learning_rate=1e-3, log_interval=1)
     results = {}
     for scale in (2.0**24, 16.0):
-        monkeypatch.setattr("workflows.training.resume.LOSS_SCALE", scale)
+        monkeypatch.setitem(resume._FRESH, "loss_scale", scale)
         model = load_model(tiny_llama, LoRAArgs(r=0), "16-true")
         out_dir = tmp_path / str(scale)
         results[scale] = fit(make_fabric(), model, Counted(100), train_args, out_dir, seed=0, identity={})

@@ -107,7 +107,7 @@ def test_the_result_is_that_of_the_best_step(tiny_llama, chats, tmp_path, monkey
     six = replace(TRAIN, max_steps=6)
     found = run("lora", tiny_llama, chats, tmp_path / "best", train=six)
     assert (found["steps"], found["kept_step"], found["metrics"][0]["value"]) == (6, 4, 0.25)
-    assert "kept is step 4, with the best val_loss: 0.2500" in capfd.readouterr().out
+    assert "step 4 is kept, with the best val_loss: 0.2500" in capfd.readouterr().out
     run("lora", tiny_llama, chats, tmp_path / "four")
     assert equal(adapters(tmp_path / "best"), adapters(tmp_path / "four"))
     found = run("lora", tiny_llama, chats, tmp_path / "last", train=replace(six, keep="last"))
