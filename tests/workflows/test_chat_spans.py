@@ -21,7 +21,9 @@ from workflows.evaluation.tasks import LocalTask
 from workflows.ollama.modelfile import conversations, derive
 from workflows.prompt_style import choose_prompt_style, replace_chat_template
 from workflows.training.answers import encode_answers
+from workflows.training.held_out import answered
 from workflows.training.questions import encode_questions
+from workflows.training.rollouts import Rollout
 
 ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -289,6 +291,13 @@ def test_reasoning_can_be_dropped(tiny_llama):
         assert chat.notes.count(chat_spans.REASONING_REMOVED) == 2
         inside = turns("A?", "<think>\nfirst\n</think>\n\nOne.")
         assert dropped.render(inside) == template.render(turns("A?", "One."))
+
+
+def test_a_report_shows_the_wanted_answer_as_it_is_learned(tiny_llama):
+    row = {"prompt": turns("A?"), "chosen": turns("", "<think>\nfirst\n</think>\n\nOne.")[1:]}
+    template, answer = chatml(tiny_llama), Rollout([5], [0.0], True)
+    assert answered(row, None, answer, template.with_reasoning("drop"))["wanted"] == "One."
+    assert answered(row, None, answer, template)["wanted"].startswith("<think>")
 
 
 def test_thinking_is_switched_off_in_the_template_itself(tmp_path, tiny_llama):

@@ -232,6 +232,15 @@ def test_a_base_models_tokenizer_must_fit_its_embedding_too(folder, tmp_path):
         download(folder, tmp_path / "c")
 
 
+def test_named_chat_templates_without_a_default_are_not_called_none(folder, tmp_path, capsys):
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": CHATML}]
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
+    checkpoint = download(folder, tmp_path / "c")
+    assert "none of its chat templates is called default, so none is used (tool_use)" in capsys.readouterr().out
+    assert not (checkpoint / "chat_template.jinja").exists()
+
+
 def test_stop_tokens_that_are_none_are_named(folder, tmp_path, capsys):
     edit_json(folder / "generation_config.json", eos_token_id=[2, 99999])
     download(folder, tmp_path / "c")
