@@ -21,6 +21,7 @@ from workflows.checkpoint import LORA_WEIGHTS, WEIGHTS, write_hyperparameters
 from workflows.errors import UserError
 from workflows.hf_reader import read_hf_dir
 from workflows.merge import setup as merge
+from workflows.training.loop import FitResult
 from workflows.training.model import LoRAArgs, load_model
 from workflows.training.resume import Checkpoints
 
@@ -105,7 +106,7 @@ def wholes(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     model = load_model(checkpoint, LoRAArgs(r=LORA["lora_r"], alpha=LORA["lora_alpha"]))
     adapters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     folder = tmp_path_factory.mktemp("run")
-    checkpoints(folder).save({"step": 1, "seconds": 1.0, "real_tokens": 9, "metrics": {}})
+    checkpoints(folder).save(FitResult(steps=1, seconds=1.0, real_tokens=9, metrics={}).counters())
     (step,) = folder.glob("step-*.pth")
     weights = torch.load(checkpoint / WEIGHTS, weights_only=True)
     return {

@@ -56,10 +56,9 @@ def test_a_training_recipe_is_valid_and_its_model_can_be_built(recipe, tmp_path,
         arguments += [f"--{option}", str(tmp_path / option)]
     if step == "ppo":
         arguments += ["--rewards", "[{reward: out/x/reward/final}]"]
-    if "chat_template" in yaml.safe_load(recipe.read_text()):
-        write_tokenizer(checkpoint)  # which the template is tried with
+    if step in ("lora", "distill-lm"):
+        write_tokenizer(checkpoint)  # the template is tried with it; the teacher's and the student's are compared
     if step == "distill-lm":
-        write_tokenizer(checkpoint)  # the teacher's and the student's are compared
         arguments += ["--teacher_dir", str(checkpoint)]
     module = __import__(STEPS[step][0], fromlist=["setup"])
     begun: list[Any] = []

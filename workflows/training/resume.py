@@ -124,11 +124,9 @@ class Checkpoints:
                 for old in self.found():
                     _delete(old)
             return dict(_FRESH)
-        rest = self._load(path)
-        if odd := [name for name in _FRESH if type(rest.get(name)) is not type(_FRESH[name])]:
-            raise _damaged(path, f"{odd[0]} is {rest.get(odd[0])!r:.40}")
+        self._load(path)
         self.fabric.print(f"resuming from {path}" + "".join(f"\n  {line}" for line in harmless))
-        return {name: rest[name] for name in _FRESH}
+        return {name: written[name] for name in _FRESH}
 
     def load(self, step: int) -> None:
         """Load the weights of a step whose checkpoint was kept.
@@ -142,18 +140,13 @@ class Checkpoints:
         self._load(path)
         self.fabric.barrier()  # the first process deletes it when it has written the result
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        """Fill the model and the optimizer from a checkpoint.
-
-        Returns:
-            What it holds besides.
-        """
+    def _load(self, path: Path) -> None:
+        """Fill the model and the optimizer from a checkpoint."""
         try:
             if path.is_dir():
                 read_shards(path, self._tensors())
-                rest = read_run(path)
             elif self.is_sharded:
-                rest = read_file(path, self._tensors())
+                read_file(path, self._tensors())
             else:
                 rest = self.fabric.load(path, {"optimizer": self.optimizer}, strict=False, weights_only=True)
                 copy_weights(rest["model"], self.weights)
@@ -161,7 +154,6 @@ class Checkpoints:
             if isinstance(e, RuntimeError) and "loading state_dict" not in str(e) and _is_whole(path):
                 raise  # the device's or the connection's
             raise _damaged(path, first_line(e)) from None
-        return rest
 
     def last_good(self) -> str:
         """What a run that cannot go on has left to go on from, as a sentence."""
@@ -346,8 +338,8 @@ def _read_rest(checkpoint: Path) -> dict[str, Any]:
     identity = rest["identity"]
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
-    if "plateau" not in rest:
-        raise TypeError("it is of an earlier version")
-    if type(rest["plateau"]) is not int:
-        raise TypeError(f"plateau is {rest['plateau']!r:.40}")
+    if missing := [name for name in _FRESH if name not in rest]:
+        raise TypeError(f"it is of an earlier version, without {', '.join(missing)}")
+    if odd := [name for name in _FRESH if type(rest[name]) is not type(_FRESH[name])]:
+        raise TypeError(f"{odd[0]} is {rest[odd[0]]!r:.40}")
     return rest
