@@ -109,7 +109,7 @@ def prepare_iob(
     if broken:
         told = listed(broken, f"sentences of {file} cannot be read")
         if not skip_broken:
-            raise UserError(f"{told}\nFix these lines, or go on without their sentences: --skip_broken true.")
+            raise UserError(f"{told}\nFix these lines, or leave their sentences out: --skip_broken true.")
         print(told)
     items = _items([_row(words, tags) for words, tags in sentences])
     source = Source(file.name, str(file), "raw files", "yours", "yours", {file.name: sha256(file)})

@@ -58,7 +58,7 @@ HARMLESS = frozenset({
 _MEANINGFUL = {
     **dict.fromkeys((*CONVERSATIONS, *PROMPTS, *COMPLETIONS), "a question, an answer or a conversation"),
     **dict.fromkeys((*SYSTEMS, "history", *CONTEXTS), "part of what the model is shown"),
-    **dict.fromkeys(REASONING, "the answer's reasoning, which belongs into the answer's message"),
+    **dict.fromkeys(REASONING, "the answer's reasoning, which belongs in the answer's message"),
     **dict.fromkeys(LABELS, "whether an answer is good"),
     **dict.fromkeys(
         (
@@ -180,7 +180,7 @@ def plain_name(name: str) -> str:
 
 
 def _meaning(name: str, written: str, value: Any) -> str | None:
-    """What a field says of a row that is not what it seems without it; None if it says nothing of the kind.
+    """Return what a field says of a row that is not what it seems without it; None if it says nothing of the kind.
 
     Args:
         name: Its name as `plain_name` has it.
@@ -197,7 +197,7 @@ def _meaning(name: str, written: str, value: Any) -> str | None:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, an empty list or object, or a text of white space."""
+    """Return whether a value says nothing: null, an empty list or object, or a text of white space."""
     return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 

@@ -57,7 +57,7 @@ class Format:
     whole: bool = True
 
     def fits(self, fields: Fields, shape: Shape | None) -> bool:
-        """Whether a row of a file of the given shape (None: not known yet) has the fields of this form."""
+        """Return whether a row of a file of the given shape (None: not known yet) has the fields of this form."""
         if shape not in (None, self.shape) or not all(any(name in fields for name in names) for names in self.needs):
             return False
         return shape is not None or self.when(fields.plain())
@@ -126,7 +126,7 @@ def _identity(fields: Fields) -> Row:
 
 
 def _unknown(fields: Fields, shape: Shape | None) -> str:
-    """Why no form fits a row."""
+    """Return why no form fits a row."""
     if not fields.plain() and not fields.nulls:
         return "it is an empty object"
     if other := next((f for f in FORMATS if f.fits(fields, None)), None):
@@ -137,7 +137,7 @@ def _unknown(fields: Fields, shape: Shape | None) -> str:
     nulls = f"; null: {', '.join(map(repr, fields.nulls))}" if fields.nulls else ""
     if not fields.names:
         return f"it has no field with a value{nulls}"
-    return f"it has the fields {', '.join(map(repr, fields.names.values()))}, which make up no known form{nulls}"
+    return f"it has the fields {', '.join(map(repr, fields.names.values()))}, which match no known form{nulls}"
 
 
 FORMATS = (
@@ -164,7 +164,7 @@ FORMATS = (
 """All forms; a row that several fit has the first one's."""
 
 _REFUSED = (
-    (("text", "label"), 'it is a text with a label; rows to classify are not read from a file of one\'s own here'),
+    (("text", "label"), 'it is a text with a label; --data jsonl reads no classification data'),
     (("tokens", "tags"), "it is a sentence with tags; write a word and its tag a line and give --data iob"),
     (("chosen",), 'it has "chosen" without "rejected"'),
     (("rejected",), 'it has "rejected" without "chosen"'),
@@ -176,6 +176,6 @@ _REFUSED = (
     (("paragraphs",), 'it is an article in SQuAD\'s nested form; write a row for each question: ' + SHAPES["spans"]),
     (("translation",), 'it is a "translation" by language; write {"source": TEXT, "target": TEXT}'),
     (("text",), 'it has only a "text": continued pretraining on raw text is not available; give a question with an '
-                'answer, or a "summary" beside the text'),
+                'answer, or a "summary" of the text'),
 )  # fmt: skip
 """Fields of rows that are known and cannot be read, and why."""

@@ -138,7 +138,7 @@ def read_iob(
 
 
 def _line_problem(columns: list[str], line: str, before: str) -> str | None:
-    """What is wrong with a line that is to be a word and its tag, or None."""
+    """Return what is wrong with a line that is to be a word and its tag, or None."""
     if len(columns) < 2 or columns[0].split() != [columns[0]]:
         return f"{line[:60]!r} is not a word and its tag. Fix that line."
     if problem := tag_problem(columns[-1], before):

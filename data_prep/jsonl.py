@@ -1,4 +1,4 @@
-"""A file of one's own, in any of the forms in common use (`data_prep.formats`), as a data set."""
+"""The user's own file, in any of the forms in common use (`data_prep.formats`), as a data set."""
 
 import hashlib
 import json
@@ -48,8 +48,8 @@ def prepare(
     if broken := total - len(rows):
         told = listed(problems, f"of {total:,} rows of {file} cannot be read", number=broken)
         if not skip_broken or not rows:
-            go_on = " Fix these rows, or go on without them: --skip_broken true." if rows else ""
-            decided = " (as the first; --shape names another)" if rows and shape is None else ""
+            go_on = " Fix these rows, or leave them out: --skip_broken true." if rows else ""
+            decided = " (the shape of the first row; --shape names another)" if rows and shape is None else ""
             raise UserError(f"{told}\nA row is {intake.accepted()}{decided}.{go_on}")
         print(told)
     dropped: Counter[str] = Counter({"broken row": broken} if broken else {})
@@ -121,8 +121,8 @@ def _of_rows(
     rule = "at random by seed; rows with the same question stay together"
     if len(groups_of(list(items.values()))) < len(SPLITS) <= len(set(asked.values())):
         items = {whole: replace(item, keys=asked[whole]) for whole, item in items.items()}
-        rule += ", to the letter: without case and punctuation there are fewer questions than splits"
-        print("Without case and punctuation there are fewer questions than splits: only equal texts stay in one split.")
+        rule += ", compared exactly: ignoring case and punctuation leaves fewer questions than splits"
+        print("Ignoring case and punctuation leaves fewer questions than splits: only equal texts stay in one split.")
     size = max(1, min(MOST_HELD_OUT, round(SHARE_HELD_OUT * len(items))))
     return DataSet(
         name="jsonl",

@@ -1,8 +1,8 @@
 """Preferences: a prompt with an answer that people (or a stronger model) chose and one that they rejected.
 
-Read are the Hub's data sets in their own columns, raw files of the same columns, and files of one's own; all become
+Read are the Hub's data sets in their own columns, raw files of the same columns, and the user's own files; all become
 {"prompt": [...], "chosen": [...], "rejected": [...]} rows. The pairs of `hpo` (`data/hpo_pairs`) are made here, too:
-chosen is a finding's definition, rejected that of its nearest kin in the same split.
+chosen is a finding's definition, rejected that of its nearest relative in the same split.
 """
 
 import random
@@ -133,7 +133,7 @@ def of_rows(
     seed: int,
     dropped: Counter[str],
 ) -> DataSet:
-    """A data set of the pairs of a file of one's own; see `prepare`."""
+    """A data set of the pairs of the user's own file; see `prepare`."""
     items = {"train": list(_distinct(rows, dropped, set()))}
     return _dataset("jsonl", items, source, validation_size, test_size, seed, dropped)
 

@@ -91,7 +91,7 @@ def setup(
     """Prepare a data set for training and scoring.
 
     Args:
-        data: Which: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
+        data: Data set: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
             file of your own (iob for one in IOB2); for preferences: instruction_preference, orca,
             ultrafeedback_binarized or ultramedical_preference; movie reviews to classify: movie_snippets (needs no
             Hub), sentence_polarity, sst2; sentences with marked entities: hpo_entities (needs no Hub), bc5cdr,
@@ -109,10 +109,11 @@ def setup(
             summaries, translations, or questions about a context; docs/data.md lists the forms. With --data iob: a
             file of one word and its IOB2 tag a line, an empty line after each sentence.
         kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
-        validation_size: How much is held out for validation (hpo: terms, else questions); each data set has a default.
-        test_size: How much is held out for the test, where there is no official one.
+        validation_size: Size of the validation split (hpo: terms, else questions); each data set has a default.
+        test_size: Size of the test split, where there is no official one.
         seed: Seed of the split, the order of rows and the choice of distractors.
-        shape: What the rows of --file become; by default what the fields of the first say, which is printed.
+        shape: Shape that the rows of --file become (docs/data.md); by default, printed, that of the first row whose
+            form is known.
         skip_broken: Leave out rows of --file that cannot be read, and count them, instead of refusing the file.
         ignore_fields: Names of fields of --file to leave out although they change what a row means.
 

@@ -32,7 +32,7 @@ SUMMARIES = ("summaries", "summary", "highlights", "target")
 
 
 def _question(fields: Fields) -> list[Row]:
-    """What is asked: the system message, earlier turns, a context and the question of a row's own fields."""
+    """Return what is asked: the system message, earlier turns, a context and the question of a row's own fields."""
     names: tuple[str, ...] = PROMPTS
     more = None
     if not fields.filled(*PROMPTS) and "user" in fields:
@@ -108,7 +108,7 @@ def _with_context(turns: list[Row], fields: Fields) -> list[Row]:
 
 
 def _answer(fields: Fields) -> list[Row]:
-    """What is answered, with its reasoning."""
+    """Return what is answered, with its reasoning."""
     names: tuple[str, ...] = COMPLETIONS
     if not fields.filled(*COMPLETIONS) and "assistant" in fields:
         names = ("assistant",)
@@ -164,7 +164,7 @@ def _with_tools(row: Row, fields: Fields) -> Row:
 
 
 def _references(fields: Fields, turns: list[Row]) -> Row:
-    """What rewards compare with: answers that count as right, or options and the index of the right one."""
+    """Return what rewards compare with: answers that count as right, or options and the index of the right one."""
     plain = fields.plain()
     if isinstance(plain.get("choices"), list) and type(plain.get("answer")) is int:
         fields.take("choices")
@@ -282,7 +282,7 @@ def read_preference(fields: Fields) -> Row:
     elif common:
         prompt = _agreed(prompt or _system(fields), common)
     if not prompt:
-        raise ValueError('it has no prompt, and "chosen" and "rejected" begin with no message that both have')
+        raise ValueError('it has no prompt, and "chosen" and "rejected" have no first message in common')
     if whole is not None and whole not in ([*prompt, *answers["chosen"]], prompt, sides["chosen"]):
         raise ValueError(f'it has both "{name}" and a prompt with another conversation; leave one of them out')
     if odd := [name for name, turns in answers.items() if not turns or turns[0]["role"] != "assistant"]:
@@ -290,7 +290,9 @@ def read_preference(fields: Fields) -> Row:
             raise ValueError(f'"{odd[0]}" must be a list of at least one message, but is an empty list')
         raise ValueError(f"{odd[0]!r} does not begin with the assistant's message after the prompt")
     if any("train" in turn for turns in answers.values() for turn in turns):
-        raise ValueError("a preference is learned from whole answers; a message of one is marked as not learned")
+        raise ValueError(
+            "a preference is learned from whole answers, but one of their messages is marked as not learned"
+        )
     return _with_tools({"prompt": prompt, **answers}, fields)
 
 

@@ -166,7 +166,7 @@ def of_rows(
     seed: int,
     dropped: Counter[str],
 ) -> DataSet:
-    """A data set of one's own questions in SQuAD's form; those about one context stay in one split.
+    """A data set of the user's own questions in SQuAD's form; those about one context stay in one split.
 
     Args:
         rows: Questions with context and answers, and the title of the article where it is known.

@@ -119,7 +119,7 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
     """Make sure that no split is empty and no two splits share a key.
 
     Raises:
-        UserError: If a split is empty; with the options that mend it.
+        UserError: If a split is empty; with the options that fix it.
         ValueError: If splits share a key, which is a mistake of the preparing code.
     """
     for split, items in splits.items():
@@ -129,7 +129,7 @@ def check_splits(name: str, splits: dict[str, list[Item]]) -> None:
             apart = "" if groups == total else f", {groups} groups that have something in common and stay together"
             fix = ", or choose the sizes with --validation_size and --test_size so that every split gets at least one"
             if groups < min(total, len(splits)):
-                fix = ": what has a question, document or term in common stays in one split, whatever its size"
+                fix = ": rows with a question, document or term in common stay in one split, whatever its size"
             raise UserError(
                 f"{name}: the {split} split is empty ({total} usable items in all{apart}). Give more data{fix}."
             )

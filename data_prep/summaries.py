@@ -233,7 +233,7 @@ def of_rows(
     seed: int,
     dropped: Counter[str],
 ) -> DataSet:
-    """A data set of one's own documents with summaries; empty ones are left out and counted.
+    """A data set of the user's own documents with summaries; empty ones are left out and counted.
 
     Args:
         rows: "text" or "sentences", and "summaries".

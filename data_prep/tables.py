@@ -62,7 +62,7 @@ class Table:
         return self.places([index])
 
     def places(self, indices: Sequence[int], most: int = 5) -> str:
-        """Where some rows came from, for messages: neighbours as a range, and at most so many of these."""
+        """Return where some rows came from, for messages: neighbours as a range, and a limited number of ranges."""
         numbers = [self.numbers[index] if self.numbers else index + 1 for index in indices]
         ranges: list[list[int]] = []
         for number in numbers:
@@ -114,7 +114,7 @@ def read_table(path: Path, broken: list[str] | None = None) -> Table:
         return _read_parquet(path)
     if suffix[0] not in _TEXT_SUFFIXES:
         known = ", ".join(dict.fromkeys((*_TEXT_SUFFIXES, ".parquet")))
-        raise UserError(f"{path} is none of {known} (.gz but for .parquet). Convert it to one of them.")
+        raise UserError(f"{path} is none of {known} (all but .parquet may end in .gz). Convert it to one of them.")
     content = _utf8(path, _unzipped(path) if zipped else path.read_bytes())
     if suffix[0] in (".csv", ".tsv"):
         return _read_csv(path, content, "\t" if suffix == [".tsv"] else ",", broken)
@@ -126,7 +126,7 @@ def _unzipped(path: Path) -> bytes:
         with gzip.open(path) as f:
             return f.read()
     except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{path} is not a whole gzip file ({first_line(e)}). Get it again.") from None
+        raise UserError(f"{path} is not a complete gzip file ({first_line(e)}). Download or copy it again.") from None
 
 
 def _utf8(path: Path, content: bytes) -> bytes:

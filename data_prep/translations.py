@@ -121,7 +121,7 @@ def of_rows(
     seed: int,
     dropped: Counter[str],
 ) -> DataSet:
-    """A data set of parallel text of one's own; it stays as it is written, line breaks included.
+    """A data set of the user's own parallel text; it stays as it is written, line breaks included.
 
     Args:
         rows: Texts and their translations.

@@ -269,13 +269,15 @@ def _calls(value: Any, field: str) -> list[Row]:
 
 
 def _is_learned(message: Fields, role: str) -> bool | None:
-    """Whether the message's flags say that it is learned; None if it has none.
+    """Return whether the message's flags say that it is learned; None if it has none.
 
     Raises:
         ValueError: If a flag is neither yes nor no, or two differ, or a message is to be learned that cannot be.
     """
     if message.filled("mask"):
-        raise ValueError('"mask" is used for both, learned and not learned; write "train": false instead')
+        raise ValueError(
+            '"mask" marks learned messages in some data and others elsewhere; write "train": false instead'
+        )
     verdicts: dict[str, bool] = {}
     for name in message.filled(*FLAGS):
         _, value = message.take(name)

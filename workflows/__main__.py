@@ -28,7 +28,7 @@ STEPS = {
     "shrink": ("workflows.shrink", "setup", "make a smaller model of some of a model's layers: a student"),
     "teach": ("workflows.teach", "setup", "let a teacher answer a data set's questions: data to train a student on"),
     "distill-lm": ("workflows.distill_lm", "setup", "train a student to say what its teacher would"),
-    "dpo": ("workflows.dpo", "setup", "align with preferences: DPO and its kin"),
+    "dpo": ("workflows.dpo", "setup", "align with preferences: DPO and its variants"),
     "reward": ("workflows.reward", "setup", "train a reward model on preferences"),
     "ppo": ("workflows.ppo", "setup", "align with a reward model, by PPO with a value head"),
     "grpo": ("workflows.grpo", "setup", "align with rewards: sample groups of answers, and learn from the better ones"),
@@ -199,7 +199,7 @@ def explain(error: Exception) -> str | None:
     words = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return (
-            "The memory is not enough. Lower --train.row_tokens (training, which resumes from its last checkpoint; the "
+            "Out of memory. Lower --train.row_tokens (training, which resumes from its last checkpoint; the "
             "last bits of sums may differ) or --row_tokens (evaluation); choose a smaller model, --precision bf16-true "
             "or --quantize bnb.nf4 (training); in export, choose --verify_precision bf16-true or --device cpu."
         )

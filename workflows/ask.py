@@ -41,9 +41,9 @@ def setup(
 ) -> None:
     """Answer a file of questions. Not medical advice.
 
-    Run again, it goes on where it was stopped: finished answers are in OUT_FILE. A server that ends in the middle is
+    Run again, it resumes where it was stopped: finished answers are in OUT_FILE. A server that ends in the middle is
     waited for. A question that cannot be answered gets a line with `error`, and is asked again by the next run, which
-    may give it more room. Answers to questions that FILE does not hold any more are laid aside, in a file beside it.
+    may give it more room. Answers to questions that FILE does not have any more are moved to a file next to it.
 
     Args:
         file: JSON lines of {"question": TEXT}, {"prompt": TEXT or [messages]} or {"messages": [...]} (an answer at the
@@ -51,17 +51,17 @@ def setup(
         model: The model's name in Ollama.
         out_file: Where the answers go; FILE with `.answers.jsonl` at its end by default.
         system: System message for questions without one; the model's own by default.
-        schema: A JSON schema that every answer must follow, as a file. Such answers have no thoughts before them.
+        schema: A JSON schema that every answer must follow, as a file. Such answers have no reasoning before them.
         parallel: Questions in the air at a time. Each takes a context's memory in a server that we start; another's
             server decides by itself how many it works on.
         skip_broken: Leave out lines that are no questions, instead of refusing the file.
-        resume: Keep the answers that OUT_FILE holds; false begins anew.
-        limit: Ask the first so many questions only.
+        resume: Keep the answers that OUT_FILE has; false starts from scratch.
+        limit: Maximum number of questions, from the first.
         temperature: Sampling temperature; the model's own by default, as for all that follow. 0 is greedy.
         top_p: Sample from the fewest tokens whose probabilities reach this.
         top_k: Sample from this many most likely tokens.
         repeat_penalty: Penalty on repeated tokens; 1.0 is none.
-        num_predict: Most tokens of an answer.
+        num_predict: Maximum number of tokens of an answer.
         num_ctx: Context length in tokens.
         num_thread: CPU threads.
         seed: Seed of the sampling.

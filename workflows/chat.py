@@ -48,10 +48,10 @@ def setup(
         model: The model's name in Ollama, as given to `make export`.
         prompt: Ask only this and print the answer; a chat if null.
         system: System message; the model's own by default.
-        think: Show a model's thoughts (dim, where the terminal can), fold them into one line that says how long they
+        think: Show a model's reasoning (dim, where the terminal can), fold them into one line that says how long they
             took (/think unfolds it), or hide them.
-        json: Print each answer as one JSON object, with its thoughts, token counts and seconds.
-        schema: A JSON schema that answers must follow, as a file. Such answers have no thoughts before them.
+        json: Print each answer as one JSON object, with its reasoning, token counts and seconds.
+        schema: A JSON schema that answers must follow, as a file. Such answers have no reasoning before them.
         temperature: Sampling temperature; the model's own by default, as for all that follow. 0 is greedy.
         top_p: Sample from the fewest tokens whose probabilities reach this.
         top_k: Sample from this many most likely tokens.

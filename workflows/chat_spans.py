@@ -178,7 +178,7 @@ def _whole(template: "ChatTemplate", messages: list["Message"], tools: list[Any]
     if len(messages) == 1:  # the assistant speaks first, and alone
         start = _after_header(template, alone := _Text(text, 0, plain), messages)
         if start is None:
-            raise UserError("The conversation holds no message that the answer replies to.")
+            raise UserError("The conversation has no message that the answer replies to.")
         alone.last = start
         return alone
     prompt = template.render(messages[:-1], True, tools)

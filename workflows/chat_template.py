@@ -478,11 +478,11 @@ _PROBE: list[Message] = [{"role": "user", "content": "\ue002"}]
 _RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """What a template raises that does not suit its messages."""
 _PARTS = (
-    "it reads contents as lists of parts (texts and images), and is given texts. Use a model for text, or a template "
-    "that reads texts (--chat_template)."
+    "it expects contents as lists of parts (text and images), but gets plain text. Use a text-only model, or a "
+    "template that reads plain text (--chat_template)."
 )
 _JSON_ARGUMENTS = (
-    "it reads the arguments of tool calls as JSON in a text, and is given objects. Use another template "
+    "it expects the arguments of tool calls as a JSON string, but gets objects. Use another template "
     "(--chat_template), or remove the tool calls from the data."
 )
 _ANSWER: Message = {"role": "assistant", "content": MARKER}

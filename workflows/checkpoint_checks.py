@@ -58,7 +58,7 @@ class CheckpointProblems:
         lines += [f"{place}: in training on conversations with several answers, {note}" for note in self.unlearned]
         if self.export:
             lines += [
-                f"{place}: training and evaluation work, but `make export` will make no Ollama model of it:",
+                f"{place}: training and evaluation work, but `make export` cannot make an Ollama model of it:",
                 *(f"  - {problem}" for problem in self.export),
                 f"  {HF_ONLY}",
             ]
@@ -200,7 +200,7 @@ def _stripping_tokens(template: ChatTemplate) -> list[str]:
     names = ", ".join(token["content"] for token in flagged if token["content"] in text)
     return [
         f"tokenizer.json says that the tokens {names} take the white space beside them (lstrip, rstrip), which those "
-        "of a GGUF file do not, so Ollama would make other prompts than the chat template."
+        "of a GGUF file do not, so Ollama's prompts would differ from the chat template's."
     ]
 
 

@@ -389,7 +389,7 @@ def _write_weights(file: Path, outputs: list[_Output], dtype: torch.dtype, tied:
                     if dtype == torch.float16
                     else "The file is damaged, or the model's training diverged; get another copy or version of it."
                 )
-                raise UserError(f"{output.name} holds values that are not finite numbers in {dtype}. {cure}")
+                raise UserError(f"{output.name} has values that are not finite numbers in {dtype}. {cure}")
             writer.store(output.name, tensor)
         if tied:
             writer.tie(HEAD, _EMBEDDING)

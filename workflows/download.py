@@ -85,7 +85,7 @@ def setup(
             directory; by default the one that its adapter_config.json names.
         chat_template: A Jinja file in place of the model's own chat template; a base model has none.
         stop: Tokens that end an answer besides those that the model names, e.g. "<|im_end|>". Without it, the one
-            special token with which the chat template ends a turn becomes a stop token by itself.
+            special token with which the chat template ends a turn becomes a stop token.
 
     Raises:
         UserError: If the model cannot be found, reached, read or converted.
@@ -268,7 +268,7 @@ def _read(origin: _Origin, revision: str | None, base: str | None) -> tuple[Sour
         source, facts["base"] = _with_base(path, origin.place, base)
         return source, {**facts, "licence": facts.get("licence") or facts["base"].get("licence")}
     if base is not None:
-        raise UserError(f"--base goes with a LoRA adapter in PEFT's format; {origin.place} is none.")
+        raise UserError(f"--base is only for a LoRA adapter in PEFT's format; {origin.place} is none.")
     return (read_hf_dir if path.is_dir() else read_gguf)(path), facts
 
 
@@ -303,10 +303,12 @@ def _with_base(adapter: Path, place: str, base: str | None) -> tuple[Source, dic
         revision = config.get("revision") if base is None and origin.kind == "hub" else None
         path, facts = _fetch(origin, revision)
         if path.is_dir() and is_adapter(path):
-            raise UserError("That is an adapter itself: download it first, and give the checkpoint it becomes as base.")
+            raise UserError(
+                "The base is an adapter, too: download it first, and give the resulting checkpoint as --base."
+            )
         source = (read_hf_dir if path.is_dir() else read_gguf)(path)
     except UserError as e:
-        raise UserError(f"{place} is a LoRA adapter for {name}. {e}\nAnother base is named with --base.") from None
+        raise UserError(f"{place} is a LoRA adapter for {name}. {e}\n--base names another base.") from None
     made = {"name": name, "kind": origin.kind, "place": origin.place, "revision": revision, **facts}
     return merge_adapter(adapter, source), made
 

@@ -1,4 +1,4 @@
-"""`make dpo`: align a checkpoint with preferences, by DPO or its kin, or by KTO with labelled answers.
+"""`make dpo`: align a checkpoint with preferences, by DPO or its variants, or by KTO with labelled answers.
 
 A pair is one tree: the prompt is computed once, chosen and rejected answer behind it. The reference policy is the model
 without its adapters; its log-probabilities are computed once and kept in `OUT_DIR/reference.safetensors`.
@@ -47,8 +47,9 @@ def setup(
             will do, too.
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         loss: "sigmoid" (DPO), "robust", "ipo", "hinge", "kto"; "simpo" and "orpo" need no reference.
-        beta: How dear it is to leave the reference (orpo: weight of the odds ratio).
-        label_smoothing: Share of pairs that may be the wrong way round (sigmoid: conservative DPO; robust).
+        beta: KL coefficient: larger values keep the policy closer to the reference (orpo: weight of the odds ratio).
+        label_smoothing: Label-noise rate: share of pairs with chosen and rejected swapped (sigmoid:
+            conservative DPO; robust).
         per_token: Divide log-ratios by the answers' lengths.
         gamma: The margin that simpo aims at.
         sft_weight: Weight of the chosen answer's mean negative log-likelihood, added to the loss.
@@ -57,7 +58,7 @@ def setup(
         undesirable_weight: Weight of bad answers (kto).
         max_val_rows: At most this many validation rows are scored each time.
         max_test_rows: At most this many test pairs are scored at the end; 0 for none (kto has no test).
-        max_new_tokens: The most tokens of the few answers that show the model before and after training.
+        max_new_tokens: Maximum number of tokens of the few answers that show the model before and after training.
         train: Training settings; a sample is a pair (kto: a prompt with its labelled answers).
         **run: What all training steps take (`workflows.training.step.RunArgs`).
 

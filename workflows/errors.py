@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A condition the user can mend: a missing file, a bad row, a port in use.
+    """A condition the user can fix: a missing file, a bad row, a port in use.
 
     `python -m workflows` prints it as one message without a traceback and exits with code 1. The text names the cause
     (the file, the line, the value) and the cure (the command or setting to change).
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def report_all(problems: list[str]) -> None:
-    """Raise one `UserError` that lists every problem found, so that a user mends them in one go.
+    """Raise one `UserError` that lists every problem found, so that a user fixes them in one go.
 
     Args:
         problems: Messages, one per problem; an empty list means all is well.
@@ -35,7 +35,7 @@ def listed(problems: list[str], what: str, most: int = 10, number: int | None = 
         problems: Messages, one per problem.
         what: What follows their number.
         most: Maximum number of problems that are shown.
-        number: How many things have these problems, if it is not one each.
+        number: Number of things that have these problems, if it is not one each.
     """
     more = [f"  - … and {len(problems) - most:,} more"] if len(problems) > most else []
     return "\n".join(

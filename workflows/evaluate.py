@@ -87,7 +87,7 @@ def setup(
         written: Number of questions of each local task that are answered in the model's own words, too
             (`answers.jsonl`).
         max_new_tokens: Maximum number of tokens of such an answer. Tasks that generate name their own.
-        resume: Keep the finished questions of a run that was stopped; false starts anew.
+        resume: Keep the finished questions of a run that was stopped; false starts from scratch.
         device: "cpu", "cuda", …; null takes a GPU if there is one.
         seed: Seed of few-shot examples and of tasks that sample.
 
@@ -118,7 +118,7 @@ def setup(
     leaves = leaf_tasks(loaded)
     local = [task for task in leaves if isinstance(task, LocalTask)]
     if not local and (written, max_new_tokens) != (WRITTEN, MAX_NEW_TOKENS):
-        raise UserError("--written and --max_new_tokens are about local tasks, and --tasks names none.")
+        raise UserError("--written and --max_new_tokens are for local tasks, and --tasks names none. Leave them out.")
     prompts, remarks = settle_prompts(leaves, chat, apply_chat_template, num_fewshot, fewshot_as_multiturn)
     print("\n".join(_describe_prompts(prompts)))
     with watched(out_dir), PeakMemory() as peak:

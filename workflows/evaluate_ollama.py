@@ -63,7 +63,7 @@ def setup(
         out_dir: Where results go; out/evaluate-ollama/NAME by default.
         data_dir: The folder of prepared data.
         parallel: Questions in the air at a time.
-        resume: Keep the finished questions of a run that was stopped; false starts anew.
+        resume: Keep the finished questions of a run that was stopped; false starts from scratch.
         precision: What LitGPT computes in.
         device: Where LitGPT computes: "cpu", "cuda", …; null takes a GPU if there is one.
         num_ctx: Context length in Ollama; the model's own by default.
@@ -90,7 +90,7 @@ def setup(
     if checkpoint_dir is None:
         given = {"device": device is not None, "precision": precision != "32-true"}
         problems += [
-            f"--{name} is about LitGPT, which is scored if --checkpoint_dir names the checkpoint; it does not."
+            f"--{name} is for LitGPT, which is scored only with --checkpoint_dir. Add that, or leave --{name} out."
             for name, is_given in given.items()
             if is_given
         ]

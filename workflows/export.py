@@ -113,7 +113,7 @@ def setup(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "repeat_penalty": repeat_penalty}
     problems = option_problems(chosen(num_ctx=num_ctx, num_thread=num_thread, **sampling), port, name=name)
     if not kinds and (create or not (hf or adapter)):
-        problems.append("--quantize names no type; that needs --create false, and --hf or --adapter.")
+        problems.append("--quantize is empty, which needs --create false, and --hf or --adapter.")
     if len(kinds) > 1 and ":" in name:
         problems.append(f"--name {name!r} has a tag, and several types need several; leave the tag out.")
     if verify_prompts < 0:
@@ -369,7 +369,7 @@ def verify(
         wide = [d for d in result.differences if not d["near_tie"]]
         if kind == "f16" and wide:
             raise UserError(
-                f"f16 in Ollama gives other answers than LitGPT: {len(wide)} of {result.prompts} part from it where "
+                f"f16 in Ollama gives other answers than LitGPT: {len(wide)} of {result.prompts} differ where "
                 f"the logits are more than {NEAR_TIE} apart. The first: {json.dumps(wide[0], ensure_ascii=False)}"
             )
     return results

@@ -57,12 +57,12 @@ def setup(
         data: A data directory whose rows have a prompt and what the rewards read ("answers", say).
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         kinds: Ask only rows whose `kind` is one of these; all that have what the rewards read if null.
-        rewards: What an answer is worth, a weighted sum; [{reward: finding}] if null.
+        rewards: Reward of an answer, a weighted sum; [{reward: finding}] if null.
         group_size: Answers to each question.
-        max_new_tokens: The most tokens of an answer.
-        temperature: Sampling's; log-probabilities are of the policy at this temperature.
-        top_k: Sample among the k likeliest tokens only.
-        top_p: Sample among the fewest tokens whose probabilities reach this sum.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Sampling temperature; log-probabilities are of the policy at this temperature.
+        top_k: Sample among the k most likely tokens only.
+        top_p: Nucleus sampling: sample among the smallest set of most likely tokens whose probabilities reach this sum.
         beta: KL coefficient: larger values keep the policy closer to the reference.
         kl_correction: Multiply the KL estimate of each token by its ratio, which makes the gradient that of the KL
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default); false is the GRPO paper's.
@@ -70,8 +70,8 @@ def setup(
         clip_high: Upper clip range: a ratio counts up to 1 plus this (DAPO: 0.28); null is 0.2, with sequence_ratio
             4e-4.
         scale: "group" divides advantages by their group's standard deviation, "none" does not (Dr. GRPO).
-        normalisation: Every token ("token", DAPO) or every answer ("sequence", GRPO) counts the same, or a constant
-            divides ("constant", Dr. GRPO); null is token, with sequence_ratio sequence.
+        normalisation: Loss aggregation: every token ("token", DAPO) or every answer ("sequence", GRPO) counts the same,
+            or a constant divides ("constant", Dr. GRPO); null is token, with sequence_ratio sequence.
         sequence_ratio: Sequence-level importance sampling: one ratio for each answer, of its mean log-probability
             (GSPO), with GSPO's aggregation and clip range.
         updates: Optimizer steps on the same answers. With more than one, the ratio is to log-probabilities that are
@@ -79,10 +79,10 @@ def setup(
         flat_groups: Groups whose answers all got the same reward: "keep" counts them with advantage 0, and in the KL
             (GRPO's paper, TRL), "drop" leaves them out of the loss and its denominator, "resample" asks further
             questions until the step has its groups (DAPO), in at most ten rounds.
-        mask_truncated: Learn nothing from answers that did not end; as answers, not as tokens, they stay in the
-            denominator.
-        missing_eos_penalty: Taken off the reward of an answer that did not end.
-        sampling_batch: Answers that are sampled side by side.
+        mask_truncated: Learn nothing from answers that did not end. They stay in the denominator of normalisation
+            sequence and constant, and leave that of token.
+        missing_eos_penalty: Penalty subtracted from the reward of an answer that did not end.
+        sampling_batch: Number of answers that are sampled side by side; bounds the memory of the cache.
         frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
         max_test_rows: At most this many test questions are asked at the end, before and after training; 0 for none.

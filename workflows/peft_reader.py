@@ -311,7 +311,9 @@ def _by_pattern(directory: Path, patterns: dict[str, float] | None, module: str,
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as e:
-            raise UserError(f"{directory / ADAPTER_CONFIG}: {pattern!r:.60} is no pattern ({e}).") from None
+            raise UserError(
+                f"{directory / ADAPTER_CONFIG}: {pattern!r:.60} is not a regular expression ({e})."
+            ) from None
     return default
 
 

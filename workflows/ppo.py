@@ -49,15 +49,15 @@ def setup(
 
     Args:
         checkpoint_dir: The LitGPT checkpoint directory to start from; it is the reference, too.
-        rewards: What an answer is worth, e.g. [{reward: out/demo/reward/final}].
+        rewards: Reward of an answer, a weighted sum, e.g. [{reward: out/demo/reward/final}].
         data: A data directory whose rows have a prompt (preferences, say), and what the rewards read.
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         kinds: Ask only rows whose `kind` is one of these; all that have what the rewards read if null.
-        max_new_tokens: The most tokens of an answer.
-        temperature: Sampling's; log-probabilities are of the policy at this temperature.
-        beta: What a nat of log-ratio to the reference costs.
-        clip_low: How far below 1 a ratio still counts.
-        clip_high: How far above 1.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Sampling temperature; log-probabilities are of the policy at this temperature.
+        beta: KL coefficient: larger values keep the policy closer to the reference.
+        clip_low: Lower clip range: a ratio counts down to 1 minus this.
+        clip_high: Upper clip range: a ratio counts up to 1 plus this.
         gamma: Discount of later rewards.
         lam: How far to trust rewards over values (GAE's lambda). With less than 1 an untrained critic makes late tokens
             matter more than early ones (Yuan et al. 2025, arXiv 2503.01491).
@@ -65,8 +65,8 @@ def setup(
         value_clip: How far a value may move from that at sampling before it stops to count.
         updates: Optimizer steps on the same answers.
         mask_truncated: Learn nothing from answers that did not end, neither the policy nor the value head.
-        missing_eos_penalty: Taken off the reward of an answer that did not end.
-        sampling_batch: Answers that are sampled side by side.
+        missing_eos_penalty: Penalty subtracted from the reward of an answer that did not end.
+        sampling_batch: Number of answers that are sampled side by side; bounds the memory of the cache.
         frozen_reference: With full weights, keep a frozen copy of the checkpoint as the reference.
         max_val_rows: At most this many validation questions are asked each time, greedily.
         max_test_rows: At most this many test questions are asked at the end, before and after training; 0 for none.

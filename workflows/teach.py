@@ -77,16 +77,16 @@ def setup(
         kinds: Ask only rows whose `kind` is one of these; all rows if null.
         max_rows: At most this many training rows are asked.
         max_val_rows: At most this many validation rows are asked.
-        max_new_tokens: The most tokens of an answer; one that has not ended by then is dropped, and counted.
+        max_new_tokens: Maximum number of tokens of an answer; one that has not ended by then is dropped, and counted.
         samples: How many answers each question gets; the same answer twice is kept once.
-        temperature: Sampling's; 0 takes the most likely token.
-        top_p: Sample among the fewest tokens whose probabilities reach this sum.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        top_p: Nucleus sampling: sample among the smallest set of most likely tokens whose probabilities reach this sum.
         rewards: Keep only answers that these accept, as in `grpo`, e.g. [{reward: finding}].
-        threshold: The least weighted sum of rewards that an answer is kept with.
-        reasoning: Reasoning in the prompts' earlier answers is kept ("keep") or removed ("drop"); "none" removes it and
+        threshold: Minimum weighted sum of rewards of an answer that is kept.
+        reasoning: Reasoning in the prompts' earlier answers: "keep" it, "drop" it, or "none", which drops it and
             switches the teacher's thinking off.
         batch_size: How many questions are answered side by side.
-        precision: What the teacher computes in; null takes bfloat16 where the device computes in it, else float32.
+        precision: Precision of the teacher; null takes bfloat16 where the device computes in it, else float32.
         accelerator: One of "cuda", "cpu" and "mps"; "auto" takes CUDA where there is a GPU, else the CPU.
         seed: Of the sampling.
 

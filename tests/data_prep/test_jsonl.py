@@ -115,9 +115,7 @@ def test_rows_whose_users_say_the_same_are_told_apart_by_what_else_is_shown(tmp_
 
 def test_one_question_for_all_rows_cannot_be_split_and_sizes_are_no_cure(tmp_path: Path):
     rows = [{"question": "Q", "answer": f"A{i}"} for i in range(20)]
-    with pytest.raises(
-        UserError, match=r"20 usable items in all, 1 groups.*stays in one split, whatever its size"
-    ) as e:
+    with pytest.raises(UserError, match=r"20 usable items in all, 1 groups.*stay in one split, whatever its size") as e:
         setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.jsonl", rows))
     assert "--validation_size" not in str(e.value)
 
@@ -127,8 +125,8 @@ def test_questions_that_differ_in_punctuation_only_are_split_to_the_letter(
 ):
     rows = [{"prompt": f"Balanced? {'(' * (1 + i // 2)}", "completion": f"A{i}"} for i in range(20)]
     setup("jsonl", tmp_path, file=write_table(tmp_path / "mine.jsonl", rows))
-    assert "Without case and punctuation there are fewer questions than splits" in capsys.readouterr().out
-    assert "to the letter" in manifest(tmp_path / "jsonl")["split"]
+    assert "Ignoring case and punctuation leaves fewer questions than splits" in capsys.readouterr().out
+    assert "compared exactly" in manifest(tmp_path / "jsonl")["split"]
     prompts = [{row["messages"][0]["content"] for row in read_rows(tmp_path / f"jsonl/{s}.jsonl")} for s in SPLITS]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 10
 

@@ -342,7 +342,7 @@ def test_ones_own_prompts_with_what_is_judged_keep_their_shape(tmp_path: Path, s
     turns = {"completion": [{"role": "assistant", "content": "An answer"}]} if shape == "labelled" else {}
     assert all(row == {"prompt": row["prompt"], **fields, **turns} for row in found)
     broken = write_table(tmp_path / "broken.jsonl", [*rows, {"prompt": "And?", **{name: [""] for name in fields}}])
-    with pytest.raises(UserError, match=r"(?s)broken.jsonl, line 21: .*A row is .*as the first"):
+    with pytest.raises(UserError, match=r"(?s)broken.jsonl, line 21: .*A row is .*the shape of the first row"):
         setup(data="jsonl", file=broken, out_dir=tmp_path / "data", name="broken")
 
 

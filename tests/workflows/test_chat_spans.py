@@ -384,9 +384,9 @@ def test_characters_that_the_tokenizer_does_not_know_are_counted(tiny_llama):
 @pytest.mark.parametrize(
     ("name", "conversation", "reason"),
     [
-        ("smolvlm", ["user"], "does not write the user's message; it reads contents as lists of parts"),
-        ("llava_next", ["user", "call"], r"roles: user, assistant\): it reads contents as lists of parts"),
-        ("deepseekv3", ["user", "call"], r"roles: user, assistant\): it reads the arguments of tool calls as JSON"),
+        ("smolvlm", ["user"], "does not write the user's message; it expects contents as lists of parts"),
+        ("llava_next", ["user", "call"], r"roles: user, assistant\): it expects contents as lists of parts"),
+        ("deepseekv3", ["user", "call"], r"roles: user, assistant\): it expects the arguments of tool calls as a JSON"),
         ("gemma", ["system", "user"], r"roles: system, user\): System role not supported"),
     ],
 )

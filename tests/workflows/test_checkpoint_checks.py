@@ -129,7 +129,7 @@ def test_what_only_the_export_refuses_is_said_at_download_before_training_and_be
     spoil(folder)
     checkpoint = download(folder, tmp_path / "c")
     told = capsys.readouterr().out
-    assert f"{folder}: training and evaluation work, but `make export` will make no Ollama model" in told
+    assert f"{folder}: training and evaluation work, but `make export` cannot make an Ollama model" in told
     assert re.search(reason, told) and ".part" not in told
     train(checkpoint, data, tmp_path / "run")
     told = capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_what_is_not_learned_of_several_answers_is_said_where_it_is_learned(fold
 
 def test_no_type_and_nothing_else_is_no_export(tiny_llama, tmp_path):
     for options in ({"create": True}, {"create": False, "hf": False}):
-        with pytest.raises(UserError, match="--quantize names no type; that needs --create false, and --hf or"):
+        with pytest.raises(UserError, match="--quantize is empty, which needs --create false, and --hf or"):
             export.setup(tiny_llama, out_dir=tmp_path / "out", quantize=[], verify_prompts=0, **options)
 
 

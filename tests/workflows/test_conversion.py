@@ -184,7 +184,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
 def test_weights_beyond_float16s_range_are_refused_with_the_cure(tiny_llama_hf, tmp_path):
     folder = shutil.copytree(tiny_llama_hf, tmp_path / "large")
     edit_weights(folder, lambda w: w["model.norm.weight"].mul_(1e6))
-    with pytest.raises(UserError, match=r"ln_f.weight holds values that are not finite(.|\n)*--dtype bfloat16"):
+    with pytest.raises(UserError, match=r"ln_f.weight has values that are not finite(.|\n)*--dtype bfloat16"):
         convert(folder, tmp_path / "half", torch.float16)
     convert(folder, tmp_path / "lit")
 
@@ -339,7 +339,7 @@ BAD = {
     ),
     "a weight that is no number": (
         lambda d: edit_weights(d, lambda w: w["model.norm.weight"].fill_(float("nan"))),
-        "transformer.ln_f.weight holds values that are not finite",
+        "transformer.ln_f.weight has values that are not finite",
     ),
     "config cut short": (lambda d: shorten(d / "config.json", 40), r"config.json, line \d+: not valid JSON"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),

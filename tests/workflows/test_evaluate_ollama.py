@@ -239,8 +239,8 @@ def test_wrong_arguments_are_all_reported(tmp_path: Path, capsys) -> None:
     for part in (
         "7 problems",
         "absent_mcq more than once",
-        "--device is about LitGPT",
-        "--precision is about LitGPT",
+        "--device is for LitGPT",
+        "--precision is for LitGPT",
         "'arc_easy' is not a local one",
         "absent_mcq/test.jsonl, which does not exist",
         "--limit",

@@ -133,7 +133,7 @@ def test_a_base_is_named_or_taken_from_a_checkpoint(tiny_llama_hf, tiny_llama, t
     for name, message in (
         ("no-such-model", r"adapter for no-such-model. Unknown model(.|\n)*--base"),
         (None, r"does not name its base model. Name it with --base"),
-        (str(tmp_path / "adapter"), r"That is an adapter itself"),
+        (str(tmp_path / "adapter"), r"The base is an adapter, too"),
     ):
         file.write_text(json.dumps({**config, "base_model_name_or_path": name}))
         with pytest.raises(UserError, match=message):
@@ -146,7 +146,7 @@ def test_a_base_is_named_or_taken_from_a_checkpoint(tiny_llama_hf, tiny_llama, t
         assert "already there" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made from something else: base"):
         download(tmp_path / "adapter", tmp_path / tiny_llama.parent.name, base=str(tiny_llama_hf))
-    with pytest.raises(UserError, match="--base goes with a LoRA adapter"):
+    with pytest.raises(UserError, match="--base is only for a LoRA adapter"):
         download(tiny_llama_hf, tmp_path / "d", base=str(tiny_llama))
 
 
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": None}, "r is None, not a rank"),
     "another rank": ({"r": 8}, "of rank 4, but adapter_config.json says 8"),
     "a slow pattern": ({"alpha_pattern": {"(a*)*b": 2}}, r"pattern '\(a\*\)\*b' is not supported"),
-    "no pattern": ({"alpha_pattern": {"(": 2}}, "'\\(' is no pattern"),
+    "no pattern": ({"alpha_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
     "magnitudes missing": ({"use_dora": True}, "no magnitudes"),
     "a module missing": ({"modules_to_save": ["lm_head"]}, r"lm_head \(in modules_to_save, but not in the file\)"),
     "tokens missing": ({"trainable_token_indices": [1]}, r"trainable_token_indices \(not in the file\)"),
@@ -263,7 +263,7 @@ def test_a_relative_base_that_is_not_here_is_no_hub_id(plain_adapter, tmp_path, 
     folder = shutil.copytree(plain_adapter, tmp_path / "adapter")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "../base"}))
-    with pytest.raises(UserError, match=r"Unknown model '../base'(.|\n)*named with --base"):
+    with pytest.raises(UserError, match=r"Unknown model '../base'(.|\n)*--base names another base"):
         setup(model=str(folder), checkpoints_dir=tmp_path / "c")
     assert "Hugging Face Hub" not in capsys.readouterr().out
 

@@ -243,7 +243,7 @@ def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path: Path, capsy
         planned(capsys, *options, "--data", str(data), *length, "--json_file", str(tmp_path / "plan.json"))
         work.append(read_json(tmp_path / "plan.json")["flops"])
     assert work[0] == work[1]
-    with pytest.raises(UserError, match=r"--train\.epochs 2 of how many rows\?.*does not exist"):
+    with pytest.raises(UserError, match=r"--train\.epochs 2: the number of rows is unknown, .*does not exist"):
         plan.run([*options, "--data", str(tmp_path / "nowhere"), *epochs])
 
 

@@ -111,7 +111,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def is_share(value: float, stderr: float | None, n: int | None) -> bool:
-    """Whether a mean is that of right-or-wrong scores, told by its standard error (of the sample, as lm-eval's)."""
+    """Return whether a mean is that of right-or-wrong scores, by its standard error (of the sample, as lm-eval's)."""
     if n == 1:  # lm-eval has no standard error of one score
         return value in (0, 1)
     if stderr is None or not n or not 0 <= value <= 1:

@@ -137,7 +137,7 @@ class LitGPTLM(TemplateLM):
 
     @functools.cached_property
     def takes_system(self) -> bool:
-        """Whether the template writes a system message; some refuse it, some leave it out."""
+        """Return whether the template writes a system message; some refuse it, some leave it out."""
         system, user = "\ue000system\ue001", "\ue000user\ue001"
         try:
             messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]

@@ -187,7 +187,7 @@ def load_tasks(
         problems += _ambiguous(foreign, include_path)
         if not problems and not any(name in users for name in names):
             has = f"it defines {', '.join(sorted(users))}" if users else "it defines none"
-            problems.append(f"--include_path {include_path}: --tasks names no task of it; {has}.")
+            problems.append(f"--include_path {include_path}: --tasks names none of its tasks; {has}.")
     report_all(problems)
     own = {name: users[name] for name in foreign if name in users}
     for name, entry in own.items():
@@ -220,7 +220,7 @@ def _why_not_loaded(error: Exception, own: dict[str, Entry], include_path: Path 
         return f"--tasks names a task twice. {error}"
     if own:  # whatever a user's file or function may have raised
         return (
-            f"A task could not be loaded. Of {include_path} are {', '.join(own)}. {reason}\n"
+            f"A task could not be loaded. {include_path} defines {', '.join(own)}. {reason}\n"
             "Data that a task file names by a relative path is looked for in the current folder and beside the file."
         )
     if isinstance(error, ImportError):

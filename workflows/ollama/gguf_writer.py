@@ -174,7 +174,7 @@ def _convert(tensor: torch.Tensor, tensor_type: GGMLQuantizationType, name: str)
         block = tensor[begin : begin + rows].float().contiguous().numpy()
         largest = float(np.abs(block).max(initial=0.0))
         if tensor_type == GGMLQuantizationType.F16 and largest > float(np.finfo(np.float16).max):
-            raise UserError(f"{name} holds values beyond float16's range (65504). Use --quantize bf16.")
+            raise UserError(f"{name} has values beyond float16's range (65504). Use --quantize bf16.")
         made = quantize(block, tensor_type)
         if converted is None:
             converted = np.empty((len(tensor), *made.shape[1:]), made.dtype)

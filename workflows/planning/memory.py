@@ -123,7 +123,7 @@ def trained_state(model: Architecture, device: Device) -> dict[str, int]:
 
 
 def has_masters(model: Architecture, device: Device) -> bool:
-    """Whether trained weights are kept in float32 beside those that compute."""
+    """Return whether trained weights are kept in float32 besides those that compute."""
     return model.lora.r == 0 and device.dtype.itemsize < _FLOAT
 
 

@@ -235,8 +235,8 @@ def _with_steps(settings: dict[str, Any]) -> TrainArgs:
         return limited_to(train, max(1, count), settings.get("updates", 1))
     if not train.max_steps:
         raise UserError(
-            f"--train.epochs {train.epochs:g} of how many rows? {file} does not exist. Run `make data`, or plan with "
-            "--train.max_steps."
+            f"--train.epochs {train.epochs:g}: the number of rows is unknown, {file} does not exist. Run `make data`, "
+            "or plan with --train.max_steps."
         )
     return train
 

@@ -67,7 +67,7 @@ def encode_answers(
         elif not all(map(any, masks)):
             reason = "nothing to learn from is left of an answer"
         elif len(completions) == 2 and completions[0] == completions[1]:
-            reason = "chosen and rejected answer are the same, as far as they fit"
+            reason = "chosen and rejected answer are the same after truncation"
         if reason:
             dropped[reason] += 1
             lost_by_length |= is_cut

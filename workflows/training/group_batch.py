@@ -79,7 +79,7 @@ class GroupBatch:
 
 
 def has_signal(totals: torch.Tensor) -> torch.Tensor:
-    """Whether a group's rewards differ, (groups,), from rewards (groups, G)."""
+    """Return whether a group's rewards differ, (groups,), from rewards (groups, G)."""
     return totals.amax(dim=1) > totals.amin(dim=1)
 
 

@@ -54,7 +54,7 @@ class GroupSettings:
     frozen_reference: bool = False
 
     def learns(self, stopped: bool) -> bool:
-        """Whether an answer that ended, or did not, is learned from."""
+        """Return whether an answer that ended, or did not, is learned from."""
         return stopped or not self.mask_truncated
 
     def problems(self, train: TrainArgs, run: RunArgs, least_group: int = 2) -> list[str]:

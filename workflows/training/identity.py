@@ -1,10 +1,10 @@
-"""Which settings decide a run's result: what forbids a stopped run to go on, and what makes a finished one stale.
+"""Settings that decide a run's result: what forbids a stopped run to resume, and what makes a finished one stale.
 
 Every setting decides the result unless it is named here, so a new one is safe until its class is known:
 
 * without any effect on the result: places, devices, loggers, intervals of logging and saving;
 * rounding only: how samples fall into rows and batches changes the order of sums, and with it their last bits;
-* measured at the end only: a stopped run goes on, a finished one is not the result that is asked for;
+* measured at the end only: a stopped run resumes, a finished one is measured again;
 * the run's length: it may grow where no earlier step depends on it, which is where the learning rate does not;
 * validation: it decides something only where it chooses the step that is kept, or the one that is the last.
 """
@@ -35,7 +35,7 @@ def result_settings(settings: Settings) -> Settings:
 
 
 def result_changes(before: Settings, now: Settings) -> list[str]:
-    """What makes a finished result another one than is asked for, a line each with both values.
+    """Return the settings that make a finished result differ from the one asked for, a line each with both values.
 
     Args:
         before: `result_settings` of the finished run.
@@ -48,11 +48,11 @@ def result_changes(before: Settings, now: Settings) -> list[str]:
 
 
 def resume_changes(before: Settings, now: Settings, plateau: int = 0) -> tuple[list[str], list[str]]:
-    """What has changed since a checkpoint was written: what forbids to go on from it, and what does not.
+    """Return what has changed since a checkpoint was written: what forbids resuming from it, and what does not.
 
     Args:
         before: The run's identity as the checkpoint has it.
-        now: The identity of the run that is to go on.
+        now: The identity of the run that is to resume.
         plateau: The largest number of validations in a row without improvement that the run has gone through.
 
     Returns:
@@ -90,14 +90,14 @@ def resume_changes(before: Settings, now: Settings, plateau: int = 0) -> tuple[l
             if wanted is None or wanted > plateau or _is_more_patient(before, now):
                 harmless.append(text)
             else:
-                forbidding.append(f"{text}; the run has gone on for {plateau} validations without improvement already")
+                forbidding.append(f"{text}; the run already has {plateau} validations in a row without improvement")
         else:
             forbidding.append(text)
     return forbidding, harmless
 
 
 def _schedule_reason(settings: Settings) -> str:
-    """Why the number of steps decides the result of each of them; nothing where it does not."""
+    """Return why the number of steps decides the result of each of them; nothing where it does not."""
     schedule = settings.get("train", {}).get("lr_schedule")
     return "" if schedule == "constant" else f"; a {schedule} schedule depends on it"
 
@@ -123,7 +123,7 @@ def _differences(before: Settings, now: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _is_idle(name: str, settings: Settings) -> bool:
-    """Whether a setting has no effect beside the others."""
+    """Return whether a setting has no effect, given the others."""
     if name.startswith("lora_") and name != "lora_r":
         return settings.get("lora_r") == 0
     if name == "train.min_lr":

@@ -1,4 +1,4 @@
-"""How long a run is: optimizer steps from max_steps and epochs, once the number of its rows is known."""
+"""Length of a run: optimizer steps from max_steps and epochs, once the number of its rows is known."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ from workflows.errors import UserError
 from workflows.training.loop import TrainArgs
 
 MANY_EPOCHS = 10
-"""Epochs above which a run's length is printed with a hint how to train for fewer."""
+"""Epochs above which a run's length is printed with a hint on how to train for fewer."""
 
 
 def limited_to(train: TrainArgs, rows: int, updates: int = 1) -> TrainArgs:
@@ -29,14 +29,14 @@ def limited_to(train: TrainArgs, rows: int, updates: int = 1) -> TrainArgs:
     if limited.lr_warmup_steps > limited.max_steps:
         raise UserError(
             f"--train.epochs {train.epochs:g} of {rows:,} rows are {_steps(limited.max_steps)} of "
-            f"{train.global_batch_size}, fewer than --train.lr_warmup_steps {train.lr_warmup_steps}. Lower it, to "
-            f"{limited.max_steps // 10} say."
+            f"{train.global_batch_size}, fewer than --train.lr_warmup_steps {train.lr_warmup_steps}. Lower it, e.g. to "
+            f"{limited.max_steps // 10}."
         )
     return limited
 
 
 def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 1) -> str:
-    """How long a run is, in steps and epochs, and what to do where the epochs are many.
+    """Return the length of a run in steps and epochs, and what to do where the epochs are many.
 
     Args:
         train: Training settings as they were given.
@@ -56,7 +56,7 @@ def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 
     elif epochs > MANY_EPOCHS:
         fewer = replace(train, epochs=3, max_steps=0, lr_warmup_steps=0)
         text += (
-            ". So many are often too many: --train.epochs 3 would be "
+            ". That is often too many: --train.epochs 3 would be "
             f"{_steps(limited_to(fewer, rows, updates).max_steps)}; --train.patience 3 stops when validation no longer "
             "improves"
         )
@@ -64,7 +64,7 @@ def length_text(train: TrainArgs, limited: TrainArgs, rows: int, updates: int = 
 
 
 def validation_text(train: TrainArgs, updates: int = 1) -> str:
-    """What keeping the best step and early stopping cannot do in a run as it is set; nothing where they can.
+    """Return what keeping the best step and early stopping cannot do in a run as it is set; nothing where they can.
 
     Args:
         train: Training settings with the number of steps decided.

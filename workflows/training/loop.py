@@ -27,7 +27,7 @@ from workflows.training.resume import Checkpoints, ResumeMode
 from workflows.training.stopping import Stopping
 
 MOST_SAMPLES = 1 << 20
-"""The most samples of a step: their numbers are kept in memory."""
+"""Maximum number of samples of an optimizer step: their indices are kept in memory."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TrainArgs:
     """Training settings; names are LitGPT's where LitGPT has them."""
 
     max_steps: int = 200
-    """Maximum number of optimizer steps; 0, beside epochs, for no maximum."""
+    """Maximum number of optimizer steps; 0 for no maximum, if epochs is given."""
     epochs: float | None = None
     """Number of passes over the training rows; the run ends at max_steps where that comes first. null for max_steps
     alone."""
@@ -51,7 +51,7 @@ class TrainArgs:
     """Capacity of a packed row in tokens. A row is one forward and backward pass, so this bounds the memory; a single
     sample (a pair) that is longer gets a row of its own."""
     max_seq_length: int = 512
-    """Longest sample in tokens; longer ones are truncated (and counted) before training."""
+    """Maximum length of a sample in tokens; longer ones are truncated (and counted) before training."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -85,7 +85,7 @@ class TrainArgs:
             if getattr(self, name) < 1
         ]
         if self.max_steps < (1 if self.epochs is None else 0):
-            found.append(f"--train.max_steps must be at least 1 (0 beside --train.epochs), not {self.max_steps}.")
+            found.append(f"--train.max_steps must be at least 1 (0 with --train.epochs), not {self.max_steps}.")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             found.append(f"--train.epochs must be positive, not {self.epochs}.")
         if self.patience is not None and self.patience < 1:
@@ -131,9 +131,9 @@ class Objective(ABC):
     updates = 1
     """Optimizer steps on the same rows."""
     best_by: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
-    """The validation metric that the best step is chosen by, and whether the smallest or the largest is best."""
+    """Validation metric by which the best step is chosen, and its direction: the smallest or the largest is best."""
     may_rest = False
-    """Whether a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
+    """True if a step may have nothing to learn from (answers that are all alike, say): its gradient is zero then."""
     without_signal = "the gradient was zero"
     """The usual reason of a step that had nothing to learn from."""
 
@@ -244,7 +244,7 @@ class FitResult:
         }
 
     def is_best(self, by: tuple[str, Literal["min", "max"]]) -> bool:
-        """Whether the last validation is better than the best one before it."""
+        """Return whether the last validation is better than the best one before it."""
         name, direction = by
         if not self.best or name not in self.metrics:
             return name in self.metrics
@@ -313,8 +313,8 @@ def fit(
         seed: Seeds dropout, by step and rank.
         identity: What the run's result depends on (model and data hashes, settings). `identity.resume_changes` says
             with which others a checkpoint is resumed.
-        resume: "auto" goes on from the newest checkpoint if there is one, True needs one, False starts anew; "matching"
-            goes on from one of this run and deletes others.
+        resume: "auto" resumes from the newest checkpoint if there is one, True needs one, False trains from step 0;
+            "matching" resumes from one of this run and deletes others.
         loggers: "tensorboard" and "wandb" write there besides `metrics.csv`.
         peak: A memory watch that is running; each row of the log has its peak since the row before.
 
@@ -440,15 +440,15 @@ def fit(
 
 
 def signal_report(result: FitResult, reason: str) -> str:
-    """How many steps of a run had nothing to learn from, and what to do where that is all of them."""
+    """Return the number of steps of a run that had nothing to learn from, and what to do where that is all of them."""
     count = f"{result.steps_without_signal} of {result.steps} steps had nothing to learn from ({reason})"
     if result.steps_without_signal < result.steps:
         return count
-    return f"{count}: this run has taught the model nothing. Change the data, the reward or the loss's settings."
+    return f"{count}: the model has learned nothing in this run. Change the data, the reward or the loss's settings."
 
 
 def _remedy(name: str) -> str:
-    """What to do about a number of a training step that is none."""
+    """Return what to do about a metric of a training step that is not finite."""
     if name.startswith(("reward", "val_reward")):
-        return "The rewards are too large to be summed up. Scale them, with a smaller `weight` in --rewards say."
+        return "The rewards are too large to be summed. Scale them down, e.g. with a smaller `weight` in --rewards."
     return "Lower --train.learning_rate, or use --precision 32-true."

@@ -1,8 +1,8 @@
 """What alignment and distillation minimise: pure functions of log-probabilities, one per equation.
 
-In here: losses of pairs (DPO and its kin), of single labelled answers (KTO), of a reward model (Bradley-Terry), the
-parts of a policy-gradient objective (advantages, ratios, clipping, KL, values), which GRPO and PPO put together, and
-the divergences between a student's and a teacher's distribution.
+In here: losses of pairs (DPO and its variants), of single labelled answers (KTO), of a reward model (Bradley-Terry),
+the parts of a policy-gradient objective (advantages, ratios, clipping, KL, values), which GRPO and PPO put together,
+and the divergences between a student's and a teacher's distribution.
 
 Words: the *log-probability* of a completion is the sum over its tokens; *per token* means that sum divided by their
 number. A *log-ratio* is log pi(y|x) - log pi_ref(y|x). A *margin* is the chosen answer's log-ratio minus the rejected

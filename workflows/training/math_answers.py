@@ -239,7 +239,7 @@ def _same_text(said: str, wanted: str) -> bool:
 
 
 def _formula(part: str) -> str:
-    """What is between the dollars or brackets of a formula, where a part is one."""
+    """Return what is between the dollars or brackets of a formula, where a part is one."""
     found = _ENVIRONMENT.fullmatch(part.strip().rstrip("."))
     return next(filter(None, found.groups())) if found else part
 

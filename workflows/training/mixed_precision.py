@@ -62,7 +62,7 @@ class MasterWeights:
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
     def is_synchronized(self, last: bool) -> bool:
-        """Whether the processes of a run sum the gradient of a row in its backward pass.
+        """Return whether the processes of a run sum the gradient of a row in its backward pass.
 
         FSDP2 sums and shards each row's gradient where there are copies: unsharded, a step's gradient would take 4
         bytes for each parameter on each device. DDP sums in the parameters' own type, so `reduce` does it instead.
@@ -200,5 +200,5 @@ class LossScaler:
             self.scale = min(LOSS_SCALE, self.scale * _GROWTH)
 
     def metrics(self) -> dict[str, Any]:
-        """What a step's row of the log shows."""
+        """Return what a step's row of the log shows."""
         return {"loss_scale": self.scale} if self.is_active else {}

@@ -1,4 +1,4 @@
-"""The objective of preferences over pairs, DPO and its kin: a tree is a prompt with a chosen and a rejected answer."""
+"""Objective of preferences over pairs, DPO and its variants: a tree is a prompt with a chosen and a rejected answer."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

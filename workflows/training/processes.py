@@ -31,7 +31,7 @@ def choose_accelerator(accelerator: Accelerator = "auto") -> Literal["cpu", "cud
 
 
 def unusable_device(device: str | None) -> list[str]:
-    """What is wrong with `--device`, if anything."""
+    """Return what is wrong with `--device`, if anything."""
     try:
         if device is not None:
             torch.empty(0, device=device)

@@ -1,7 +1,7 @@
-"""Checkpoints that a stopped run goes on from, and the one of its best step.
+"""Checkpoints that a stopped run resumes from, and the one of its best step.
 
 A checkpoint holds trained weights, optimizer state and counters: one file, or a folder of shards (`shards.py`) where
-the model is sharded. Either is gone on with by any number of processes, sharded or not. Data order, dropout and
+the model is sharded. Any number of processes resumes from either, sharded or not. Data order, dropout and
 learning rate are functions of the seed and the step alone, so nothing else is needed for a resumed run to end
 bit-identical to one that never stopped.
 """
@@ -32,7 +32,7 @@ from workflows.training.shards import (
 from workflows.training.whole import is_sharded
 
 Resume = bool | Literal["auto"]
-"""True goes on from the newest checkpoint and needs one, "auto" does so if there is one, False starts anew."""
+"""True resumes from the newest checkpoint and needs one, "auto" does so if there is one, False trains from step 0."""
 ResumeMode = Resume | Literal["matching"]
 """For a run that has a finished result of other settings: "matching" goes on from a checkpoint of its own settings, and
 deletes others and says so."""
@@ -118,7 +118,9 @@ class Checkpoints:
         if path is None or forbidding:
             if forbidding:
                 lines = "".join(f"\n  - {line}" for line in forbidding)
-                self.fabric.print(f"{path} is of other settings and is deleted; training begins at step 0:{lines}")
+                self.fabric.print(
+                    f"{path} was written with other settings and is deleted; training begins at step 0:{lines}"
+                )
             self.fabric.barrier()
             if self.fabric.global_rank == 0:
                 for old in self.found():
@@ -136,7 +138,10 @@ class Checkpoints:
         """
         path = self._path(step)
         if not path.exists():
-            raise UserError(f"{path}, the best step's, is gone. Take the last step instead: --train.keep last.")
+            raise UserError(
+                f"{path}, the checkpoint of the best step, does not exist any more. Take the last step instead: "
+                "--train.keep last."
+            )
         self._load(path)
         self.fabric.barrier()  # the first process deletes it when it has written the result
 
@@ -156,7 +161,7 @@ class Checkpoints:
             raise _damaged(path, first_line(e)) from None
 
     def last_good(self) -> str:
-        """What a run that cannot go on has left to go on from, as a sentence."""
+        """Return a sentence that names the newest checkpoint, for a run that must stop."""
         found = self.found()
         return f"The last good checkpoint is {found[-1]}." if found else "No checkpoint was written yet."
 
@@ -164,7 +169,7 @@ class Checkpoints:
         return self.directory / f"step-{step:08d}.pth"
 
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
-        """The newest checkpoint that can be read, with its counters and identity; others are passed over, and said.
+        """The newest checkpoint that can be read, with its counters and identity; others are skipped, which is printed.
 
         Raises:
             UserError: If there are checkpoints, and none can be read.
@@ -176,7 +181,7 @@ class Checkpoints:
             except Exception as e:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...: torch has no class for it
                 self.fabric.print(f"{path} is damaged and passed over ({first_line(e)})")
         if found:
-            raise UserError(f"No checkpoint in {self.directory} can be read; start anew with --resume false.")
+            raise UserError(f"No checkpoint in {self.directory} can be read; train from step 0 with --resume false.")
         return None, {}
 
     def save(self, counters: dict[str, Any], keep_best: bool = False) -> None:
@@ -293,7 +298,7 @@ def clear_finished(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def may_be_longer(lr_schedule: str, done: int, steps: int) -> bool:
-    """Whether a finished run can go on with a larger max_steps, or more patience: no step of it depends on the end.
+    """Return whether a finished run resumes with a larger max_steps or patience: no step of it depends on the end.
 
     Args:
         lr_schedule: Its learning rate's schedule.
@@ -305,7 +310,7 @@ def may_be_longer(lr_schedule: str, done: int, steps: int) -> bool:
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path} is damaged ({why}). Delete it to go on from the one before it, or start anew with --resume false."
+        f"{path} is damaged ({why}). Delete it to resume from the one before it, or train from step 0: --resume false."
     )
 
 
@@ -329,7 +334,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _read_rest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides its tensors, which stay on the disk: counters and identity."""
+    """Return what a checkpoint holds besides its tensors, which stay on the disk: counters and identity."""
     rest: dict[str, Any]
     if checkpoint.is_dir():
         rest = read_run(checkpoint)
@@ -339,7 +344,7 @@ def _read_rest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(identity, dict) or plain(identity) != identity:
         raise TypeError("its identity is not made of settings")
     if missing := [name for name in _FRESH if name not in rest]:
-        raise TypeError(f"it is of an earlier version, without {', '.join(missing)}")
+        raise TypeError(f"it was written by an earlier version, without {', '.join(missing)}")
     if odd := [name for name in _FRESH if type(rest[name]) is not type(_FRESH[name])]:
         raise TypeError(f"{odd[0]} is {rest[odd[0]]!r:.40}")
     return rest

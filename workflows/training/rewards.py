@@ -1,4 +1,4 @@
-"""What an answer is worth: verifiable rewards, shaping, and any function of one's own, composed with weights.
+"""What an answer is worth: verifiable rewards, shaping, and any function of the user's, composed with weights.
 
 A reward is a function of a `Sample` that returns a number, or None where it does not apply; one that is annotated with
 `list[Sample]`, or decorated with `batched`, takes all samples of an optimizer step and returns a list. In a recipe they
@@ -225,7 +225,7 @@ class Rewards:
 
     @property
     def is_share(self) -> bool:
-        """Whether the total of an answer is 0 or 1, so that a mean of totals is a share of answers."""
+        """Return whether the total of an answer is 0 or 1, so that a mean of totals is a share of answers."""
         return len(self.weights) == 1 and all(
             name in RIGHT_OR_WRONG and weight == 1 for name, weight in self.weights.items()
         )
@@ -262,8 +262,8 @@ class Rewards:
             total = sum((self.weights[name] * value for name, value in row.items()), 0.0)
             if not abs(total) <= LARGEST_TOTAL:
                 raise UserError(
-                    f"The rewards of an answer sum up to {total:g}; beyond {LARGEST_TOTAL:g} their statistics are not "
-                    f"finite. Scale them, with a smaller weight in --rewards say. They are {row}. {_shown(sample)}"
+                    f"The rewards of an answer sum to {total:g}; beyond {LARGEST_TOTAL:g} their statistics are not "
+                    f"finite. Scale them down, with a smaller weight in --rewards. They are {row}. {_shown(sample)}"
                 )
             found.append({**row, "total": total})
         return found

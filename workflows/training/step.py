@@ -95,8 +95,8 @@ class RunArgs:
     lora_head: bool = False
     """Adapt the language-model head (a tied head is untied by that)."""
     resume: Resume = "auto"
-    """Whether to go on from the newest checkpoint in out_dir: "auto" if there is one, true needs one, false starts
-    anew."""
+    """Resume from the newest checkpoint in out_dir: "auto" if there is one; true needs one; false trains from step
+    0."""
     loggers: list[Literal["tensorboard", "wandb"]] | None = None
     """Log to these besides metrics.csv."""
     reasoning: Reasoning = "keep"
@@ -238,7 +238,7 @@ def _train(
             clear(checkpoints, may_grow, train.keep == "best")
             if may_grow:
                 size = gigabytes(sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()))
-                print(f"{checkpoints} stays ({size}): more --train.max_steps or --train.patience resume from it")
+                print(f"{checkpoints} is kept ({size}): a larger --train.max_steps or --train.patience resumes from it")
     fabric.barrier()
     fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -323,7 +323,7 @@ def write_final(
 
 def done_before(settings: dict[str, Any]) -> bool:
     """Whether `OUT_DIR/final` is there already, made from the same checkpoint and data with the same settings; then its
-    left-over checkpoints are deleted, and that is said. What differs of another result is said, too."""
+    left-over checkpoints are deleted, which is printed. Differences of another result are printed, too."""
     final = Path(settings["out_dir"]) / "final"
     recover_dir(final)
     if settings["resume"] is False or not _is_whole(final):
@@ -334,7 +334,7 @@ def done_before(settings: dict[str, Any]) -> bool:
         return False
     if (checkpoints := final.parent / "checkpoints").is_dir():
         clear_finished(checkpoints, run_identity(settings))
-    print(f"{final} is already there, made with these settings; --resume false makes it anew")
+    print(f"{final} is already there, made with these settings; --resume false trains it again")
     (final / PROVENANCE).touch()  # tells make that it is up to date
     return True
 
@@ -349,7 +349,7 @@ def _is_whole(final: Path) -> bool:
 
 
 def _differing(final: Path, settings: dict[str, Any]) -> list[str]:
-    """What a final folder was made from or with that is another now, as lines."""
+    """Return what a final folder was made from or with that is another now, as lines."""
     made, now = read_json(final / PROVENANCE), sources(settings)
     kinds = [kind for kind in {**made["sources"], **now} if made["sources"].get(kind) != now.get(kind)]
     told = [f"{kind}: {_source(made['sources'].get(kind))}, now {_source(now.get(kind))}" for kind in kinds]
@@ -365,7 +365,7 @@ def _source(entry: dict[str, Any] | None) -> str:
 
 
 def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str, Any]:
-    """What decides a run's result, as plain values: settings, data and base, not where the latter two are.
+    """Return what decides a run's result, as plain values: settings, data and base, not where the latter two are.
 
     Args:
         settings: The step's arguments.

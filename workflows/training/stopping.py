@@ -57,7 +57,7 @@ class Stopping:
         self._told = True
 
     def asked(self) -> bool:
-        """Whether a signal came, here or in another process of the run; all of them are to ask together."""
+        """Return whether a signal came, here or in another process of the run; all of them are to ask together."""
         if self._fabric is None or self._fabric.world_size == 1:
             return self._told
         told: Any = self._fabric.all_reduce(

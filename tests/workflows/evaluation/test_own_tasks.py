@@ -177,7 +177,9 @@ def test_names_that_are_unknown_and_files_that_cannot_be_read(folder, tiny_llama
     (folder / "twice.yaml").unlink()
     assert main([*command, "--tasks", "[hpo_mcq]", "--data_dir", str(folder.parent)]) == 1
     assert "hpo_mcq/test.jsonl, which does not exist" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"names no task of it; it defines findings, findings_texts, findings_written"):
+    with pytest.raises(
+        UserError, match=r"names none of its tasks; it defines findings, findings_texts, findings_written"
+    ):
         load(folder, ["pubmedqa"])
     assert main([*command, "--include_path", str(folder / "absent")]) == 1
     assert "absent is not a folder" in capsys.readouterr().err
@@ -200,7 +202,7 @@ def test_a_faulty_task_file_is_explained(folder, change, expected):
         (folder / "findings.yaml").write_text(CHOICE.replace(old, new))
     with pytest.raises(UserError) as error:
         load(folder, ["findings"])
-    assert "A task could not be loaded. Of " in str(error.value) and expected in str(error.value)
+    assert "A task could not be loaded. " in str(error.value) and expected in str(error.value)
 
 
 def test_the_users_definition_comes_first(folder, capsys):
@@ -268,5 +270,5 @@ def test_a_baseline_with_other_prompts_is_named(tiny_llama, folder):
 @pytest.mark.parametrize("option", ["written=2", "max_new_tokens=9"])
 def test_options_of_local_tasks_are_refused_where_there_is_none(tiny_llama, folder, option):
     name, value = option.split("=")
-    with pytest.raises(UserError, match="are about local tasks, and --tasks names none"):
+    with pytest.raises(UserError, match="are for local tasks, and --tasks names none"):
         evaluate(tiny_llama, folder, ["findings"], **{name: int(value)})

@@ -289,7 +289,7 @@ def test_a_run_without_anything_to_learn_says_so(tiny_llama, questions, tmp_path
     rewards = [WeightedReward(f"{__name__}.indifferent")]
     grpo_log(tiny_llama, questions, tmp_path, beta=beta, rewards=rewards)
     said = capsys.readouterr().out
-    assert "4 of 4 steps had nothing to learn from" in said and "this run has taught the model nothing" in said
+    assert "4 of 4 steps had nothing to learn from" in said and "the model has learned nothing in this run" in said
     metrics = json.loads((tmp_path / "final" / "metrics.json").read_text())
     assert metrics["steps_without_signal"] == 4
 

@@ -37,7 +37,7 @@ def text_of(rows: int, updates: int = 1, **changes: object) -> str:
 def test_epochs_are_printed_with_a_hint_where_they_are_many():
     assert text_of(8000) == "500 steps of 16 = 1.0 epochs of 8,000 rows"
     many = text_of(200)
-    assert many.startswith("500 steps of 16 = 40.0 epochs of 200 rows. So many are often too many: ")
+    assert many.startswith("500 steps of 16 = 40.0 epochs of 200 rows. That is often too many: ")
     assert "--train.epochs 3 would be 38 steps" in many and "--train.patience 3" in many
     assert text_of(200, epochs=3) == "38 steps of 16 = 3.0 epochs of 200 rows"
     assert text_of(200, 2, max_steps=50) == "50 steps of 16 = 2.0 epochs of 200 rows, 2 steps on the same rows"

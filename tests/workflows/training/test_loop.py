@@ -264,7 +264,10 @@ def test_matching_goes_on_with_its_own_run_and_drops_others(tmp_path, capfd):
     _, result = run(tmp_path, resume="matching", identity={"name": "other"})
     assert len(result.losses) == 6
     said = capfd.readouterr().out
-    assert "step-00000006.pth is of other settings and is deleted; training begins at step 0:\n  - name: toy" in said
+    assert (
+        "step-00000006.pth was written with other settings and is deleted; training begins at step 0:\n  - name: toy"
+        in said
+    )
 
 
 def test_loggers_hold_every_step_when_the_run_ends(tmp_path):

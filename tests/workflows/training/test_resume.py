@@ -152,7 +152,9 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path, capfd):
     assert (whole.steps, whole.kept_step) == (12, 10)
     more, result = run(tmp_path / "two", replace(patient, patience=3))
     assert equal(more, expected) and (result.steps, result.kept_step) == (12, 10)
-    with pytest.raises(UserError, match=r"train\.patience: 3, now 2; the run has gone on for 2 validations without"):
+    with pytest.raises(
+        UserError, match=r"train\.patience: 3, now 2; the run already has 2 validations in a row without"
+    ):
         run(tmp_path / "two", patient)
 
 

@@ -282,7 +282,7 @@ def test_they_add_up_by_weight():
         ("text", "returned '0.5' of type str. It must return a number"),
         ("late_coroutine", "of type coroutine. It must return a number"),
         ("overflowing", "gave inf"),
-        ("huge", "sum up to 5e.300; beyond 1e.15 their statistics are not finite"),
+        ("huge", "sum to 5e.300; beyond 1e.15 their statistics are not finite"),
         ("texts", "returned '1' of type str"),
         ("broken_list", "failed with ZeroDivisionError"),
         ("without_annotation", r"object is not iterable. \(A function of all samples is annotated with list"),

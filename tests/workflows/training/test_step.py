@@ -67,7 +67,7 @@ def test_a_finished_run_is_made_longer(step, tiny_llama, chats, pairs, questions
     data = {"dpo": pairs, "reward": pairs, "grpo": questions, "ppo": questions}.get(step, chats)
     expected = run(step, tiny_llama, data, tmp_path / "whole", train=replace(TRAIN, max_steps=6))
     run(step, tiny_llama, data, tmp_path / "grown")
-    assert "checkpoints stays (" in capfd.readouterr().out
+    assert "checkpoints is kept (" in capfd.readouterr().out
     assert status_of(tmp_path / "grown", tmp_path).state == "finished"
     run(step, tiny_llama, data, tmp_path / "grown")
     assert "is already there" in capfd.readouterr().out
@@ -158,7 +158,7 @@ def test_a_reward_model_is_known_by_its_contents(tiny_llama, questions, judge, t
 
 def test_rewards_that_cannot_be_summed_up_end_the_run_at_once(tiny_llama, questions, tmp_path):
     rewards = [WeightedReward(f"{__name__}.huge")]
-    with pytest.raises(UserError, match=r"an answer sum up to .*e\+30\d.*smaller weight in --rewards.*The question"):
+    with pytest.raises(UserError, match=r"an answer sum to .*e\+30\d.*smaller weight in --rewards.*The question"):
         run("grpo", tiny_llama, questions, tmp_path, rewards=rewards)
     assert not (tmp_path / "final").exists()
 
