@@ -204,14 +204,14 @@ def _stripped(messages: list[Row]) -> list[Row]:
 def with_kin_pairs(
     items: list[Item], ontology: Ontology, seed: int, notes: Counter[str], dropped: Counter[str]
 ) -> list[Item]:
-    """Give each term of `hpo` its pair: its own definition, and that of its nearest kin among these items.
+    """Give each term of `hpo` its pair: its own definition, and that of its nearest relative among these items.
 
     Both definitions are of one split, so that of a held-out pair neither was seen in training.
 
     Args:
         items: Terms of one split, as `hpo` makes them: a `definition` row each.
         ontology: Their kinship.
-        seed: Decides among kin that are equally near.
+        seed: Decides among relatives that are equally near.
         notes: Counts the pairs with a sibling's definition, and those with a remoter one's.
         dropped: Counts the terms without a pair.
     """
@@ -227,7 +227,9 @@ def with_kin_pairs(
             if other:
                 rejected = rows[rng.choice(other)]["messages"][1]
                 notes[
-                    "pairs with a sibling's definition" if distance == 0 else "pairs with remoter kin's definition"
+                    "pairs with a sibling's definition"
+                    if distance == 0
+                    else "pairs with a more distant relative's definition"
                 ] += 1
                 pair = {
                     "prompt": [question],
@@ -239,7 +241,7 @@ def with_kin_pairs(
                 paired.append(replace(item, pair=pair))
                 break
         else:
-            dropped["terms without kin to pair them with"] += 1
+            dropped["terms without a relative to pair them with"] += 1
             paired.append(item)
     return paired
 

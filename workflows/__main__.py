@@ -267,7 +267,7 @@ def _run(step: str, rest: list[str], steps: Steps, program: str) -> int:
         if first:
             from workflows.progress import command
 
-            print(f"\nstopped; run the same command again to go on:\n  {command()}", file=sys.stderr)
+            print(f"\nstopped; run the same command again to resume:\n  {command()}", file=sys.stderr)
         return exit_code()
     return 0
 

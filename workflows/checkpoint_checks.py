@@ -179,7 +179,7 @@ def _beyond_embedding(tokenizer: Tokenizer, written: set[int], vocab_size: int) 
     if rest:
         notes.append(
             f"the tokenizer has tokens without a row in the embedding of {vocab_size} rows: {named(rest)}. Neither the "
-            "template nor a stop needs them; a text that holds one cannot be used, and a GGUF file leaves them out."
+            "template nor the stop tokens need them; a text with one is refused, and a GGUF file leaves them out."
         )
     return problems, notes
 

@@ -130,7 +130,7 @@ def setup(
         cache = ResultCache(unfinished, {**identity, "versions": versions()})
         kept, earlier = len(cache), cache.seconds
         if kept:
-            print(f"going on with {kept} finished requests of {unfinished}")
+            print(f"resuming with {kept} finished requests of {unfinished}")
         lm = LitGPTLM(
             model,
             template,

@@ -122,7 +122,7 @@ def setup(
     cache = ResultCache(working / "answers.jsonl", {**identity, **{name: settings[name] for name in DECIDING}})
     began -= cache.seconds
     if len(cache):
-        print(f"going on with {len(cache)} finished answers of {cache.path}")
+        print(f"resuming with {len(cache)} finished answers of {cache.path}")
     dropped: Counter[str] = Counter()
     with watched(working), atomic_dir(target) as temporary, PeakMemory() as peak:
         splits: dict[str, Any] = {}

@@ -100,7 +100,7 @@ def test_ctrl_c_keeps_the_step_that_was_reached(server, steps, tmp_path, name, u
     assert (stopped.state, stopped.keeps) == ("stopped", f"goes on from step {step}")
     told = server.log.read_text()
     assert "stopping when this step is done" in told
-    assert "run the same command again to go on:\n  " in told
+    assert "run the same command again to resume:\n  " in told
 
 
 def test_what_is_not_whole_is_found(server, steps, tmp_path):

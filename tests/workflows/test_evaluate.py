@@ -181,7 +181,7 @@ def test_results_of_another_model_are_not_kept(tiny_llama, other_llama, data_dir
     monkeypatch.undo()
     assert (tmp_path / UNFINISHED).is_file()
     evaluate(other_llama, data_dir, tmp_path)
-    assert "going on with" not in capsys.readouterr().out
+    assert "resuming with" not in capsys.readouterr().out
 
 
 def test_a_folder_between_an_old_and_a_new_result_is_taken_for_neither(

@@ -83,7 +83,7 @@ def test_every_command_ends_by_a_signal_as_by_ctrl_c(number: int, capsys: pytest
     before = signal.getsignal(number)
     code = __main__.main(["receive", "--number", str(int(number))], {"receive": (__name__, "receive", "")})
     assert code == 128 + number and cleaned == [number]
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert signal.getsignal(number) is before and not lifetime.is_terminated()
 
 

@@ -78,7 +78,7 @@ def test_a_stopped_teacher_keeps_its_answers(teacher, questions, tmp_path, monke
     calls.clear()
     monkeypatch.setattr(teach, "generate", lambda *a, **o: calls.append(len(a[1])) or generate(*a, **o))
     resumed = taught(teacher, questions, tmp_path / "stopped", **sampled)
-    assert "going on with 40 finished answers" in capsys.readouterr().out
+    assert "resuming with 40 finished answers" in capsys.readouterr().out
     assert calls == [8, 12]  # the rest of training's 48, then validation's
     assert resumed["splits"] == whole["splits"] and resumed["dropped"] == whole["dropped"]
     assert not working.exists()
@@ -92,7 +92,7 @@ def test_answers_of_another_seed_are_not_kept(teacher, questions, tmp_path, monk
         patch.setattr(teach, "_worth", stops)
         taught(teacher, questions, tmp_path / "taught")
     taught(teacher, questions, tmp_path / "taught", seed=5)
-    assert "going on with" not in capsys.readouterr().out
+    assert "resuming with" not in capsys.readouterr().out
 
 
 def test_a_student_trains_on_them(teacher, questions, tiny_llama, tmp_path):

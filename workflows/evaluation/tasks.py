@@ -315,7 +315,9 @@ def settle_prompts(
             ]
         elif isinstance(task, LocalTask):
             if task.shared_examples:
-                remarks.append(f"{name}: {task.shared_examples} examples are questions of the test, too: not used")
+                remarks.append(
+                    f"{name}: {task.shared_examples} examples are questions of the test, too, and are not used"
+                )
         elif num_fewshot and fixed == 0:
             problems.append(
                 f"Task {name} is defined without examples (num_fewshot: 0): --num_fewshot has no effect on it."

@@ -53,7 +53,10 @@ def accumulate(
         units, real_tokens = gathered[:, :2].sum(dim=0).tolist()
         rounds = int(gathered[:, 2].max())
     if not units and not objective.may_rest:
-        raise UserError("A training step has nothing to learn from: all its completions are empty or masked.")
+        raise UserError(
+            "A training step has nothing to learn from: all its completions are empty or masked. Remove such rows "
+            "from the data, or raise --train.max_seq_length if they were truncated."
+        )
 
     units = max(1, units)
     # DDP and FSDP average over processes; times world_size, the sum over all of them is left.

@@ -302,8 +302,9 @@ class GRPO(Objective):
             if self._missing and not self._metrics.get("missing_groups"):
                 self._fabric.print(
                     f"step {step + 1}: only {self.train.global_batch_size - self._missing} of "
-                    f"{self.train.global_batch_size} groups have answers of different reward after {SAMPLING_ROUNDS} "
-                    "rounds of sampling (or all questions); the step takes these (missing_groups in metrics.csv)"
+                    f"{self.train.global_batch_size} groups have answers with different rewards after "
+                    f"{SAMPLING_ROUNDS} rounds of sampling (or all questions); the step uses these "
+                    "(missing_groups in metrics.csv)"
                 )
         self._metrics = {
             "reward": float(totals.mean()),

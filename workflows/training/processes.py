@@ -180,7 +180,7 @@ def launched(fabric: L.Fabric) -> Iterator[None]:
             raise
         raise UserError(
             f"Another process of this run (of {fabric.world_size}) died or could not be reached any more "
-            f"({str(e).splitlines()[0][:160]}). Run the same command again to go on from the last checkpoint."
+            f"({str(e).splitlines()[0][:160]}). Run the same command again to resume from the last checkpoint."
         ) from None
 
 

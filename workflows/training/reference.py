@@ -51,7 +51,7 @@ def reference_logprobs(
     kept = _read(file, key)
     if kept is None:
         if file.is_file():
-            fabric.print(f"{file} is of another model or other data; the reference is computed anew")
+            fabric.print(f"{file} belongs to another model or other data; the reference is computed again")
         rows = pack(trees, row_tokens)
         mine = rows[fabric.global_rank :: fabric.world_size]
         rounds = -(-len(rows) // fabric.world_size)  # sharded models gather their weights together, row by row

@@ -179,7 +179,7 @@ class Checkpoints:
             try:
                 return path, _read_rest(path)
             except Exception as e:  # RuntimeError, UnpicklingError, EOFError, KeyError, ...: torch has no class for it
-                self.fabric.print(f"{path} is damaged and passed over ({first_line(e)})")
+                self.fabric.print(f"{path} is damaged and skipped ({first_line(e)})")
         if found:
             raise UserError(f"No checkpoint in {self.directory} can be read; train from step 0 with --resume false.")
         return None, {}

@@ -85,7 +85,7 @@ def test_examples_of_a_local_task_are_solved_questions_that_are_not_scored(tmp_p
     (task,) = load_tasks(["hpo_mcq"], tmp_path, template, num_fewshot=4)
     made, remarks = settle_prompts([task], True, None, 4, True)
     assert made == {"hpo_mcq": {"chat_template": True, "num_fewshot": 4, "fewshot_as_multiturn": True}}
-    assert remarks == ["hpo_mcq: 1 examples are questions of the test, too: not used"]
+    assert remarks == ["hpo_mcq: 1 examples are questions of the test, too, and are not used"]
     found = contexts(task, fewshot_as_multiturn=True)
     assert found == contexts(task, fewshot_as_multiturn=True) != contexts(task, 2, fewshot_as_multiturn=True)
     for text, row in zip(found, ROWS, strict=True):

@@ -276,7 +276,7 @@ def test_resampling_ends_where_the_questions_do_and_says_so(tiny_llama, question
     )
     said = capsys.readouterr().out
     assert all(row["missing_groups"] == 4 and row["resampled"] == 3 and row["grad_norm"] == 0 for row in log)
-    assert said.count("only 0 of 4 groups have answers of different reward") == 1
+    assert said.count("only 0 of 4 groups have answers with different rewards") == 1
     assert "4 of 4 steps had nothing to learn from (all answers to a question got the same reward)" in said
 
 

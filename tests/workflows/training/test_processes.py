@@ -122,7 +122,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(strategy, number, a
     assert psutil.wait_procs(family, timeout=20)[1] == [] and len(family) == 2
     assert (
         run.returncode == 128 + number
-        and said.count("run the same command again to go on:") == 1
+        and said.count("run the same command again to resume:") == 1
         and "Traceback" not in said
     )
     done = len(losses(tmp_path))

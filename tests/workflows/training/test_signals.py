@@ -58,7 +58,7 @@ def test_a_signal_ends_training_after_its_step_with_a_checkpoint(
         patch.setattr(SFT, "batches", with_signal)
         assert main(command(tiny_llama, data, tmp_path / "stopped", TRAIN.max_steps)) == 128 + number
     said = capfd.readouterr().err
-    assert "stopping when this step is done" in said and "run the same command again to go on" in said
+    assert "stopping when this step is done" in said and "run the same command again to resume" in said
     assert (tmp_path / "stopped" / "checkpoints" / "step-00000003.pth").is_file()
     assert main(command(tiny_llama, data, tmp_path / "stopped", TRAIN.max_steps)) == 0
     resumed, whole = (adapters(final) for final in (tmp_path / "stopped" / "final", train(tiny_llama, data, tmp_path)))
