@@ -59,10 +59,10 @@ def setup(
         clip_low: Lower clip range: a ratio counts down to 1 minus this.
         clip_high: Upper clip range: a ratio counts up to 1 plus this.
         gamma: Discount of later rewards.
-        lam: How far to trust rewards over values (GAE's lambda). With less than 1 an untrained critic makes late tokens
-            matter more than early ones (Yuan et al. 2025, arXiv 2503.01491).
+        lam: GAE's lambda: larger values trust rewards over values. With less than 1 an untrained critic makes late
+            tokens matter more than early ones (Yuan et al. 2025, arXiv 2503.01491).
         value_weight: Weight of the value head's loss.
-        value_clip: How far a value may move from that at sampling before it stops to count.
+        value_clip: Clip range of a value around that at sampling.
         updates: Optimizer steps on the same answers.
         mask_truncated: Learn nothing from answers that did not end, neither the policy nor the value head.
         missing_eos_penalty: Penalty subtracted from the reward of an answer that did not end.

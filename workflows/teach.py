@@ -78,17 +78,17 @@ def setup(
         max_rows: At most this many training rows are asked.
         max_val_rows: At most this many validation rows are asked.
         max_new_tokens: Maximum number of tokens of an answer; one that has not ended by then is dropped, and counted.
-        samples: How many answers each question gets; the same answer twice is kept once.
+        samples: Number of answers to each question; the same answer twice is kept once.
         temperature: Sampling temperature; 0 takes the most likely token.
         top_p: Nucleus sampling: sample among the smallest set of most likely tokens whose probabilities reach this sum.
         rewards: Keep only answers that these accept, as in `grpo`, e.g. [{reward: finding}].
         threshold: Minimum weighted sum of rewards of an answer that is kept.
         reasoning: Reasoning in the prompts' earlier answers: "keep" it, "drop" it, or "none", which drops it and
             switches the teacher's thinking off.
-        batch_size: How many questions are answered side by side.
+        batch_size: Number of questions answered side by side; bounds the memory of the cache.
         precision: Precision of the teacher; null takes bfloat16 where the device computes in it, else float32.
         accelerator: One of "cuda", "cpu" and "mps"; "auto" takes CUDA where there is a GPU, else the CPU.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
 
     Raises:
         UserError: If an argument, the checkpoint, the data or a reward is not usable, or no answer is left.

@@ -74,7 +74,7 @@ _LETTER = re.compile(
 
 
 def final_answer(text: str) -> str:
-    """An answer without its thoughts."""
+    """Return an answer without its reasoning."""
     found = _THOUGHTS.match(text)
     return (found[2] if found else text).strip()
 
@@ -119,9 +119,9 @@ def math_answer(sample: Sample) -> float:
 
 
 def format(sample: Sample) -> float:
-    """1 for thoughts that are closed once and an answer after them, `<think>…</think>` first, else 0.
+    """1 for reasoning that is closed once and an answer after it, `<think>…</think>` first, else 0.
 
-    Where the prompt has opened the thoughts, the answer need not.
+    Where the prompt has opened the reasoning, the answer need not.
     """
     text = sample.text
     if text.count("</think>") != 1 or text.count("<think>") > 1:
