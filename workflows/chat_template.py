@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,7 @@ class ChatTemplate:
         stop_ids: Every id that ends an answer (from `generation_config.json` and the EOS token), lowest first.
         vocab_size: Rows of the model's embedding, as far as the folder holds a model; a larger id is an error.
         drops_data_reasoning: Remove the reasoning of the data before it is rendered.
+        other_specials: Texts of further special tokens (`pad_token`, `unk_token`, …) that templates may name.
     """
 
     source: str
@@ -64,6 +66,7 @@ class ChatTemplate:
     stop_ids: tuple[int, ...]
     vocab_size: int | None = None
     drops_data_reasoning: bool = False
+    other_specials: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path | str, template_file: Path | None = None) -> "ChatTemplate":
@@ -111,7 +114,9 @@ class ChatTemplate:
         if (directory / "model_config.yaml").is_file():
             vocab_size = load_config(directory).padded_vocab_size
         bos_token = _token_text(config.get("bos_token"))
-        return cls(source, tokenizer, bos_token, eos_token, tuple(sorted(stop_ids)), vocab_size)
+        others = {name: text for name in _OTHER_SPECIALS if (text := _token_text(config.get(name)))}
+        stops_found = tuple(sorted(stop_ids))
+        return cls(source, tokenizer, bos_token, eos_token, stops_found, vocab_size, other_specials=others)
 
     def with_reasoning(self, reasoning: Reasoning) -> "ChatTemplate":
         """The template with a `reasoning` setting; `keep` leaves it as it is, switched off or not.
@@ -219,6 +224,7 @@ class ChatTemplate:
 
     def _render_raw(self, messages: list[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         variables = {
+            **self.other_specials,
             "messages": copy.deepcopy(messages),  # Jinja's `indent` adds to the list that it is given
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
@@ -474,6 +480,7 @@ class ChatTemplate:
         return before, after, trims
 
 
+_OTHER_SPECIALS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PROBE: list[Message] = [{"role": "user", "content": "\ue002"}]
 _RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """What a template raises that does not suit its messages."""

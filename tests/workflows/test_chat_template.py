@@ -251,6 +251,16 @@ def test_single_turn_rebuilds_the_prompt(name, tmp_path):
         assert rebuilt == template.render([{"role": "user", "content": text}], add_generation_prompt=True)
 
 
+def test_every_special_token_has_its_name_in_a_template(tmp_path):
+    source = "{% for message in messages %}{{ pad_token ~ unk_token ~ message['content'] ~ eos_token }}{% endfor %}"
+    directory = write_family(tmp_path / "family", "smollm2")
+    (directory / "chat_template.jinja").write_text(source)
+    file = directory / "tokenizer_config.json"
+    specials = {"pad_token": "<|endoftext|>", "unk_token": {"content": "<unk>", "special": True}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **specials}))
+    assert ChatTemplate.from_checkpoint(directory).render(turns("a")) == "<|endoftext|><unk>a<|im_end|>"
+
+
 def test_filters_and_tags_that_transformers_knows(tmp_path):
     source = (
         "{% for message in messages %}{% if message['role'] == 'system' %}{% continue %}{% endif %}"
