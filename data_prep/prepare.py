@@ -172,3 +172,7 @@ def _print_summary(dataset: DataSet, directories: list[Path]) -> None:
         print(f"  {fact}: {count:,}")
     for name, count in dataset.fields_not_used.items():
         print(f"  field not used, {name}: {count:,} rows")
+    if dataset.shape == "scoring" and not dataset.name.endswith("_mcq"):
+        print(
+            f"  `evaluate` finds questions with options by their name's end: prepare them with --name {dataset.name}_mcq"
+        )

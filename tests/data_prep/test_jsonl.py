@@ -64,6 +64,15 @@ def test_all_broken_rows_are_listed_and_can_be_skipped(tmp_path: Path, capsys: p
     assert len(all_rows(tmp_path / "data/jsonl")) == 40
 
 
+def test_questions_with_options_are_named_so_that_evaluate_finds_them(tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = [{"prompt": f"Q{i}", "choices": ["a", "b"], "answer": 0} for i in range(20)]
+    file = write_table(tmp_path / "mine.jsonl", rows)
+    setup("jsonl", tmp_path / "data", name="mine", file=file)
+    assert "--name mine_mcq" in capsys.readouterr().out
+    setup("jsonl", tmp_path / "data", name="mine_mcq", file=file)
+    assert "--name" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("shape", "good", "bad"),
     [

@@ -327,7 +327,7 @@ def test_what_cannot_be_learned_from_is_counted(tiny_llama):
     assert "2 dropped: chosen and rejected answer are the same" in told
     assert "1 dropped: the prompt alone fills 200 tokens" in told
     for row, cure in (
-        (rows[1], "nothing to compare"),
+        (rows[1], "Correct the rows"),
         (rows[2], "Raise --train.max_seq_length"),
         (both, "Raise --train"),
     ):

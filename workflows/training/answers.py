@@ -80,8 +80,6 @@ def encode_answers(
     told += "".join(f"\n  {count:,} dropped: {reason}" for reason, count in dropped.items())
     told += "".join(f"\n  {count:,} {note}" for note, count in notes.items())
     if not answers:
-        cure = (
-            "Raise --train.max_seq_length." if lost_by_length else "The data has nothing to compare or to learn from."
-        )
+        cure = "Raise --train.max_seq_length." if lost_by_length else "Correct the rows for the reasons above."
         raise UserError(f"No row is left to use. {told}\n{cure}")
     return answers, told

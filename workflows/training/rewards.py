@@ -243,7 +243,7 @@ class Rewards:
             raise UserError(
                 f"{path}: {len(odd):,} of {len(rows):,} rows have an answer that is no plain number, such as "
                 f"{odd[0][0][:80]!r}. To compare such ones the reward math_answer needs the package math-verify: "
-                "`.venv/bin/pip install math-verify`."
+                "`.venv/bin/pip install -e '.[math]'`."
             )
 
     def __call__(self, samples: Sequence[Sample]) -> list[dict[str, float]]:

@@ -365,7 +365,9 @@ def test_expressions_need_math_verify_and_say_so(monkeypatch: pytest.MonkeyPatch
     composed.check(rows, Path("train.jsonl"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else found(name))
     composed.check(rows[:1], Path("train.jsonl"))
-    with pytest.raises(UserError, match=r"train.jsonl: 1 of 3 rows .* no plain number.*sqrt.*pip install math-verify"):
+    with pytest.raises(
+        UserError, match=r"train.jsonl: 1 of 3 rows .* no plain number.*sqrt.*pip install -e '\.\[math\]'"
+    ):
         composed.check(rows, Path("train.jsonl"))
     Rewards([WeightedReward("exact")]).check(rows, Path("train.jsonl"))
 
