@@ -173,6 +173,4 @@ def _print_summary(dataset: DataSet, directories: list[Path]) -> None:
     for name, count in dataset.fields_not_used.items():
         print(f"  field not used, {name}: {count:,} rows")
     if dataset.shape == "scoring" and not dataset.name.endswith("_mcq"):
-        print(
-            f"  `evaluate` finds questions with options by their name's end: prepare them with --name {dataset.name}_mcq"
-        )
+        print(f"  `evaluate` finds questions with options by the end of their name: --name {dataset.name}_mcq")
