@@ -9,7 +9,8 @@ import unicodedata
 import regex
 
 _INVISIBLE = regex.compile(r"[[\p{Cf}--[\U000E0020-\U000E007F]]\uFE00-\uFE0F™®©℠]+", regex.V1)
-_RAISED = regex.compile(r"[ª²³¹ºʰ-ʸˠ-ˤᴬ-ᵡᵸᶛ-ᶿ⁰ⁱ⁴-ⁿ]+")  # 5² is not 52
+# 5² is not 52; the three that are left out have no other form
+_RAISED = regex.compile(r"[[ª²³¹ºʰ-ʸˠ-ˤᴬ-ᵡᵸᶛ-ᶿ⁰ⁱ⁴-ⁿ]--[ᴯᴻᵎ]]+", regex.V1)
 _LOWERED = regex.compile(r"(?<=[\p{N}])[₀-₉]+")  # 10₂ is not 102; CO₂ is CO2
 _SEPARATE = regex.compile(r"[¼-¾⅐-⅞↉①-⒛⓪-⓿❶-➓]")  # 1½ is not 11/2
 _DOTTED = regex.compile("i\u0307+")  # the Turkish İ in lower case

@@ -1,7 +1,7 @@
 """Comparison of texts: what is the same, what is not, in any script, and that normalising twice changes nothing."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.normalisation import normalise, words_of
@@ -106,6 +106,7 @@ def test_what_changes_the_meaning_is_kept(one: str, other: str):
 
 
 @settings(max_examples=400, deadline=None)
+@example("ᴻ")
 @given(st.one_of(*(st.text(letters, max_size=12) for letters in ALPHABETS), st.text(max_size=10)))
 def test_normalising_twice_changes_nothing_and_loses_no_word(text: str):
     once = normalise(text)

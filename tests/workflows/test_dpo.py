@@ -79,7 +79,7 @@ def test_the_reference_is_read_back_and_that_of_another_model_is_not(tiny_llama,
     again = align(tmp_path / "final", pairs, tmp_path / "second", train=replace(TRAIN, max_steps=1))
     (tmp_path / "second" / "reference.safetensors").replace(file)  # of the tuned model
     log = align(tiny_llama, pairs, tmp_path, resume=False)
-    assert "is of another model or other data" in capsys.readouterr().out
+    assert "belongs to another model or other data" in capsys.readouterr().out
     assert log[0]["loss"] == again[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 

@@ -194,7 +194,7 @@ def verdict(monkeypatch, kind: str, gaps: list[float], prompts: int = 20) -> dic
 @pytest.mark.parametrize(
     ("kind", "gaps", "message"),
     [
-        ("f16", [0.1, 0.9], r'f16 in Ollama gives other answers .*: 1 of 20 part .* The first: .*"logit_gap": 0.9'),
+        ("f16", [0.1, 0.9], r'f16 in Ollama gives other answers .*: 1 of 20 differ .* The first: .*"logit_gap": 0.9'),
         ("q8_0", [0.2] + [6.0] * 11, r'q8_0 in Ollama is broken: 11 of 20 .* The first: .*"logit_gap": 6.0'),
     ],
 )

@@ -32,9 +32,11 @@ def align(checkpoint: Path, data: Path, out_dir: Path, **changes: Any) -> list[d
 
 
 def test_ppo_raises_the_reward_and_its_critic_learns(tiny_llama, questions, tmp_path):
-    log = align(tiny_llama, questions, tmp_path, beta=0.001, updates=1)
-    first, last = (sum(row["reward"] for row in part) / 6 for part in (log[:6], log[-6:]))
-    assert last > first + 0.08
+    # In ten steps it rises from 0.58 to 0.69; later, sampling makes of a processor's rounding a run of its own.
+    train = replace(TRAIN, max_steps=10, max_seq_length=128, global_batch_size=48, eval_interval=10)
+    log = align(tiny_llama, questions, tmp_path, beta=0.001, updates=1, train=train)
+    first, last = (sum(row["reward"] for row in part) / 3 for part in (log[:3], log[-3:]))
+    assert last > first + 0.05
     assert log[-1]["value_loss"] < log[0]["value_loss"]
     assert log[0]["log_ratio_max"] == 0 and log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 0.01
     final = tmp_path / "final"
