@@ -1,13 +1,18 @@
 """Settings that libraries read from the environment when they load; what the user has set stays."""
 
 import os
+import re
 from collections.abc import MutableMapping
+from typing import Any
 
 _BUSY_PERCENT = 20.0
 """The share of all cores in use from which a machine has something else to do."""
 KERNELS = "128"
 """oneDNN keeps its last so many kernels, each with its memory. A row's passes need about 30 for the row's length; its
 own limit of 1,024 lets a run over rows of many lengths grow by 0.3 GB (SmolLM2-135M) and makes it no faster."""
+
+_LOADED_FOR_NOTHING = re.compile(r"(matplotlib|scipy|transformers)\b")
+"""Packages that torchmetrics, and so Lightning, loads where they are installed, for metrics that no step uses."""
 
 
 def prepare(variables: MutableMapping[str, str] = os.environ) -> None:
@@ -22,6 +27,30 @@ def prepare(variables: MutableMapping[str, str] = os.environ) -> None:
     # Rows differ in length: blocks that were freed for one do not fit the next, and a GPU fills with them.
     if "PYTORCH_CUDA_ALLOC_CONF" not in variables:
         variables.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    load_less()
+
+
+def load_less() -> None:
+    """Let torchmetrics believe that packages for plots, texts and sound are not installed.
+
+    Lightning cannot be imported without torchmetrics. With these packages that takes 6 s of one core after torch,
+    without them 3 s, in every step that loads a model.
+    """
+    from lightning_utilities.core import imports
+
+    cache, found = imports.RequirementCache, imports.package_available
+    checked = cache._check_available
+    if checked.__name__ == "check":  # done before, in this process
+        return
+
+    def check(self: Any) -> None:
+        if _LOADED_FOR_NOTHING.match(self.requirement or ""):
+            self.available, self.message = False, f"{self.requirement}: not loaded, no step uses it here"
+        else:
+            checked(self)
+
+    cache._check_available = check  # type: ignore[method-assign]
+    imports.package_available = lambda name: not _LOADED_FOR_NOTHING.match(name) and found(name)  # type: ignore[assignment]
 
 
 def share_cores(variables: MutableMapping[str, str] = os.environ) -> None:

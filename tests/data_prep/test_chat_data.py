@@ -1,7 +1,5 @@
 """ChatData: the tokens and masks it makes, what it reports, and LitGPT's own command running on it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from litgpt.tokenizer import Tokenizer
 from data_prep import ChatData
 from data_prep.chat_data import IGNORE_INDEX, encode_rows
 from data_prep.rows import Row, question_row, write_rows
+from tests.litgpt_command import run_litgpt
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
 
@@ -153,7 +152,7 @@ def test_another_models_checkpoint_is_refused(data: Path, tiny_llama: Path, tmp_
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["by position", "in a config file"])
-def test_litgpt_finetune_lora_runs_on_it(data: Path, tiny_llama: Path, tmp_path: Path, how: str):
+def test_litgpt_finetune_lora_runs_on_it(data: Path, tiny_llama: Path, tmp_path: Path, capfd, how: str):
     """LitGPT's own command: it finds the checkpoint's template, says what it encoded, trains and merges."""
     write_rows(data / "train.jsonl", [*rows_for(8), question_row("breathing " * 200, "x", "name")])
     settings = {
@@ -165,18 +164,15 @@ def test_litgpt_finetune_lora_runs_on_it(data: Path, tiny_llama: Path, tmp_path:
         "eval": {"max_iters": 2, "interval": 1, "max_new_tokens": 4},
     }
     settings["train"]["lr_warmup_steps"] = 1
-    command = [str(Path(sys.executable).with_name("litgpt")), "finetune_lora"]
+    command = ["finetune_lora"]
     if how == "by position":
         command += [settings.pop("checkpoint_dir"), "--data", "data_prep.ChatData", "--data.path", str(data)]
         del settings["data"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command += ["--config", str(tmp_path / "config.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (
-        "train: 8 samples of 9 rows" in result.stdout
-        and "1 dropped: the prompt alone fills 120 tokens" in result.stdout
-    )
+    run_litgpt(*command)
+    said = capfd.readouterr().out
+    assert "train: 8 samples of 9 rows" in said and "1 dropped: the prompt alone fills 120 tokens" in said
     final = tmp_path / "out" / "final"
     assert (final / "lit_model.pth").is_file() and (final / "lit_model.pth.lora").is_file()
     assert (final / "prompt_style.yaml").read_text() == (tiny_llama / "prompt_style.yaml").read_text()

@@ -1,6 +1,7 @@
 """The LoRA step on a tiny model: its output is a checkpoint, stopping loses nothing, mistakes are explained."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from litgpt.eval.evaluate import convert_and_evaluate
 from litgpt.tokenizer import Tokenizer
 
 from tests.conftest import convert, make_llama
+from tests.litgpt_command import run_litgpt
 from workflows import lora as lora_step
 from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
@@ -197,8 +199,7 @@ def test_there_is_nothing_to_merge_without_adapters(tiny_llama, tmp_path):
 def test_litgpts_own_merge_gives_the_same_weights(trained, tmp_path):
     alone = tmp_path / "adapters-only"
     shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("lit_model.pth"))
-    command = [sys.executable, "-m", "litgpt", "merge_lora", str(alone)]
-    subprocess.run(command, check=True, capture_output=True)
+    run_litgpt("merge_lora", alone)
     theirs = torch.load(alone / "lit_model.pth", weights_only=True)
     ours = torch.load(trained / "lit_model.pth", weights_only=True)
     assert set(theirs) == set(ours)
@@ -311,23 +312,11 @@ def test_kinds_choose_the_rows(tiny_llama, data, tmp_path, capfd):
     assert "15 samples of 15 rows" in capfd.readouterr().out
 
 
-def test_output_runs_in_litgpt_generate_from_another_folder(trained, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "litgpt",
-        "generate",
-        str(trained),
-        "--prompt",
-        "What is fever number 3?",
-        "--max_new_tokens",
-        "5",
-        "--precision",
-        "32-true",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "What is fever number 3?" in result.stdout
+def test_output_runs_in_litgpt_generate_from_another_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    question = "What is fever number 3?"
+    run_litgpt("generate", trained, "--prompt", question, "--max_new_tokens", 5, "--precision", "32-true")
+    assert question in capsys.readouterr().out
 
 
 def test_trainer_litgpt_makes_a_complete_checkpoint_too(tiny_llama, data, tmp_path):
@@ -364,10 +353,11 @@ def test_trainer_litgpt_makes_a_complete_checkpoint_too(tiny_llama, data, tmp_pa
     assert not torch.equal(logprobs(load_model(final)), logprobs(load_model(tiny_llama)))
 
 
-def test_output_runs_in_litgpt_chat(trained, tmp_path):
-    command = [sys.executable, "-m", "litgpt", "chat", str(trained), "--max_new_tokens", "4", "--precision", "32-true"]
-    result = subprocess.run(command, input="Hello\n\n", capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and ">> Reply:" in result.stdout, result.stderr
+def test_output_runs_in_litgpt_chat(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\n"))
+    run_litgpt("chat", trained, "--max_new_tokens", 4, "--precision", "32-true")
+    assert ">> Reply:" in capsys.readouterr().out
 
 
 def test_output_scores_the_same_in_litgpt_evaluate(trained, tmp_path, monkeypatch):

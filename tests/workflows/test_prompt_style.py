@@ -1,11 +1,12 @@
 """LitGPT's own commands, started anywhere, make the prompt ids of the checkpoint's chat template."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import litgpt.generate.base
 import pytest
+import torch
 
 from tests.conftest import make_llama
 from tests.workflows.test_chat_template import FAMILIES, write_family
@@ -22,39 +23,30 @@ PROMPTS = [
     "it writes <|im_end|> or <｜User｜> or <|eot_id|> itself",
 ]
 
-# The whole of `litgpt generate`, up to the point where it hands the prompt's ids to the model.
-GENERATE = """
-import json, sys
-from pathlib import Path
-import litgpt.generate.base as base
 
 class Stop(Exception):
-    pass
-
-def seen(model, prompt, *args, **kwargs):
-    print("IDS" + json.dumps(prompt.tolist()))
-    raise Stop
-
-base.generate = seen
-directories, prompts = json.loads(sys.stdin.read())
-for directory in directories:
-    for prompt in prompts:
-        try:
-            base.main(Path(directory), prompt=prompt, max_new_tokens=1)
-        except Stop:
-            continue
-        raise AssertionError("litgpt generate never called generate()")
-"""
+    """Raised where LitGPT would begin to generate."""
 
 
-def litgpt_prompt_ids(checkpoint_dirs: list[Path], prompts: list[str], cwd: Path) -> dict[Path, list[list[int]]]:
-    """The ids that `litgpt generate` prefills for each prompt, run in a process of its own in another folder."""
-    asked = json.dumps([[str(directory.resolve()) for directory in checkpoint_dirs], prompts])
-    result = subprocess.run([sys.executable, "-c", GENERATE], input=asked, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0, result.stderr[-2000:]
-    ids = [json.loads(line.removeprefix("IDS")) for line in result.stdout.splitlines() if line.startswith("IDS")]
+def litgpt_prompt_ids(
+    checkpoint_dirs: list[Path], prompts: list[str], cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[Path, list[list[int]]]:
+    """The ids that `litgpt generate`, run in another folder, hands to the model for each prompt."""
+    seen: list[list[int]] = []
+
+    def generate(model: Any, prompt: torch.Tensor, *_: Any, **__: Any) -> None:
+        seen.append(prompt.tolist())
+        raise Stop
+
+    asked = [directory.resolve() for directory in checkpoint_dirs]
+    monkeypatch.setattr(litgpt.generate.base, "generate", generate)
+    monkeypatch.chdir(cwd)
+    for directory in asked:
+        for prompt in prompts:
+            with pytest.raises(Stop):
+                litgpt.generate.base.main(directory, prompt=prompt, max_new_tokens=1)
     n = len(prompts)
-    return {directory: ids[i * n : (i + 1) * n] for i, directory in enumerate(checkpoint_dirs)}
+    return {directory: seen[i * n : (i + 1) * n] for i, directory in enumerate(checkpoint_dirs)}
 
 
 def make_checkpoint(folder: Path, family: str) -> Path:
@@ -67,9 +59,9 @@ def make_checkpoint(folder: Path, family: str) -> Path:
 
 
 @pytest.mark.long
-def test_litgpt_generate_uses_the_templates_ids_for_every_family(tmp_path):
+def test_litgpt_generate_uses_the_templates_ids_for_every_family(tmp_path, monkeypatch):
     checkpoint_dirs = [make_checkpoint(tmp_path, family) for family in FAMILIES]
-    got = litgpt_prompt_ids(checkpoint_dirs, PROMPTS, tmp_path)
+    got = litgpt_prompt_ids(checkpoint_dirs, PROMPTS, tmp_path, monkeypatch)
     for directory in checkpoint_dirs:
         template = ChatTemplate.from_checkpoint(directory)
         expected = [template.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
@@ -80,8 +72,8 @@ def test_litgpt_generate_uses_the_templates_ids_for_every_family(tmp_path):
 
 
 @pytest.mark.checkpoint
-def test_litgpt_generate_uses_the_templates_ids_for_the_embedded_checkpoint(embedded_checkpoint, tmp_path):
-    (got,) = litgpt_prompt_ids([embedded_checkpoint], PROMPTS, tmp_path).values()
+def test_litgpt_generate_uses_the_templates_ids_for_the_embedded_checkpoint(embedded_checkpoint, tmp_path, monkeypatch):
+    (got,) = litgpt_prompt_ids([embedded_checkpoint], PROMPTS, tmp_path, monkeypatch).values()
     template = ChatTemplate.from_checkpoint(embedded_checkpoint)
     assert got == [template.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
 
