@@ -132,6 +132,11 @@ def watched(folder: Path, active: bool = True, keeps: str = "") -> Iterator[None
         _current = before
 
 
+def result_is_there(folder: Path) -> None:
+    """Delete the progress file of a process that was killed between writing its result and deleting this file."""
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
 def command() -> str:
     """The command line that started this process, as one would type it."""
     return shlex.join(sys.orig_argv)

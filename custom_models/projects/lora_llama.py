@@ -35,7 +35,7 @@ from workflows.errors import UserError, report_all
 from workflows.files import read_json, write_text
 from workflows.lifetime import run_child
 from workflows.measure import PeakMemory, hardware, seconds_of_step, step_began
-from workflows.progress import watched
+from workflows.progress import result_is_there, watched
 from workflows.training.length import length_text, limited_to
 from workflows.training.loop import Objective, TrainArgs, fit, step_indices
 from workflows.training.processes import Accelerator, device_problems, launched, make_fabric
@@ -298,6 +298,7 @@ def _train_apart(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     made, result = folder / "metrics.json", folder / ("adapter" if method == "lora" else "final")
     before = read_json(made) if made.is_file() and result.is_dir() else {}
     if before and before.get("identity") == json.loads(json.dumps(run_identity(own))):
+        result_is_there(folder)
         print(f"{folder}: trained before")
         return before["methods"][method]
     _run([sys.executable, "-m", "custom_models", "lora-scratch", "--config", str(folder / "settings.yaml")])

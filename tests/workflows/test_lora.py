@@ -250,13 +250,17 @@ def test_checkpoints_of_a_finished_run_go_and_those_of_another_stay(tiny_llama, 
         patch.setattr(shutil, "rmtree", lambda path, **more: path == checkpoints or rmtree(path, **more))
         train(tiny_llama, data, tmp_path)
     shutil.copytree(checkpoints, kept)
+    (tmp_path / "progress.json").write_text("{}")
     train(tiny_llama, data, tmp_path)
     assert "already there" in capsys.readouterr().out and not checkpoints.exists()
+    assert not (tmp_path / "progress.json").exists()
 
     other = {"train": replace(TRAIN, max_steps=4)}
     train(tiny_llama, data, tmp_path, **other)
     kept.rename(checkpoints)
+    (tmp_path / "progress.json").write_text("{}")
     train(tiny_llama, data, tmp_path, **other)
+    assert (tmp_path / "progress.json").exists()
     names = sorted(path.name for path in checkpoints.iterdir())  # the newest two, and the best step's
     assert "already there" in capsys.readouterr().out
     assert names == ["step-00000003.pth", "step-00000004.pth", "step-00000006.pth"]

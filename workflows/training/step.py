@@ -36,7 +36,7 @@ from workflows.evaluation.compare import with_interval
 from workflows.files import atomic_dir, read_json, recover_dir, sha256
 from workflows.measure import PeakMemory, gigabytes, seconds_of_step, step_began
 from workflows.merge import write_merged
-from workflows.progress import watched
+from workflows.progress import result_is_there, watched
 from workflows.prompt_style import replace_chat_template
 from workflows.training.identity import STEPS, result_changes, result_settings
 from workflows.training.length import length_text, limited_to, validation_text
@@ -334,6 +334,8 @@ def done_before(settings: dict[str, Any]) -> bool:
         return False
     if (checkpoints := final.parent / "checkpoints").is_dir():
         clear_finished(checkpoints, run_identity(settings))
+    if not checkpoints.is_dir():  # else it may be the progress of another run, which can still be resumed
+        result_is_there(final.parent)
     print(f"{final} is already there, made with these settings; --resume false trains it again")
     (final / PROVENANCE).touch()  # tells make that it is up to date
     return True

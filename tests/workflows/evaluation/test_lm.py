@@ -211,7 +211,7 @@ def test_impossible_requests_are_explained(tiny_llama):
 
 @pytest.mark.checkpoint
 def test_real_checkpoint_scores_like_hf(embedded_checkpoint, embedded_hf, hpo_data):
-    rows = read_rows(hpo_data / "hpo_mcq" / "test.jsonl", "scoring")[:20]
+    rows = read_rows(hpo_data / "hpo_mcq" / "test.jsonl", "scoring")[:8]
     template = ChatTemplate.from_checkpoint(embedded_checkpoint)
     asked = requests(
         *((template.render(row["prompt"], add_generation_prompt=True), c) for row in rows for c in row["choices"])

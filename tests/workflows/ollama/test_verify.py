@@ -360,16 +360,16 @@ def test_real_models_prompt_ids_are_ours_on_questions_of_every_kind(
     real_model, embedded_checkpoint: Path, ollama_server: OllamaServer, monkeypatch
 ) -> None:
     monkeypatch.setattr(verify, "ANSWER_TOKENS", 2)  # the ids are what counts here; answers in the slow test
-    questions = varied_questions(2 * len(HARD))
+    questions = varied_questions(12)
     reference = reference_answers(embedded_checkpoint, real_model, questions)
     result = verify_model(ollama_server, "real", real_model, questions, reference)
-    assert (result.prompts, result.prompt_ids_equal, result.chat_prompts_equal) == (18, True, True)
+    assert (result.prompts, result.prompt_ids_equal, result.chat_prompts_equal) == (12, True, True)
     sizes = [len(ids) for ids in reference.prompts]
     assert min(sizes) < max(sizes)
     # Answers part at near ties only: how many of those there are is a matter of the processor.
     near_tie, gaps = near_tie_of_8_bits(reference.model, reference.prompts)
     assert all(difference["logit_gap"] < near_tie for difference in result.differences), (near_tie, result.differences)
-    assert sum(gap > near_tie for gap in gaps) >= 3  # and answers that no rounding may change are among these
+    assert any(gap > near_tie for gap in gaps)  # and answers that no rounding may change are among these
 
 
 @pytest.mark.slow
