@@ -11,17 +11,19 @@ import math
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from litgpt.config import Config
 
 from workflows.errors import UserError
 from workflows.evaluation.compare import wilson_interval
 from workflows.files import read_json, read_text, sha256, write_json, write_text
 from workflows.measure import hardware
 from workflows.untrusted import parse_yaml
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
 
 WEIGHTS = "lit_model.pth"
 LORA_WEIGHTS = "lit_model.pth.lora"
@@ -102,10 +104,11 @@ def load_config(checkpoint_dir: Path, **overrides: Any) -> Any:
         UserError: If the file is malformed or names an unknown field.
     """
     file = checkpoint_dir / "model_config.yaml"
+    # Here, since LitGPT takes seconds to load, and `chat` and `ask` need none of it.
     if any(name.startswith("lora_") for name in overrides):
         from litgpt.lora import Config as config_class
     else:
-        config_class = Config
+        from litgpt.config import Config as config_class
     try:
         return checked(config_class(**{**parse_yaml(read_text(file)), **overrides}))
     except (yaml.YAMLError, TypeError, ValueError, AssertionError, AttributeError, KeyError, ArithmeticError) as e:
@@ -124,7 +127,7 @@ def checked(config: Any) -> Any:
     return config
 
 
-def write_config(config: Config, checkpoint_dir: Path) -> None:
+def write_config(config: "Config", checkpoint_dir: Path) -> None:
     """Write LitGPT's `model_config.yaml`."""
     write_text(checkpoint_dir / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(config)))
 
