@@ -16,6 +16,7 @@ if (
 ):  # parity is a matter of the CPU's float32; `make test-gpu` tests the rest
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -23,6 +24,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.children import Child
+
+# The same examples every time, so that who changed nothing sees the same; `--hypothesis-profile=default` seeks new ones.
+hypothesis.settings.register_profile("same-examples", derandomize=True)
+hypothesis.settings.load_profile("same-examples")
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("checkpoint", "ollama", "rough", "long")
