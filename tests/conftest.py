@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from tests.children import Child
 
-# The same examples every time, so that who changed nothing sees the same; `--hypothesis-profile=default` seeks new ones.
+# The same examples every time, so that results are the same; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("same-examples", derandomize=True)
 hypothesis.settings.load_profile("same-examples")
 
