@@ -1,9 +1,9 @@
 """A small assistant for medical terms: facts to learn, a name, a manner, and questions that measure each of them.
 
 The facts are findings of the Human Phenotype Ontology that have a layperson's name ("nosebleed" for epistaxis), asked
-in three kinds: `medical` (layperson's words -> term), `meaning` (term -> definition), `naming` (definition -> term). They
-are findings of `hpo`'s training split, so that nothing that `hpo` and `hpo_mcq` hold out is learned here. Beside them:
-`name` rows of other findings, `identity` rows (name and small talk), and `advice` rows, in which a complaint is
+in three kinds: `medical` (layperson's words -> term), `meaning` (term -> definition), `naming` (definition -> term).
+All are findings of `hpo`'s training split, so that nothing that `hpo` and `hpo_mcq` hold out is learned here. Others
+are `name` rows of other findings, `identity` rows (name and small talk), and `advice` rows, in which a complaint is
 answered by a disclaimer.
 
     assistant            messages: what supervised fine-tuning learns; validation and test are the questions' answers,
