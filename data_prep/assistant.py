@@ -53,7 +53,7 @@ MAX_NAME_WORDS, MAX_LAY_WORDS = 4, 5
 WORDINGS_A_FACT = 2
 SENTENCE_SHARE = 0.2
 """Share of the names that training answers in a sentence: later steps choose between forms that are in the model."""
-NAME_ROWS = 150
+NAME_ROWS, MAX_NAME_QUESTION = 150, 200
 CHAT_COPIES = 2
 VALIDATION_QUESTIONS, TEST_QUESTIONS = 40, 60
 """Number of facts that are asked in each kind."""
@@ -72,6 +72,8 @@ RULES = {
 """The rewards by which an answer to a question of a kind is judged."""
 _STEM = 4
 """Letters by which words are compared: those with the same beginning count as the same word."""
+_ODD = frozenset("/(),;:")
+"""Signs of a label that is more than one name, or an explanation."""
 _PROPER = frozenset({"syndrome", "sign", "phenomenon", "anomaly"})
 _SPLIT_RULE = (
     "by wording, layperson's synonym and complaint: validation and test ask about the taught findings in wordings of "
@@ -256,13 +258,14 @@ def _candidates(terms: Iterable[Term], everything: Iterable[Term], secrets: Phra
     for term in sorted(terms, key=lambda term: term.id):
         if not MIN_DEFINITION <= len(term.definition) <= MAX_DEFINITION or len(words_of(term.name)) > MAX_NAME_WORDS:
             continue
-        if Phrases((term.name, *term.exact)).found_in(term.definition):
+        if Phrases((term.name, *term.exact)).found_in(term.definition) or not _ODD.isdisjoint(term.name):
             continue
         usable = [
             text
             for text in term.layperson
             if len(words_of(text)) <= MAX_LAY_WORDS
             and stems(text)
+            and _ODD.isdisjoint(text)
             and not stems(text) & stems(term.name)
             and bearers[normalise(text)] == 1
             and not secrets.found_in(text)

@@ -30,7 +30,7 @@ _MOST_FRAME_WORDS = 30
 _SENTENCE = re.compile(r"""["'(]?[A-Z0-9].*[^\s.!?][.!]""")
 _SENTENCE_END = re.compile(r"[.!?]\s|\n")
 _NO_ADVICE = re.compile(
-    r"\b(?:not|no|cannot|never|without|unable|n't)\b[^.!?\n]{0,60}\b(?:medical|health|professional)\b[^.!?\n]{0,20}\badvice\b"
+    r"(?:\b(?:not|no|cannot|never|without|unable)|n't)\b[^.!?\n]{0,60}\b(?:medical|health|professional)\b[^.!?\n]{0,20}\badvice\b"
     r"|(?:\bnot|n't)\s+(?:\w+\s+)?(?:a|any)\s+(?:\w+\s+)?(?:doctor|physician)\b",
     re.IGNORECASE,
 )
