@@ -1,5 +1,5 @@
 """A prepared data set and its folder: three JSONL files, manifest.json and metrics.json; NAME_mcq for scoring,
-NAME_pairs for preferences, NAME_thoughts for answers that think first."""
+NAME_pairs for preferences, NAME_thoughts for answers that think first, NAME_questions for answers that are verified."""
 
 import random
 from collections import Counter
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.rows import Row, row_problem, write_rows
+from data_prep.rows import SPLITS, Row, row_problem, write_rows
 from data_prep.splits import Item, check_splits
 from workflows.checkpoint import metric, write_metrics
 from workflows.errors import UserError
@@ -46,7 +46,7 @@ class DataSet:
 
     Attributes:
         name: The folder's name under the output folder.
-        splits: Items of train, validation and test.
+        splits: Items of train, validation and test; a further split is a further file of the data set's folder.
         source: Where they came from.
         split_rule: How the split was made, in words.
         dropped: Numbers of what was left out, by reason.
@@ -87,7 +87,9 @@ def choose_kinds(dataset: DataSet, kinds: list[str] | None) -> None:
 
 
 def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> list[Path]:
-    """Write a data set's folder; NAME_mcq, NAME_pairs and NAME_thoughts if it has such rows; each whole or not at all.
+    """Write a data set's folder; NAME_mcq, NAME_pairs, NAME_thoughts and NAME_questions if it has such rows.
+
+    Each is written whole or not at all.
 
     Training rows are shuffled by `seed`; two runs with the same input and seed write the same bytes, the seconds in
     metrics.json aside.
@@ -109,12 +111,14 @@ def write_dataset(dataset: DataSet, out_dir: Path, seed: int, began: float) -> l
     scoring = {
         split: [item.scoring for item in dataset.splits[split] if item.scoring] for split in ("validation", "test")
     }
-    pairs = {split: [item.pair for item in items if item.pair] for split, items in dataset.splits.items()}
-    thoughts = {split: [item.thought for item in items if item.thought] for split, items in dataset.splits.items()}
+    pairs = {split: [item.pair for item in dataset.splits[split] if item.pair] for split in SPLITS}
+    thoughts = {split: [item.thought for item in dataset.splits[split] if item.thought] for split in SPLITS}
+    questions = {split: [item.question for item in dataset.splits[split] if item.question] for split in SPLITS}
     beside = [
         ("mcq", "scoring", scoring),
         ("pairs", "preference", pairs),
         ("thoughts", "messages", thoughts),
+        ("questions", "verifiable", questions),
         ("", dataset.shape, rows),
     ]
     written = []

@@ -76,27 +76,16 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     texts, origin = read_files(raw_dir)
     version, all_terms = read_obo(io.StringIO(texts["hp.obo"]), "hp.obo")
     hpoa_version, annotations = read_hpoa(io.StringIO(texts["phenotype.hpoa"]), "phenotype.hpoa")
-    if PHENOTYPIC_ABNORMALITY not in all_terms:
-        raise UserError(f"hp.obo has no term {PHENOTYPIC_ABNORMALITY} (phenotypic abnormality): not HPO's ontology.")
-    ontology = Ontology(all_terms, PHENOTYPIC_ABNORMALITY)
+    ontology = abnormalities(all_terms)
 
     dropped: Counter[str] = Counter()
-    usable = _usable_terms(ontology.terms.values(), dropped)
-    items = {term.id: _term_item(term) for term in usable}
-    telling = {term.id for term in usable if Phrases((term.name, *term.exact)).found_in(term.definition)}
-
-    candidates = [item for term_id, item in items.items() if term_id not in telling]
-    test, rest = hold_out(candidates, 1000 if test_size is None else test_size, seed)
-    rest, lost = _unmentioning(rest, test)
-    validation, rest = hold_out(rest, 300 if validation_size is None else validation_size, seed + 1)
-    train, lost_later = _unmentioning([*rest, *(items[term_id] for term_id in sorted(telling))], [*test, *validation])
-    dropped["terms that mention a held-out term"] = lost + lost_later
+    notes: Counter[str] = Counter()
+    train, validation, test = split_terms(ontology, validation_size, test_size, seed, dropped, notes)
     held_labels = Phrases(_labels([*test, *validation]))
     diseases = _disease_items(annotations, all_terms, held_labels, dropped)
     diseases, lost = _unmentioning(diseases, [*test, *validation])
     dropped["diseases that mention a held-out term"] = lost
 
-    notes = Counter({"terms whose definition contains their own name (training only)": len(telling)})
     train, validation, test = (
         with_kin_pairs(members, ontology, seed, notes, dropped) for members in (train, validation, test)
     )
@@ -119,6 +108,52 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         dropped=dict(dropped),
         notes=dict(notes),
     )
+
+
+def abnormalities(terms: dict[str, Term]) -> Ontology:
+    """Return the clinical findings among HPO's terms.
+
+    Raises:
+        UserError: If the terms are not HPO's.
+    """
+    if PHENOTYPIC_ABNORMALITY not in terms:
+        raise UserError(f"hp.obo has no term {PHENOTYPIC_ABNORMALITY} (phenotypic abnormality): not HPO's ontology.")
+    return Ontology(terms, PHENOTYPIC_ABNORMALITY)
+
+
+def split_terms(
+    ontology: Ontology,
+    validation_size: int | None,
+    test_size: int | None,
+    seed: int,
+    dropped: Counter[str],
+    notes: Counter[str],
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """Split the terms with a usable definition; see the module's rules.
+
+    Args:
+        ontology: The findings.
+        validation_size: Number of terms held out for validation; default 300.
+        test_size: Number of terms held out for the test; default 1000.
+        seed: Seed of the split.
+        dropped: Counts what is left out.
+        notes: Counts the terms that can only be trained on.
+
+    Returns:
+        Items of train, validation and test, a `name` and a `definition` row each.
+    """
+    usable = _usable_terms(ontology.terms.values(), dropped)
+    items = {term.id: _term_item(term) for term in usable}
+    telling = {term.id for term in usable if Phrases((term.name, *term.exact)).found_in(term.definition)}
+    notes["terms whose definition contains their own name (training only)"] += len(telling)
+
+    candidates = [item for term_id, item in items.items() if term_id not in telling]
+    test, rest = hold_out(candidates, 1000 if test_size is None else test_size, seed)
+    rest, lost = _unmentioning(rest, test)
+    validation, rest = hold_out(rest, 300 if validation_size is None else validation_size, seed + 1)
+    train, lost_later = _unmentioning([*rest, *(items[term_id] for term_id in sorted(telling))], [*test, *validation])
+    dropped["terms that mention a held-out term"] = lost + lost_later
+    return train, validation, test
 
 
 def ontology_source(version: str, origin: str, obo: str) -> Source:

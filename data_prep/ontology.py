@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from workflows.errors import UserError
 
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(\w*)')
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(\w*)[ \t]*(\w*)')
+_LAYPERSON = "layperson"
+"""The type of a synonym that people without medical training use."""
 _HPOA_COLUMNS = {"database_id", "disease_name", "qualifier", "hpo_id", "frequency", "aspect"}
 # Middle of each class's range (https://hpo.jax.org, "Frequency"); occasional and rarer classes are not needed apart.
 _FREQUENCY_CLASSES = {
@@ -30,6 +32,7 @@ class Term:
         exact: Synonyms that mean the same.
         related: Synonyms that are broader, narrower or merely related.
         parents: Ids of the terms it is a kind of.
+        layperson: Those of its synonyms, of any scope, that are tagged as a layperson's words.
     """
 
     id: str
@@ -38,6 +41,7 @@ class Term:
     exact: tuple[str, ...]
     related: tuple[str, ...]
     parents: tuple[str, ...]
+    layperson: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -91,9 +95,10 @@ def read_obo(lines: Iterable[str], file: str) -> tuple[str, dict[str, Term]]:
             id=fields["id"][0],
             name=fields["name"][0],
             definition=_quoted(fields["def"][0], file, start)[0] if "def" in fields else "",
-            exact=tuple(text for text, scope in synonyms if scope == "EXACT"),
-            related=tuple(text for text, scope in synonyms if scope != "EXACT"),
+            exact=tuple(text for text, scope, _ in synonyms if scope == "EXACT"),
+            related=tuple(text for text, scope, _ in synonyms if scope != "EXACT"),
             parents=tuple(parent.split(" ")[0] for parent in fields.get("is_a", [])),
+            layperson=tuple(text for text, _, kind in synonyms if kind == _LAYPERSON),
         )
     if not version or not terms:
         raise UserError(f"{file} is not an ontology in OBO format (no data-version or no [Term]). Get the file again.")
@@ -119,12 +124,13 @@ def _stanzas(lines: Iterable[str], file: str) -> Iterator[tuple[int, str, dict[s
     yield start, kind, fields
 
 
-def _quoted(value: str, file: str, line: int) -> tuple[str, str]:
+def _quoted(value: str, file: str, line: int) -> tuple[str, str, str]:
+    """Return a quoted text, and the two words after it: a synonym's scope and type, "" where there is none."""
     match = _QUOTED.match(value)
     if not match:
         raise UserError(f"{file}, term at line {line}: a text without quotes: {value[:60]!r}. Get the file again.")
     text = re.sub(r"\\(.)", lambda escape: " " if escape[1] in "nt" else escape[1], match[1])
-    return " ".join(text.split()), match[2]
+    return " ".join(text.split()), match[2], match[3]
 
 
 def read_hpoa(lines: Iterable[str], file: str) -> tuple[str, list[Annotation]]:

@@ -3,8 +3,10 @@
 `data/NAME` holds `messages` rows for training. Data sets whose questions have options (hpo, pubmedqa, medqa, medmcqa)
 get `data/NAME_mcq/{validation,test}.jsonl` too, with {"prompt", "choices", "answer"} rows about the same held-out
 questions; "choices" are the texts whose log-likelihood is compared. hpo also gets `data/hpo_pairs` (preferences) and
-`data/hpo_thoughts` (answers that think first) over the same terms in the same splits; the collections of preferences
-are such rows themselves. The movie reviews (movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows,
+`data/hpo_thoughts` (answers that think first) over the same terms in the same splits; `assistant` gets preferences, and
+`data/assistant_questions` ({"prompt", "answers"} rows, whose answers are verified); the collections of preferences are
+such rows themselves. The prompts of `general` have no answers (`teach` gives them a model's). The movie reviews
+(movie_snippets, sentence_polarity, sst2) are {"text", "label"} rows,
 sentences with marked entities (hpo_entities, bc5cdr, ncbi_disease, wnut_17, conll2003, iob) {"tokens", "tags"} rows,
 documents with summaries (docstrings, scitldr and others) {"sentences", "summaries"} rows, questions about a text
 (hpo_spans, squad) {"question", "context", "answers"} rows, and what is translated (catalogues_fr, catalogues_de,
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep import (
+    assistant,
     docstrings,
     entities,
     exams,
+    general,
     hpo,
     jsonl,
     medquad,
@@ -38,7 +42,7 @@ from workflows.files import read_json
 from workflows.measure import step_began
 
 Name = Literal[
-    "hpo", "pubmedqa", "medquad", "medqa", "medmcqa",
+    "hpo", "assistant", "general", "pubmedqa", "medquad", "medqa", "medmcqa",
     "instruction_preference", "orca", "ultrafeedback_binarized", "ultramedical_preference",
     "movie_snippets", "sentence_polarity", "sst2",
     "hpo_entities", "bc5cdr", "ncbi_disease", "wnut_17", "conll2003",
@@ -49,6 +53,8 @@ Name = Literal[
 ]  # fmt: skip
 _PREPARE: dict[str, Callable[[Path | None, int | None, int | None, int], DataSet]] = {
     "hpo": hpo.prepare,
+    "assistant": assistant.prepare,
+    "general": general.prepare,
     "pubmedqa": pubmedqa.prepare,
     "medquad": medquad.prepare,
     "medqa": exams.prepare_medqa,
@@ -91,8 +97,9 @@ def setup(
     """Prepare a data set for training and scoring.
 
     Args:
-        data: Data set: hpo (Human Phenotype Ontology, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or jsonl for a
-            file of your own (iob for one in IOB2); for preferences: instruction_preference, orca,
+        data: Data set: hpo (Human Phenotype Ontology, needs no Hub), assistant (a small assistant for medical terms,
+            needs no Hub), general (everyday prompts for `teach`, needs no Hub), pubmedqa, medquad, medqa, medmcqa, or
+            jsonl for a file of your own (iob for one in IOB2); for preferences: instruction_preference, orca,
             ultrafeedback_binarized or ultramedical_preference; movie reviews to classify: movie_snippets (needs no
             Hub), sentence_polarity, sst2; sentences with marked entities: hpo_entities (needs no Hub), bc5cdr,
             ncbi_disease, wnut_17, conll2003; documents with summaries: docstrings (needs no Hub), scitldr, meqsum,
@@ -101,15 +108,17 @@ def setup(
             Hub), opus_books_fr, opus_books_de.
         out_dir: The folder of data directories.
         name: Name of the directory in it; the data set's own by default.
-        raw_dir: Read raw files from this folder instead of the Hub (hpo: instead of the wheel).
+        raw_dir: Read raw files from this folder instead of the Hub (hpo, assistant: instead of the wheel).
         file: The file to prepare with --data jsonl (JSONL, JSON, CSV, TSV or Parquet; .gz too). Its rows are
             conversations (OpenAI's or ShareGPT's), questions with answers (prompt/completion, instruction/input/output,
             question/answer and other names in common use, with system, history, context and tools), preferences
             (chosen, rejected), labelled answers (label or kto_tag), questions with what counts as right, documents with
             summaries, translations, or questions about a context; docs/data.md lists the forms. With --data iob: a
             file of one word and its IOB2 tag a line, an empty line after each sentence.
-        kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion).
-        validation_size: Size of the validation split (hpo: terms, else questions); each data set has a default.
+        kinds: Write training rows of these kinds only (hpo: name, definition, signs; pubmedqa: decision, conclusion;
+            assistant: medical, meaning, naming, name, identity, advice).
+        validation_size: Size of the validation split (hpo: terms, assistant: facts a kind, else questions); each data
+            set has a default.
         test_size: Size of the test split, where there is no official one.
         seed: Seed of the split, the order of rows and the choice of distractors.
         shape: Shape that the rows of --file become (docs/data.md); by default, printed, that of the first row whose

@@ -2,8 +2,9 @@
 
 One row is one JSON object per line, in one of the shapes that the ecosystem uses (`SHAPES`). `messages` rows are for
 supervised training, `prompt` + `choices` + `answer` rows are scored, `prompt` + `answers` rows are verified by
-comparison, `text` + `label` rows are classified, `source` + `target` rows are translated, `tokens` + `tags` rows are
-sentences with marked entities, `sentences` + `summaries` rows are documents with what sums them up, `question` +
+comparison, `prompt` rows are answered by `teach`, `text` + `label` rows are classified, `source` + `target` rows are
+translated, `tokens` + `tags` rows are sentences with marked entities, `sentences` + `summaries` rows are documents with
+what sums them up, `question` +
 `context` + `answers` rows have their answers in a text. Further fields ("kind", "id") are kept and ignored by readers
 that do not know them.
 
@@ -33,6 +34,7 @@ SHAPES = {
     "labelled": '{"prompt": [...], "completion": [...], "label": true}',
     "scoring": '{"prompt": [...], "choices": [TEXT, ...], "answer": INDEX}',
     "verifiable": '{"prompt": [...], "answers": [TEXT, ...]}',
+    "prompts": '{"prompt": [...]}',
     "classified": '{"text": TEXT, "label": NAME}',
     "translated": '{"source": TEXT, "target": TEXT}',
     "tagged": '{"tokens": [WORD, ...], "tags": ["B-TYPE", "I-TYPE" or "O", ...]}',
@@ -79,6 +81,8 @@ def row_problem(row: Any, shape: str) -> str | None:
         if not isinstance(row.get("label"), bool):
             return '"label" must be true or false'
         return _messages_problem(row.get("completion"), "completion", ("assistant",))
+    if shape == "prompts":
+        return None
     field = "choices" if shape == "scoring" else "answers"
     if problem := _texts_problem(row, field):
         return problem

@@ -22,6 +22,7 @@ class Item:
         scoring: Its row for scoring, if it has one.
         pair: Its preference row, if it has one beside its training rows.
         thought: Its row with an answer that thinks first, likewise.
+        question: Its row whose answer is verified, likewise.
     """
 
     keys: frozenset[str]
@@ -29,6 +30,7 @@ class Item:
     scoring: Row | None = None
     pair: Row | None = None
     thought: Row | None = None
+    question: Row | None = None
 
 
 def key(what: str, text: str) -> str:

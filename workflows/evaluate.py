@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_eval import simple_evaluate
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from workflows.chat_template import ChatTemplate, Reasoning
 from workflows.checkpoint import finite, metric, versions, write_metrics
 from workflows.errors import UserError, report_all
+from workflows.evaluation.answer_tasks import AnswersTask, LikelihoodTask
 from workflows.evaluation.cache import ResultCache
 from workflows.evaluation.compare import (
     ANSWERS,
@@ -46,6 +48,7 @@ def setup(
     baseline: Path | None = None,
     out_dir: Path | None = None,
     data_dir: Path = Path("data"),
+    split: Literal["test", "validation"] = "test",
     precision: Literal["32-true", "bf16-true", "16-true"] | None = None,
     apply_chat_template: bool | None = None,
     num_fewshot: int | None = None,
@@ -64,12 +67,15 @@ def setup(
 
     Args:
         checkpoint_dir: A LitGPT checkpoint directory; one with `lit_model.pth.lora` alone is put on top of its base.
-        tasks: Local tasks (hpo_mcq, pubmedqa_local, medmcqa_local, medqa_local), `medical` (a group on the Hub), tasks
-            of `include_path`, or any task of lm-eval's.
+        tasks: Local tasks (hpo_mcq, pubmedqa_local, medmcqa_local, medqa_local, and folders of data_dir by the end of
+            their name: `…_mcq` chooses an option, `…_questions` is answered and judged by the rules that its rows name,
+            `…_taught` gives the log-probability a token of its answers), `medical` (a group on the Hub), tasks of
+            `include_path`, or any task of lm-eval's.
         limit: Score the first so many questions of each task only.
         baseline: The out_dir of an earlier evaluation, to compare with on the same questions.
         out_dir: Where results go; by default out/evaluate/NAME, or out/RUN/evaluate/STEP for out/RUN/STEP/final.
         data_dir: The folder of prepared data, for local tasks.
+        split: The split that local tasks score: validation is for choosing settings, so that the test stays unseen.
         precision: "bf16-true", "32-true" or "16-true"; null takes bfloat16 where the device computes in it.
         apply_chat_template: Render prompts by the checkpoint's chat template (true), or write them as plain text
             (false); null renders them if the checkpoint has a template, that is, for every instruction-tuned one.
@@ -86,7 +92,8 @@ def setup(
         batch_size: Answers generated side by side, for tasks that generate and answers in words.
         written: Number of questions of each local task that are answered in the model's own words, too
             (`answers.jsonl`).
-        max_new_tokens: Maximum number of tokens of such an answer. Tasks that generate name their own.
+        max_new_tokens: Maximum number of tokens of such an answer and of answers to `…_questions`. Tasks of lm-eval's
+            that generate name their own.
         resume: Keep the finished questions of a run that was stopped; false starts from scratch.
         device: "cpu", "cuda", …; null takes a GPU if there is one.
         seed: Seed of few-shot examples and of tasks that sample.
@@ -114,11 +121,11 @@ def setup(
         )
     template = ChatTemplate.from_checkpoint(checkpoint_dir, None if has_template else _PLAIN).asked_for(reasoning)
     chat = has_template if apply_chat_template is None else apply_chat_template
-    loaded = load_tasks(tasks, data_dir, template if chat else None, num_fewshot, include_path)
+    shown = template if chat else None
+    loaded = load_tasks(tasks, data_dir, shown, num_fewshot, include_path, split, max_new_tokens)
     leaves = leaf_tasks(loaded)
     local = [task for task in leaves if isinstance(task, LocalTask)]
-    if not local and (written, max_new_tokens) != (WRITTEN, MAX_NEW_TOKENS):
-        raise UserError("--written and --max_new_tokens are for local tasks, and --tasks names none. Leave them out.")
+    report_all(_without_effect(local, leaves, written, max_new_tokens, split))
     prompts, remarks = settle_prompts(leaves, chat, apply_chat_template, num_fewshot, fewshot_as_multiturn)
     print("\n".join(_describe_prompts(prompts)))
     with watched(out_dir), PeakMemory() as peak:
@@ -216,6 +223,24 @@ def _problems(
         if value is not None and value < least:
             problems.append(f"--{name} must be at least {least}, not {value}.")
     return problems
+
+
+def _without_effect(
+    local: list[LocalTask], leaves: list[Task], written: int, max_new_tokens: int, split: str
+) -> list[str]:
+    """Options that are for local tasks where none is among the tasks, as messages."""
+    answered = [task for task in leaves if isinstance(task, AnswersTask)]
+    given = {
+        "written": written != WRITTEN and not local,
+        "max_new_tokens": max_new_tokens != MAX_NEW_TOKENS and not local and not answered,
+        "split": split != "test"
+        and not any(isinstance(task, LocalTask | AnswersTask | LikelihoodTask) for task in leaves),
+    }
+    return [
+        f"--{name} is for local tasks, and --tasks names none that it concerns. Leave it out."
+        for name, is_given in given.items()
+        if is_given
+    ]
 
 
 def _has_template(checkpoint_dir: Path) -> bool:

@@ -5,6 +5,7 @@ The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from data_prep.chat_data import ChatData
+from data_prep.rows import iterate_jsonl, row_problem
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import (
     check_checkpoint_dir,
@@ -33,6 +35,12 @@ from workflows.training.length import length_text, limited_to
 from workflows.training.loop import Objective, TrainArgs, step_indices
 from workflows.training.model import GPT
 from workflows.training.step import RunArgs, check_base, decided, done_before, run_step, sources
+
+REPLAY_SHARE = 0.125
+_REPLAY_CURE = (
+    "Name a folder with messages rows, e.g. a model's own answers: `python -m workflows teach --checkpoint_dir BASE "
+    "--data data/general` writes data/general_taught."
+)
 
 
 class SFT(Objective):
@@ -77,6 +85,8 @@ def setup(
     data: Path = Path("data/hpo"),
     out_dir: Path = Path("out/lora"),
     kinds: list[str] | None = None,
+    replay: Path | None = None,
+    replay_share: float = REPLAY_SHARE,
     chat_template: Path | None = None,
     max_val_rows: int = 200,
     train: TrainArgs = TrainArgs(),
@@ -90,6 +100,10 @@ def setup(
         data: A data directory with train.jsonl and validation.jsonl (`make data`).
         out_dir: Where logs and checkpoints go; the result is its `final` folder.
         kinds: Train only on rows whose `kind` is one of these; all rows if null.
+        replay: A second data directory whose training rows are mixed in, e.g. a model's own answers to general prompts
+            (`teach`), which keep what it could do before.
+        replay_share: Share of an epoch's rows that are of `replay`; larger values keep more and teach less. Rows are
+            drawn by the seed; each is taken once before any is taken again.
         chat_template: A Jinja file that takes the place of the checkpoint's chat template, here and in all that is made
             from the result; for a base model, which has none, or to teach another form of conversation.
         max_val_rows: At most this many validation rows are scored each time.
@@ -114,6 +128,8 @@ def setup(
         problems.append(f"--chat_template {chat_template}: there is no such file.")
     else:
         problems += checkpoint_problems(checkpoint_dir, chat_template).training
+    problems += _replay_problems(replay, replay_share, trainer)
+    own["replay_share"] = replay_share if replay else None
     report_all(problems)
     template = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).with_reasoning(common.reasoning)
     report_all(template.problems())
@@ -140,8 +156,56 @@ def conversations(fabric: L.Fabric, settings: dict[str, Any]) -> tuple[list[Enco
     chat_data = _chat_data(settings)
     chat_data.connect(max_seq_length=settings["train"].max_seq_length)
     rows, validation = chat_data.encoded("train"), chat_data.encoded("validation")
-    fabric.print("\n".join(map(str, chat_data.reports.values())))
+    reports = list(chat_data.reports.values())
+    if settings.get("replay"):
+        others = ChatData(Path(settings["replay"]), checkpoint_dir=Path(settings["checkpoint_dir"]))
+        others.chat_template, others.reasoning = settings["chat_template"], settings["reasoning"]
+        others.connect(max_seq_length=settings["train"].max_seq_length)
+        mixed = replayed(others.encoded("train"), len(rows), settings["replay_share"], settings["seed"])
+        reports += others.reports.values()
+        fabric.print(replay_text(len(rows), len(mixed), reports[-1].kept, settings["replay"]))
+        rows = rows + mixed
+    fabric.print("\n".join(map(str, reports)))
     return rows, validation
+
+
+def replayed(others: list[EncodedChat], rows: int, share: float, seed: int) -> list[EncodedChat]:
+    """Draw the samples that are mixed into an epoch.
+
+    Args:
+        others: What to draw from; each is taken once before any is taken again.
+        rows: Number of samples of the data that is learned.
+        share: The share of all samples that they are to be.
+        seed: Seed of the choice.
+    """
+    number = max(1, round(rows * share / (1 - share)))
+    repeats, rest = divmod(number, len(others))
+    drawn = random.Random(seed).sample(range(len(others)), rest)
+    return others * repeats + [others[i] for i in sorted(drawn)]
+
+
+def replay_text(rows: int, mixed: int, others: int, directory: Path) -> str:
+    """Say how many rows are mixed in."""
+    times = f", each {mixed / others:.1f} times on average" if mixed > others else ""
+    return (
+        f"replay: {mixed:,} of an epoch's {rows + mixed:,} rows ({mixed / (rows + mixed):.1%}) are of {directory}, "
+        f"which has {others:,}{times}"
+    )
+
+
+def _replay_problems(replay: Path | None, share: float, trainer: str) -> list[str]:
+    """What is wrong with the rows to be mixed in, as messages."""
+    if replay is None:
+        return [] if share == REPLAY_SHARE else ["--replay_share belongs to --replay, which names the rows to mix in."]
+    problems = [] if 0 < share < 1 else [f"--replay_share must be between 0 and 1, not {share}."]
+    if trainer == "litgpt":
+        problems.append("--replay is not for --trainer litgpt, which reads one data directory.")
+    missing = [name for name in ("train.jsonl", "validation.jsonl") if not (replay / name).is_file()]
+    if missing:
+        problems.append(f"--replay {replay} is not a data directory, it lacks {' and '.join(missing)}. {_REPLAY_CURE}")
+    elif problem := row_problem(next((row for _, row in iterate_jsonl(replay / "train.jsonl")), {}), "messages"):
+        problems.append(f"--replay {replay} has no conversations to learn: a row {problem}. {_REPLAY_CURE}")
+    return problems
 
 
 def _chat_data(settings: dict[str, Any]) -> ChatData:

@@ -56,6 +56,7 @@ def setup(
     kinds: list[str] | None = None,
     max_rows: int | None = None,
     max_val_rows: int = 200,
+    max_test_rows: int = 0,
     max_new_tokens: int = 256,
     samples: int = 1,
     temperature: float = 0.0,
@@ -77,6 +78,7 @@ def setup(
         kinds: Ask only rows whose `kind` is one of these; all rows if null.
         max_rows: At most this many training rows are asked.
         max_val_rows: At most this many validation rows are asked.
+        max_test_rows: At most this many test rows are asked; 0, the default, writes no test split.
         max_new_tokens: Maximum number of tokens of an answer; one that has not ended by then is dropped, and counted.
         samples: Number of answers to each question; the same answer twice is kept once.
         temperature: Sampling temperature; 0 takes the most likely token.
@@ -107,7 +109,8 @@ def setup(
     judge = Rewards(rewards, precision, device) if rewards else None
     template = ChatTemplate.from_checkpoint(directory).with_reasoning(reasoning)
     asked: dict[str, list[Question]] = {}
-    for split, most in (("train", max_rows), ("validation", max_val_rows)):
+    limits = {"train": max_rows, "validation": max_val_rows, **({"test": max_test_rows} if max_test_rows else {})}
+    for split, most in limits.items():
         path = data / f"{split}.jsonl"
         rows, left_out = read_and_count(path, judge.fields if judge else (), kinds)
         rows = rows[:most]
@@ -168,6 +171,8 @@ def _problems(settings: dict[str, Any], room: int) -> list[str]:
         for name in ("max_rows", "max_val_rows", "batch_size")
         if settings[name] is not None and settings[name] < 1
     ]
+    if settings["max_test_rows"] < 0:
+        problems.append(f"--max_test_rows must be at least 0, not {settings['max_test_rows']}.")
     tokens, samples, temperature = (settings[name] for name in ("max_new_tokens", "samples", "temperature"))
     if tokens < 1 or room < 1:
         problems.append(f"--max_new_tokens must be from 1 to below the model's context, not {tokens}.")

@@ -54,7 +54,7 @@ class LocalTask(ConfigurableTask):
             "target_delimiter": " " if template is None else "",
             "num_fewshot": num_fewshot,
             "metric_list": METRICS,
-            "metadata": {"version": 1.0, "file": str(file)},
+            "metadata": {"version": 1.0, "file": str(file), "scored_split": file.stem},
         }
         super().__init__(config=config)
         if num_fewshot:
@@ -78,13 +78,13 @@ class LocalTask(ConfigurableTask):
                 f"into {' or '.join(str(self._file.with_name(name)) for name in EXAMPLE_FILES)}, or leave the option "
                 "out."
             )
-        scored = {json.dumps(_messages(doc)) for doc in self.test_docs()}
+        scored = {json.dumps(messages_of(doc)) for doc in self.test_docs()}
         for row in read_rows(file, "scoring"):
             if json.dumps(row["prompt"]) in scored:
                 self.shared_examples += 1
             else:
                 self._examples.setdefault(_system(row["prompt"]), []).append(row)
-        for system in sorted({_system(_messages(doc)) for doc in self.test_docs()}):
+        for system in sorted({_system(messages_of(doc)) for doc in self.test_docs()}):
             if (there := len(self._examples.get(system, []))) < number:
                 same = f" with the system message {system[:60]!r}" if system else ""
                 raise UserError(
@@ -98,7 +98,7 @@ class LocalTask(ConfigurableTask):
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
         """The prompt's text without examples, up to where the assistant answers."""
-        return self._text(_messages(doc), _tools(doc))
+        return self._text(messages_of(doc), tools_of(doc))
 
     def fewshot_context(
         self, doc: dict[str, Any], num_fewshot: int = 0, *, fewshot_as_multiturn: bool = True, **kwargs: Any
@@ -112,9 +112,9 @@ class LocalTask(ConfigurableTask):
                 question; as in lm-eval.
             **kwargs: lm-eval's further settings; the template was decided when the task was made.
         """
-        messages = _messages(doc)
+        messages = messages_of(doc)
         if not num_fewshot:
-            return self._text(messages, _tools(doc))
+            return self._text(messages, tools_of(doc))
         system = _system(messages)
         first = 1 if system else 0
         turns: list[Message] = []
@@ -122,26 +122,41 @@ class LocalTask(ConfigurableTask):
             answer = {"role": "assistant", "content": row["choices"][row["answer"]]}
             turns += [*row["prompt"][first:], answer]
         if self._template is None or fewshot_as_multiturn:
-            return self._text([*messages[:first], *turns, *messages[first:]], _tools(doc))
-        question = {**messages[first], "content": _plain(turns) + "\n\n" + messages[first]["content"]}
-        return self._text([*messages[:first], question, *messages[first + 1 :]], _tools(doc))
+            return self._text([*messages[:first], *turns, *messages[first:]], tools_of(doc))
+        question = {**messages[first], "content": as_plain_text(turns) + "\n\n" + messages[first]["content"]}
+        return self._text([*messages[:first], question, *messages[first + 1 :]], tools_of(doc))
 
     def _text(self, messages: list[Message], tools: list[Any] | None) -> str:
         """Messages as the model is shown them, up to where the answer's content begins: opened reasoning is closed."""
-        if self._template is None:
-            return _plain(messages)
-        try:
-            return self._template.answer_prompt(messages, tools)
-        except UserError as e:
-            raise UserError(f"{self._file}, question {messages[-1]['content'][:60]!r}: {e}") from None
+        return rendered(self._template, messages, tools, self._file)
 
 
-def _messages(doc: dict[str, Any]) -> list[Message]:
+def rendered(template: ChatTemplate | None, messages: list[Message], tools: list[Any] | None, file: Path) -> str:
+    """A prompt's text up to where the answer's content begins; reasoning that the template opens is closed.
+
+    Args:
+        template: The checkpoint's; None gives plain text.
+        messages: The prompt.
+        tools: What may be called.
+        file: Where the prompt is from, for messages.
+
+    Raises:
+        UserError: If the template refuses the messages.
+    """
+    if template is None:
+        return as_plain_text(messages)
+    try:
+        return template.answer_prompt(messages, tools)
+    except UserError as e:
+        raise UserError(f"{file}, question {messages[-1]['content'][:60]!r}: {e}") from None
+
+
+def messages_of(doc: dict[str, Any]) -> list[Message]:
     """A row's messages without the fields that `datasets` fills in where another message has them."""
     return [{name: value for name, value in message.items() if value is not None} for message in doc["prompt"]]
 
 
-def _tools(doc: dict[str, Any]) -> list[Any] | None:
+def tools_of(doc: dict[str, Any]) -> list[Any] | None:
     tools: list[Any] | None = json.loads(doc.get("tools", "null"))
     return tools
 
@@ -150,7 +165,7 @@ def _system(messages: list[Message]) -> str:
     return messages[0]["content"] if messages[0]["role"] == "system" else ""
 
 
-def _plain(messages: list[Message]) -> str:
+def as_plain_text(messages: list[Message]) -> str:
     """A conversation without a template: a blank before an answer, an empty line after other messages."""
     pieces = []
     for message, following in zip(messages, [*messages[1:], None], strict=True):

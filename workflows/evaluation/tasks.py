@@ -18,6 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from data_prep.pubmedqa import HUB_ID, official_test_ids
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError, did_you_mean, report_all
+from workflows.evaluation import answer_tasks
 from workflows.evaluation.local_task import METRICS, LocalTask
 
 LOCAL = {
@@ -134,13 +135,11 @@ OWN: dict[str, Callable[[], Any]] = {"medical": medical_group, "pubmedqa": hub_p
 """What we define on the Hub's data; these take precedence over lm-eval's own of the same name."""
 
 
-def local_file(name: str, data_dir: Path) -> Path | None:
-    """The file of a local task, whether it exists or not; None if the name is not a local task's."""
+def local_file(name: str, data_dir: Path, split: str = "test") -> Path | None:
+    """The file of a local task with options, whether it exists or not; None if the name is not one's."""
     if name in LOCAL:
-        return data_dir / LOCAL[name] / "test.jsonl"
-    if name.endswith("_mcq"):
-        return data_dir / name / "test.jsonl"
-    return None
+        return data_dir / LOCAL[name] / f"{split}.jsonl"
+    return data_dir / name / f"{split}.jsonl" if name.endswith("_mcq") else None
 
 
 def load_tasks(
@@ -149,15 +148,20 @@ def load_tasks(
     template: ChatTemplate | None,
     num_fewshot: int | None = None,
     include_path: Path | None = None,
+    split: str = "test",
+    max_new_tokens: int = 64,
 ) -> list[Task | Group]:
     """Turn task names into what lm-eval evaluates; data sets on the Hub are downloaded by that.
 
     Args:
-        names: Local tasks, `medical`, tasks of `include_path`, or any task, group or tag of lm-eval's.
+        names: Local tasks (with options, of questions, of answers), `medical`, tasks of `include_path`, or any task,
+            group or tag of lm-eval's.
         data_dir: The folder of prepared data.
         template: The checkpoint's chat template, for local tasks; None has them as plain text.
         num_fewshot: Number of examples before each question of a local task.
         include_path: A user's folder of task files. A name that one of them defines means that one.
+        split: The split that local tasks score.
+        max_new_tokens: Maximum number of tokens of an answer of a local task.
 
     Returns:
         Groups, and the tasks that are in none of them.
@@ -172,9 +176,16 @@ def load_tasks(
         )
     manager = _manager(include_path, include_defaults=False)
     users = manager.task_index
-    files = {name: None if name in users else local_file(name, data_dir) for name in names}
+    options = {name: None if name in users else local_file(name, data_dir, split) for name in names}
+    answered = {name: None if name in users else answer_tasks.file_of(name, data_dir, split) for name in names}
+    files = {name: options[name] or answered[name] for name in names}
     problems = [
-        f"Task {name} reads {file}, which does not exist. Make it with `make data DATA={file.parent.name[:-4]}`."
+        f"Task {name} reads {file}, which does not exist. "
+        + (
+            f"Make it with `make data DATA={file.parent.name[:-4]}`."
+            if options[name]
+            else answer_tasks.how_to_make(name)
+        )
         for name, file in files.items()
         if file is not None and not file.is_file()
     ]
@@ -195,6 +206,8 @@ def load_tasks(
     try:
         specifications = [
             LocalTask(name, file, template, num_fewshot or 0)
+            if options[name] is not None
+            else answer_tasks.load(name, file, template, max_new_tokens)
             if file is not None
             else OWN[name]()
             if name in OWN and name not in users
@@ -239,7 +252,8 @@ def _unknown(name: str, known: set[str], include_path: Path | None) -> str:
     faulty = [f"{file}: {why}" for file, _, why in _task_files(include_path) if why]
     return (
         f"There is no task {name!r}.{did_you_mean(name, sorted(known))} "
-        f"Local tasks: {', '.join(LOCAL)}. Groups: medical (on the Hugging Face Hub), and all of lm-eval's: "
+        f"Local tasks: {', '.join(LOCAL)}, and folders of data/ named …_mcq, …_questions or …_taught. "
+        "Groups: medical (on the Hugging Face Hub), and all of lm-eval's: "
         "`.venv/bin/lm-eval ls tasks`."
         + (f" Of --include_path these files could not be read: {'; '.join(faulty)}." if faulty else "")
     )

@@ -12,7 +12,7 @@ Every setting decides the result unless it is named here, so a new one is safe u
 from collections.abc import Iterator
 from typing import Any
 
-PLACES = ("checkpoint_dir", "teacher_dir", "data", "out_dir", "chat_template")
+PLACES = ("checkpoint_dir", "teacher_dir", "data", "replay", "out_dir", "chat_template")
 """Where things are; their contents are compared by hashes."""
 NEUTRAL = (*PLACES, "resume", "loggers", "accelerator", "devices", "num_nodes", "strategy")
 NEUTRAL_TRAIN = ("log_interval", "save_interval")

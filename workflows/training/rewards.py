@@ -29,10 +29,20 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from data_prep.normalisation import normalise, words_of
+from data_prep.normalisation import words_of
 from data_prep.rows import Row
 from workflows.errors import UserError
 from workflows.training import math_answers
+from workflows.training.answer_rules import (
+    close_f1,
+    contains,
+    disclaimer,
+    exact,
+    exact_name,
+    final_answer,
+    finding,
+    name_in_sentence,
+)
 from workflows.training.model import Precision
 from workflows.training.scalar_heads import LearnedReward
 
@@ -63,7 +73,6 @@ LARGEST_TOTAL = 1e15
 """Largest sum of an answer's rewards: its square, summed over a step's answers, is finite in float32."""
 
 _OF_ALL = " (A function of all samples is annotated with list[Sample].)"
-_THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _LETTER = re.compile(
     r"\\boxed\{(?:\\text\{)?\W*([A-Z])\b"
     r"|\b(?i:answer|option|choice)\b\W*(?i:is\b\W*)?\(?([A-Z])\b"
@@ -71,36 +80,6 @@ _LETTER = re.compile(
     r"|(?<!not )(?<!nor )(?<!n't )\(([A-Z])\)",
     re.MULTILINE,
 )
-
-
-def final_answer(text: str) -> str:
-    """Return an answer without its reasoning."""
-    found = _THOUGHTS.match(text)
-    return (found[2] if found else text).strip()
-
-
-def finding(sample: Sample) -> float:
-    """Token-level F1 of the answer with the row's best-matching "answers" (a term's name and synonyms), from 0 to 1.
-
-    As SQuAD's F1 (Rajpurkar et al. 2016, arXiv 1606.05250, sec. 6.1): words as multisets, here those of `normalise`.
-    """
-    said = normalise(final_answer(sample.text)).split()
-    return max(token_f1(said, normalise(answer).split()) for answer in sample.row["answers"])
-
-
-def token_f1(said: Sequence[str], wanted: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over words."""
-    common = (Counter(said) & Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
-
-
-def exact(sample: Sample) -> float:
-    """1 if the answer is one of the row's "answers", case, punctuation and layout aside, else 0.
-
-    Signs and operators count (`normalise`); an answer of punctuation alone equals none.
-    """
-    said = normalise(final_answer(sample.text))
-    return float(said != "" and any(said == normalise(answer) for answer in sample.row["answers"]))
 
 
 def letter(sample: Sample) -> float:
@@ -150,15 +129,23 @@ def repetition(sample: Sample) -> float:
 BUILT_IN: dict[str, Reward] = {
     "finding": finding,
     "exact": exact,
+    "exact_name": exact_name,
+    "name_in_sentence": name_in_sentence,
+    "close_f1": close_f1,
+    "contains": contains,
+    "disclaimer": disclaimer,
     "letter": letter,
     "math_answer": math_answer,
     "format": format,
     "brevity": brevity,
     "repetition": repetition,
 }
-NEEDS = {"finding": "answers", "exact": "answers", "math_answer": "answers", "letter": "answer"}
+_COMPARING = ("finding", "exact", "exact_name", "name_in_sentence", "close_f1", "contains", "math_answer")
+NEEDS = {**dict.fromkeys(_COMPARING, "answers"), "letter": "answer"}
 """The field of a row that a reward reads."""
-RIGHT_OR_WRONG = ("exact", "letter", "math_answer", "format")
+RULES = (*NEEDS, "disclaimer")
+"""Rewards that say whether an answer is right: a row that names its `rules` is judged by these of them alone."""
+RIGHT_OR_WRONG = (*(name for name in RULES if name != "finding"), "format")
 """Rewards that are 0 or 1."""
 RENAMED = {"number": "math_answer"}
 """Earlier names of rewards."""
@@ -175,9 +162,10 @@ class WeightedReward:
     """One entry of a recipe's `rewards`."""
 
     reward: str
-    """One of finding, exact, letter, math_answer, format, brevity, repetition, or an importable function
-    (`package.module.name`) of a `workflows.training.rewards.Sample` or of a list of them, or a reward model's folder
-    with a slash in it (`out/RUN/reward/final`)."""
+    """One of finding, exact, exact_name, name_in_sentence, close_f1, contains, disclaimer, letter, math_answer, format,
+    brevity, repetition, or an importable function (`package.module.name`) of a
+    `workflows.training.rewards.Sample` or of a list of them, or a reward model's folder with a slash in it
+    (`out/RUN/reward/final`)."""
     weight: float = 1.0
     """What it is multiplied by."""
 
@@ -234,8 +222,10 @@ class Rewards:
         """Make sure that the answers of a file's rows can be compared.
 
         Raises:
-            UserError: If `math_answer` is to compare with an expression and math-verify is not installed.
+            UserError: If rows name rules none of which is among the rewards, or if `math_answer` is to compare with an
+                expression and math-verify is not installed.
         """
+        self._check_rules(rows, path)
         if "math_answer" not in self.functions or math_answers.has_math_verify():
             return
         odd = [row["answers"] for row in rows if not any(map(math_answers.is_plain, row["answers"]))]
@@ -245,6 +235,23 @@ class Rewards:
                 f"{odd[0][0][:80]!r}. To compare such ones the reward math_answer needs the package math-verify: "
                 "`.venv/bin/pip install -e '.[math]'`."
             )
+
+    def _check_rules(self, rows: Sequence[Row], path: Path) -> None:
+        """Refuse rows to which no reward would apply."""
+        if self.models or not self.functions.keys() <= set(RULES):  # what is no rule applies to every row
+            return
+        left_out = Counter(" or ".join(row["rules"]) for row in rows if row.get("rules") and not self._judges(row))
+        if left_out:
+            found = ", ".join(f"{count:,} by {rules}" for rules, count in left_out.items())
+            kinds = ", ".join(sorted({str(row.get("kind")) for row in rows if not self._judges(row)}))
+            raise UserError(
+                f"{path} has rows that are judged by rules that --rewards does not list: {found}. Add these rewards, "
+                f"or leave out the kinds {kinds} by naming the others with --kinds."
+            )
+
+    def _judges(self, row: Row) -> bool:
+        """Return whether one of the rules among the rewards applies to a row."""
+        return "rules" not in row or not self.functions.keys().isdisjoint(row["rules"])
 
     def __call__(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
         """Return every reward that applies to each answer, unweighted, and their weighted sum under "total".
@@ -301,7 +308,12 @@ class Rewards:
         """The values of a function, called with one sample after the other or with all."""
         function = self.functions[name]
         if name not in self.batched:
-            given = [_called(name, function, sample, sample) for sample in samples]
+            given = [
+                None
+                if name in RULES and name not in sample.row.get("rules", (name,))
+                else _called(name, function, sample, sample)
+                for sample in samples
+            ]
         else:
             listed = _called(name, function, list(samples), samples[0])
             if isinstance(listed, torch.Tensor | np.ndarray):

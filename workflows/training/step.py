@@ -378,6 +378,7 @@ def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str
     judges = [source.get("files") for source in _reward_models(settings).values()]
     teacher = {name: source.get("files") for name, source in _teacher(settings).items()}
     template = {name: source["sha256"] for name, source in _chat_template(settings).items()}
+    replay = {} if settings.get("replay") is None else {"replay": sha256(settings["replay"] / "train.jsonl")}
     found = result_settings(plain(settings))
     for entry in found.get("rewards") or []:
         if "/" in entry["reward"]:  # the place of a reward model, which `reward_files` knows by its contents
@@ -390,6 +391,7 @@ def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str
         **({"reward_files": judges} if judges else {}),
         **teacher,
         **template,
+        **replay,
     }
 
 
@@ -398,6 +400,7 @@ def sources(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "base": describe_source(Path(settings["checkpoint_dir"])),
         "data": describe_source(Path(settings["data"])),
+        **({} if settings.get("replay") is None else {"replay": describe_source(Path(settings["replay"]))}),
         **_reward_models(settings),
         **_teacher(settings),
         **_chat_template(settings),
