@@ -109,7 +109,7 @@ def stage_summary(run_dir: Path, stage: str, scored: bool) -> dict[str, Any]:
         summary["metrics"] = evaluated["metrics"] + trained["metrics"]
         summary |= {key: trained[key] for key in ("tokens_per_second", "peak_bytes")}
         summary["comparison"] = evaluated["comparison"]
-        summary |= {key: trained[key] for key in ("gain", "shown") if trained.get(key)}
+        summary |= {key: trained[key] for key in ("gain", "shown", "warnings") if trained.get(key)}
     return summary
 
 
@@ -267,10 +267,11 @@ def _own_test(stage: dict[str, Any]) -> list[str]:
         value, _, interval = with_interval(row).partition(" ")
         lines.append(f"  {name.replace('_', ' '):<26}{value:>8} {interval}".rstrip())
     for gain in stage.get("gain", []):
-        what, interval = f"{gain['metric'].replace('_', ' ')} gained", f"{gain['low']:+.3f} to {gain['high']:+.3f}"
+        what, interval = f"{gain['metric'].replace('_', ' ')}, change", f"{gain['low']:+.3f} to {gain['high']:+.3f}"
         lines.append(f"  {what:<26}{gain['difference']:>+8.3f}, 95% interval {interval}")
     for answer in stage.get("shown", [])[:1]:
         lines += [f"  {name + ':':<10}{_short(text)}" for name, text in answer.items()]
+    lines += [f"  WARNING: {text}" for text in stage.get("warnings", [])]
     return lines
 
 

@@ -14,10 +14,10 @@ from workflows.chat_template import ChatTemplate
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
 from workflows.training.answers import Labelled, encode_answers
-from workflows.training.held_out import HeldOut
+from workflows.training.drift import DriftCheck, probes_of_answers
 from workflows.training.loop import Objective, TrainArgs
 from workflows.training.pairs import DPO, PairLoss, PairSettings
-from workflows.training.step import RunArgs, decided, done_before, row_limit_problems, run_identity, run_step
+from workflows.training.step import RunArgs, decided, done_before, model_identity, row_limit_problems, run_step
 from workflows.training.unpaired import KTO, KTOSettings, label_balance
 
 
@@ -57,8 +57,9 @@ def setup(
             undesirable_weight times the number of bad ones; weights that balance the data are printed before training.
         undesirable_weight: Weight of bad answers (kto).
         max_val_rows: At most this many validation rows are scored each time.
-        max_test_rows: At most this many test pairs are scored at the end; 0 for none (kto has no test).
-        max_new_tokens: Maximum number of tokens of the few answers that show the model before and after training.
+        max_test_rows: At most this many test pairs are scored at the end, and at most 100 of their prompts are
+            answered before and after training; 0 for none.
+        max_new_tokens: Maximum number of tokens of the answers that are compared before and after training.
         train: Training settings; a sample is a pair (kto: a prompt with its labelled answers).
         **run: What all training steps take (`workflows.training.step.RunArgs`).
 
@@ -101,16 +102,29 @@ def setup(
             return answers
 
         splits = (encoded("train", None), encoded("validation", max_val_rows))
-        identity = {name: run_identity(settings)[name] for name in ("base_files", "precision", "quantize")}
-        test = HeldOut()
-        if max_test_rows and (data / "test.jsonl").is_file():
-            test = HeldOut(
-                encoded("test", max_test_rows), template, train.max_seq_length - max_new_tokens, max_new_tokens
-            )
+        identity = model_identity(settings)
+        test = encoded("test", max_test_rows) if max_test_rows and (data / "test.jsonl").is_file() else []
+        drift = DriftCheck(
+            probes_of_answers(test),
+            template,
+            identity,
+            max_new_tokens=max_new_tokens,
+            max_seq_length=train.max_seq_length,
+            row_tokens=train.row_tokens,
+            cure=_cure(loss, train.learning_rate),
+        )
         if loss == "kto":
             fabric.print(label_balance(splits[0], kto_settings))
-            return KTO(*splits, train, common.seed, kto_settings, identity, test)
+            return KTO(*splits, train, common.seed, kto_settings, identity, test, drift)
         trained, validated = ([answer.tree for answer in answers] for answers in splits)
-        return DPO(trained, validated, train, common.seed, pair_settings, identity, test)
+        tested = [answer.tree for answer in test]
+        return DPO(trained, validated, train, common.seed, pair_settings, identity, tested, drift)
 
     run_step("dpo", settings, common, make_objective)
+
+
+def _cure(loss: str, learning_rate: float) -> str:
+    """What to do where the model got worse, by the loss."""
+    more = "" if loss == "kto" else ", a larger --sft_weight (1, say)"
+    beta = {"simpo": "", "orpo": ", a smaller --beta (it weighs the odds ratio)"}.get(loss, ", a larger --beta")
+    return f"Use a lower --train.learning_rate (it was {learning_rate:g}){more}{beta}, or fewer --train.max_steps."

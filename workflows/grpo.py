@@ -11,6 +11,7 @@ import lightning as L
 
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
+from workflows.training.drift import drift_of_questions
 from workflows.training.group_settings import FlatGroups, GroupSettings, ratio_defaults
 from workflows.training.groups import GRPO
 from workflows.training.loop import TrainArgs
@@ -112,6 +113,7 @@ def setup(
         template, questions = questions_of(fabric, settings, composed)
         asked = (questions["train"], questions["validation"])
         frozen = frozen_reference_of(settings, fabric)
-        return GRPO(*asked, template, composed, train, common.seed, group_settings, questions["test"], frozen)
+        drift = drift_of_questions(questions["test"], template, composed, settings)
+        return GRPO(*asked, template, composed, train, common.seed, group_settings, questions["test"], frozen, drift)
 
     run_step("grpo", settings, common, make_objective)

@@ -12,6 +12,7 @@ import lightning as L
 from workflows.checkpoint import check_checkpoint_dir
 from workflows.errors import report_all
 from workflows.training.actor_critic import PPO, CriticSettings
+from workflows.training.drift import drift_of_questions
 from workflows.training.group_settings import GroupSettings
 from workflows.training.loop import TrainArgs
 from workflows.training.questions import questions_of
@@ -114,6 +115,7 @@ def setup(
             group_settings,
             questions["test"],
             frozen_reference_of(settings, fabric),
+            drift_of_questions(questions["test"], template, composed, settings),
             critic=critic,
         )
 

@@ -95,6 +95,7 @@ class Trained(Metrics):
     steps: int | None = None
     gain: list[Compared] = []
     shown: list[Shown] = []
+    warnings: list[str] = []
 
 
 class Score(Row):

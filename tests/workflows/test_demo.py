@@ -250,13 +250,16 @@ def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp
     shown = [{"question": "Which one?", "before": "This", "after": "That", "wanted": "That one"}]
     measured = [metric("reward", 0.56, stderr=0.02, n=200, split="test"), metric("val_loss", 9.0, split="validation")]
     final = tmp_path / "grpo" / "final"
-    write_metrics(final / "metrics.json", measured, seconds=9.0, peak_bytes=1, gain=[gain], shown=shown)
+    warnings = ["Greedy answers that are right fell.", "Use a lower --train.learning_rate."]
+    more = {"gain": [gain], "shown": shown, "warnings": warnings}
+    write_metrics(final / "metrics.json", measured, seconds=9.0, peak_bytes=1, **more)
     found = stage_summary(tmp_path, "grpo", scored=False)
     assert (found["gain"], found["shown"], found["seconds"]) == ([gain], shown, 9.0)
     told = "\n".join(_own_test(found))
     assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 \(0\.521 to 0\.599\)\n", told)
-    assert re.search(r"reward gained +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
+    assert re.search(r"reward, change +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
     assert "before:   This" in told and "after:    That" in told
+    assert told.endswith("  WARNING: Greedy answers that are right fell.\n  WARNING: Use a lower --train.learning_rate.")
     assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []
 
 

@@ -56,7 +56,9 @@ def test_the_reward_rises_and_everything_is_logged(tiny_llama, questions, tmp_pa
     test, metrics = on_test_split(tmp_path), json.loads((tmp_path / "final" / "metrics.json").read_text())
     assert test["reward"]["n"] == 6 and test["reward"]["value"] > test["reward_before"]["value"]
     assert test["kl_per_answer"]["value"] > 0.05
-    gain, sampled = metrics["gain"]
+    gain, sampled, *others = metrics["gain"]
+    assert [row["metric"] for row in others] == ["chosen_logprob", "greedy_right", "greedy_ended", "greedy_repeats"]
+    assert test["chosen_logprob"]["n"] == test["greedy_right"]["n"] == 6
     assert sampled["metric"] == "sampled_reward" and sampled["difference"] > 0
     assert gain["difference"] == pytest.approx(test["reward"]["value"] - test["reward_before"]["value"])
     assert gain["low"] < gain["difference"] < gain["high"]

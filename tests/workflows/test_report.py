@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,14 @@ def test_scores_and_gains_are_those_of_the_evaluations(run, out):
     assert float(gain) == pytest.approx(100 * compared["difference"], abs=0.06)
     assert ("grpo − its start", "reward, 6 held-out rows") in gains
     assert f"{100 * compared['tuned']:.1f}% (grpo)" in headline(run)
+
+
+def test_a_step_that_made_the_model_worse_is_named(run):
+    texts = {"dpo": ["Greedy answers that are right fell from 91% to 29%.", HOSTILE], "grpo": [], "lora": []}
+    steps = [replace(step, metrics={**step.metrics, "warnings": texts[step.name]}) for step in run.steps]
+    said = Tags(render([replace(run, steps=steps)]))
+    assert "dpo has made the model worse" in said.text and texts["dpo"][0] in said.text and HOSTILE in said.text
+    assert said.text.count("has made the model worse") == 1
 
 
 def test_every_stage_answers_the_same_questions(run, out):

@@ -107,6 +107,11 @@ def gains_table(run: Run) -> Rows:
     return rows
 
 
+def warnings(run: Run) -> list[tuple[str, list[str]]]:
+    """What each step made worse than it was before, in words."""
+    return [(step.name, step.metrics["warnings"]) for step in run.steps if step.metrics.get("warnings")]
+
+
 def own_tests(run: Run) -> list[tuple[str, Rows]]:
     """What each step measured of its own aim on held-out rows."""
     found = []

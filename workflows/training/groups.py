@@ -27,9 +27,10 @@ from workflows.evaluation.compare import compare
 from workflows.training import losses
 from workflows.training.answer_log import AnswerLog
 from workflows.training.batch import PackedBatch, Tree, pack
+from workflows.training.drift import DriftCheck
 from workflows.training.group_batch import Asked, GroupBatch, Judged, has_signal, judged_groups, pack_groups
 from workflows.training.group_settings import SAMPLING_ROUNDS, GroupSettings
-from workflows.training.held_out import SHOWN, answered, before_and_after, text_of
+from workflows.training.held_out import SHOWN, before_and_after, text_of
 from workflows.training.loop import Objective, Report, TrainArgs, step_indices
 from workflows.training.model import GPT, adapters_off
 from workflows.training.questions import Question
@@ -56,6 +57,7 @@ class GRPO(Objective):
         settings: GroupSettings,
         test_questions: Sequence[Question] = (),
         frozen: GPT | None = None,
+        drift: DriftCheck | None = None,
     ) -> None:
         """Keep what a run needs.
 
@@ -69,10 +71,12 @@ class GRPO(Objective):
             settings: The rest.
             test_questions: What the trained model and the one it was are asked at the end, greedily and by sampling.
             frozen: The reference, where it is not the trained model without its adapters.
+            drift: What the step must not break, measured before and after; None for a run that is not tested.
         """
         self.questions, self.validation, self.test = train_questions, validation_questions, test_questions
         self.template, self.rewards = template, rewards
         self.train, self.seed, self.settings, self.frozen = train, seed, settings, frozen
+        self.drift = drift
         self.epoch_rows, self.updates = len(train_questions), settings.updates
         if settings.mask_truncated:
             self.without_signal += ", or no answer ended (--mask_truncated)"
@@ -82,10 +86,12 @@ class GRPO(Objective):
         self._missing = 0
 
     def begin(self, fabric: L.Fabric, model: Any, out_dir: Path) -> None:
-        """Keep the model, which steps sample from, and switch its dropout off."""
+        """Keep the model, which steps sample from, switch its dropout off, and measure it as it is."""
         if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
             fabric.print("lora_dropout is off in this step: with it the ratios of its updates would be noise")
         model.eval()
+        if self.drift is not None:
+            self.drift.begin(fabric, model, out_dir)
         self._fabric, self._model, self._device = fabric, model, fabric.device
         self._policy: Any = None  # all of the model in this process, while answers are sampled and scored
         self._log = AnswerLog(out_dir / "completions.jsonl") if fabric.global_rank == 0 else None
@@ -346,11 +352,12 @@ class GRPO(Objective):
     @torch.no_grad()
     def report(self, model: Any) -> Report:
         """The mean reward of greedy and of sampled answers to the test questions, before and after; how far the policy
-        is from the reference; and the first greedy answers."""
+        is from the reference; and what the step must not break."""
         if not self.test:
             return Report()
         with self._whole(model):
-            return self._report()
+            found = self._report()
+        return found.add(self.drift.report(model) if self.drift is not None else Report())
 
     def _report(self) -> Report:
         prompts = [question.prompt for question in self.test]
@@ -372,9 +379,6 @@ class GRPO(Objective):
             found.metrics.append(_mean_row(name, now, is_share))
         if self.frozen is not None or self._policy.has_adapters:
             found.metrics.append(_mean_row("kl_per_answer", self._distances(answers["sampled_reward"][1])))
-        before, after = answers["reward"]
-        for i, question in enumerate(self.test[:SHOWN]):
-            found.shown.append(answered(question.row, before[i] if before else None, after[i], self.template))
         return found
 
     def _distances(self, rollouts: list[Rollout]) -> list[float]:

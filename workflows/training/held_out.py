@@ -1,48 +1,17 @@
 """Held-out prompts, answered by the model as it was before a training step and as it is after it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from data_prep.rows import Row
 from workflows.chat_spans import split_reasoning
 from workflows.chat_template import ChatTemplate
-from workflows.training.answers import Labelled
 from workflows.training.model import GPT, adapters_off
-from workflows.training.rollouts import Rollout, generate
+from workflows.training.rollouts import Rollout
 from workflows.training.whole import whole
 
 SHOWN = 3
 """Prompts that are answered to be read."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Pairs that a step is tested on; the prompts of the first are answered.
-
-    Attributes:
-        labelled: The pairs.
-        template: The checkpoint's; needed where a prompt is answered.
-        room: The most tokens of a prompt that is answered.
-        max_new_tokens: The most tokens of an answer.
-    """
-
-    labelled: Sequence[Labelled] = ()
-    template: ChatTemplate | None = None
-    room: int = 0
-    max_new_tokens: int = 64
-
-    def answers(self, model: Any) -> list[dict[str, str]]:
-        """The prompts, answered before and after."""
-        chosen = [pair for pair in self.labelled if len(pair.tree.prompt) <= self.room][:SHOWN]
-        if self.template is None or not chosen:
-            return []
-        prompts = [pair.tree.prompt for pair in chosen]
-        limits: Any = {"max_new_tokens": self.max_new_tokens, "stop_ids": self.template.stop_ids}
-        before, after = before_and_after(model, partial(generate, prompts=prompts, **limits))
-        pairs = enumerate(chosen)
-        return [answered(pair.row, before[i] if before else None, after[i], self.template) for i, pair in pairs]
 
 
 def answered(row: Row, before: Rollout | None, after: Rollout, template: ChatTemplate) -> dict[str, str]:
@@ -56,14 +25,20 @@ def answered(row: Row, before: Rollout | None, after: Rollout, template: ChatTem
     return found
 
 
+def right_turns(row: Row) -> list[dict[str, Any]]:
+    """The right answer of a row of any shape as turns of a conversation; none if the row has no right answer."""
+    for name in ("chosen", "messages", "completion"):
+        turns = row.get(name)
+        if turns and isinstance(turns, list) and (name != "completion" or row.get("label")):
+            return turns[-1:] if name == "messages" else turns
+    text = str(row["choices"][row["answer"]]) if "choices" in row else str((row.get("answers") or [""])[0])
+    return [{"role": "assistant", "content": text}] if text else []
+
+
 def right_answer(row: Row) -> str:
-    """The answer that a row of any shape holds to be right, or nothing."""
-    turns = row.get("chosen") or row.get("messages") or (row.get("completion") if row.get("label") else None)
-    if turns:
-        return str(turns[-1]["content"])
-    if "choices" in row:
-        return str(row["choices"][row["answer"]])
-    return str(row["answers"][0]) if row.get("answers") else ""
+    """The text of the answer that a row of any shape holds to be right, or nothing."""
+    turns = right_turns(row)
+    return str(turns[-1].get("content") or "") if turns else ""
 
 
 def text_of(rollout: Rollout, template: ChatTemplate) -> str:

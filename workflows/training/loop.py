@@ -190,11 +190,18 @@ class Report:
         metrics: Rows of metrics.json.
         gain: Rows of `evaluation.compare`, the trained model against the one it started from.
         shown: A few held-out questions with greedy answers: {"question", "before", "after", "wanted"}.
+        warnings: What got worse than it was before training, and what to do about it.
     """
 
     metrics: list[dict[str, Any]] = field(default_factory=list)
     gain: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, other: "Report") -> "Report":
+        """This report with what another one measured behind it."""
+        pairs = {name: [*mine, *getattr(other, name)] for name, mine in vars(self).items()}
+        return Report(**pairs)
 
 
 @dataclass

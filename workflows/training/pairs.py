@@ -13,7 +13,7 @@ import torch
 from workflows.checkpoint import metric, share_metric
 from workflows.training import losses
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.held_out import HeldOut
+from workflows.training.drift import DriftCheck
 from workflows.training.loop import Objective, Report, TrainArgs, rows_used, step_indices
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
@@ -83,7 +83,8 @@ class DPO(Objective):
         seed: int,
         settings: PairSettings,
         model_identity: dict[str, Any],
-        test: HeldOut | None = None,
+        test_pairs: Sequence[Tree] = (),
+        drift: DriftCheck | None = None,
     ) -> None:
         """Keep what a run needs.
 
@@ -94,17 +95,20 @@ class DPO(Objective):
             seed: Of the order of pairs.
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the pairs.
-            test: What the trained model is tested on at the end.
+            test_pairs: What the trained model is tested on at the end.
+            drift: What the step must not break, measured before and after; None for a run that is not tested.
         """
-        self.test = test or HeldOut()
-        self.pairs = [*train_pairs, *validation_pairs, *(pair.tree for pair in self.test.labelled)]
+        self.drift = drift
+        self.pairs = [*train_pairs, *validation_pairs, *test_pairs]
         self.trained, self.validated = len(train_pairs), len(train_pairs) + len(validation_pairs)
         self.train, self.seed, self.settings, self.identity = train, seed, settings, model_identity
         self.epoch_rows = self.trained
         self.reference: dict[int, torch.Tensor] = {}
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
-        """Get the reference's log-probabilities of all pairs that the run meets."""
+        """Get the reference's log-probabilities of all pairs that the run meets, and measure the model as it is."""
+        if self.drift is not None:
+            self.drift.begin(fabric, model, out_dir)
         met = [*range(self.validated, len(self.pairs))]
         if self.settings.loss not in WITHOUT_REFERENCE:
             met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, self.validated), *met]
@@ -185,7 +189,7 @@ class DPO(Objective):
 
     @torch.no_grad()
     def report(self, model: GPT) -> Report:
-        """The share of held-out pairs that are the right way round, and answers to their prompts before and after."""
+        """The share of held-out pairs that are ranked correctly, and what the step must not break."""
         indices = range(self.validated, len(self.pairs))
         if not indices:
             return Report()
@@ -201,7 +205,7 @@ class DPO(Objective):
         }
         rows = [share_metric(name, share, count) for name, share in shares.items()]
         rows += [metric(name, means[name], n=count, split="test") for name in ("margin", "kl") if name in means]
-        return Report(rows, shown=self.test.answers(model))
+        return Report(rows).add(self.drift.report(model) if self.drift is not None else Report())
 
 
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, settings: PairSettings) -> torch.Tensor:

@@ -243,6 +243,8 @@ def _train(
     fabric.print(report_text(result.report))
     told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     fabric.print(f"{told}, checkpoint: {final}")
+    if result.report.warnings:
+        fabric.print("\n  - ".join(["\nWARNING: this step has made the model worse:", *result.report.warnings]))
 
 
 def report_text(report: Report) -> str:
@@ -317,6 +319,7 @@ def write_final(
             kept_step=result.kept_step,
             gain=result.report.gain,
             shown=result.report.shown,
+            warnings=result.report.warnings,
         )
         write_provenance(temporary, step, sources(settings), settings)
 
@@ -393,6 +396,12 @@ def run_identity(settings: dict[str, Any], steps: int | None = None) -> dict[str
         **template,
         **replay,
     }
+
+
+def model_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model that a step starts from computes with, as plain values."""
+    base_files = describe_source(Path(settings["checkpoint_dir"])).get("files")
+    return {"base_files": base_files, **{name: settings[name] for name in ("precision", "quantize")}}
 
 
 def sources(settings: dict[str, Any]) -> dict[str, Any]:

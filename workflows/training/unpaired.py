@@ -20,7 +20,7 @@ from workflows.errors import UserError
 from workflows.training import losses
 from workflows.training.answers import Labelled
 from workflows.training.batch import PackedBatch, Tree, pack
-from workflows.training.held_out import HeldOut
+from workflows.training.drift import DriftCheck
 from workflows.training.loop import Objective, Report, TrainArgs, rows_used, step_indices
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
@@ -79,7 +79,8 @@ class KTO(Objective):
         seed: int,
         settings: KTOSettings,
         model_identity: dict[str, Any],
-        test: HeldOut,
+        test_answers: Sequence[Labelled] = (),
+        drift: DriftCheck | None = None,
     ) -> None:
         """Keep what a run needs.
 
@@ -90,15 +91,16 @@ class KTO(Objective):
             seed: Of the order of prompts.
             settings: The loss.
             model_identity: What the reference's log-probabilities depend on besides the answers.
-            test: Answers to be tested on at the end; perhaps none.
+            test_answers: Answers to be tested on at the end.
+            drift: What the step must not break, measured before and after; None for a run that is not tested.
 
         Raises:
             UserError: If there is no second prompt, from whose answers the KL could be estimated.
         """
-        splits = (train_answers, validation_answers, test.labelled)
+        splits = (train_answers, validation_answers, test_answers)
         self.answers = [answer for answers in splits for answer in answers]
         self.trained, self.validated = len(train_answers), len(train_answers) + len(validation_answers)
-        self.test = test
+        self.drift = drift
         self.mismatched = [
             tree
             for answers in splits
@@ -110,7 +112,9 @@ class KTO(Objective):
 
     def begin(self, fabric: L.Fabric, model: GPT, out_dir: Path) -> None:
         """Get the reference's log-probabilities of all answers that the run trains or is tested on, and of their
-        mismatched completions."""
+        mismatched completions; and measure the model as it is."""
+        if self.drift is not None:
+            self.drift.begin(fabric, model, out_dir)
         self._model, self._device, count = model, fabric.device, len(self.answers)
         met = [*rows_used(self.trained, self.train, self.seed), *range(self.trained, count)]
         trees = [*(self.answers[i].tree for i in met), *(self.mismatched[i] for i in met)]
@@ -191,14 +195,15 @@ class KTO(Objective):
         return {**{name: total / count for name, total in totals.items()}, "answers": count}
 
     def report(self, model: GPT) -> Report:
-        """The share of held-out answers that moved the right way from the reference, and answers before and after."""
-        if not self.test.labelled:
+        """The share of held-out answers that moved the right way from the reference, and what the step must not
+        break."""
+        if self.validated == len(self.answers):
             return Report()
         means = self._means(model, range(self.validated, len(self.answers)))
         count = int(means["answers"])
         rows = [share_metric("accuracy", means["accuracy"], count)]
         rows += [metric(name, means[name], n=count, split="test") for name in ("signed_reward", "kl")]
-        return Report(rows, shown=self.test.answers(model))
+        return Report(rows).add(self.drift.report(model) if self.drift is not None else Report())
 
 
 def add_mismatched_completions(

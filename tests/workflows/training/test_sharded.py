@@ -218,6 +218,8 @@ def test_alignment_of_a_sharded_model_follows_one_process(step, two, llama, pair
     assert both["shown"] == one["shown"] and len(one["shown"]) == 3
     values = [{row["name"]: row["value"] for row in found["metrics"]} for found in (one, both)]
     assert values[1] == pytest.approx(values[0], abs=5e-3)
+    assert {"chosen_logprob_before", "chosen_logprob", "greedy_right_before", "greedy_right"} <= values[0].keys()
+    assert both["warnings"] == one["warnings"]
 
 
 @pytest.fixture(scope="module")
