@@ -485,7 +485,7 @@ def test_other_rows_to_mix_in_are_another_run(tiny_llama, data, others, tmp_path
     [
         (
             {"replay": "missing"},
-            r"--replay .*missing is not a data directory, it lacks train.jsonl and validation.jsonl",
+            r"--replay .*missing is not a data directory, it lacks train.jsonl and val",
         ),
         ({"replay": "prompts"}, r"--replay .*prompts has no conversations to learn: .*general_taught"),
         ({"replay": "others", "replay_share": 1.0}, "--replay_share must be between 0 and 1, not 1.0"),
