@@ -276,8 +276,14 @@ def _candidates(terms: Iterable[Term], everything: Iterable[Term], secrets: Phra
         lay, *rest = sorted(usable, key=lambda text: (len(words_of(text)), len(text), text))
         definition = term.definition if term.definition.endswith((".", "!", "?")) else f"{term.definition}."
         others = [text for text in rest if stems(text) - stems(lay) and not Phrases((text,)).found_in(definition)]
-        medical = [term.name, *(text for text in term.exact if text not in term.layperson)]
-        found.append(Fact(term.id, term.name, definition, lay, others[0] if others else "", medical))
+        other = others[0] if others else ""
+        everyday = {normalise(text) for text in term.layperson}
+        medical = [
+            text
+            for text in term.exact
+            if normalise(text) not in everyday and not any(Phrases((text,)).found_in(asked) for asked in (lay, other))
+        ]
+        found.append(Fact(term.id, term.name, definition, lay, other, [term.name, *medical]))
     return found
 
 

@@ -139,8 +139,8 @@ def test_right_answers_pass_the_rules_of_their_kind(rows: dict[tuple[str, str], 
             sample = Sample(question, answered["messages"][1]["content"], 0, False, 0)
             assert BUILT_IN[question["rules"][0]](sample) == 1, question
             if question["kind"] in ("medical", "lay"):  # the layperson's words are not what is asked for
-                asked = question["prompt"][0]["content"].lower()
-                assert not any(answer.lower() in asked for answer in question["answers"])
+                asked = question["prompt"][0]["content"]
+                assert not Phrases(question["answers"]).found_in(asked), question
 
 
 def test_a_pairs_sides_differ_in_the_rule_that_it_is_for(rows: dict[tuple[str, str], list[Row]]):
