@@ -89,7 +89,7 @@ endif
 # What make can prepare by itself, for the road and for projects, and what is scored: data sets with questions that have
 # options.
 COLLECTIONS := instruction_preference orca ultrafeedback_binarized ultramedical_preference
-PREPARED  := hpo hpo_thoughts pubmedqa medquad medqa medmcqa $(COLLECTIONS)
+PREPARED  := hpo hpo_thoughts assistant general pubmedqa medquad medqa medmcqa $(COLLECTIONS)
 PROJECT_DATA := movie_snippets sentence_polarity sst2 pubmedqa_decisions hpo_entities bc5cdr ncbi_disease wnut_17 conll2003 \
   docstrings scitldr meqsum pubmedqa_conclusions cnn_dailymail xsum hpo_spans squad catalogues_fr catalogues_de opus_books_fr \
   opus_books_de python_javascript

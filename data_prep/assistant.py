@@ -58,7 +58,6 @@ CHAT_COPIES = 2
 VALIDATION_QUESTIONS, TEST_QUESTIONS = 40, 60
 """Number of facts that are asked in each kind."""
 VALIDATION_SYNONYMS = 12
-ADVICE_QUESTIONS = 24
 GRPO_ADVICE = 40
 RULES = {
     "medical": ["exact_name", "name_in_sentence"],
@@ -165,15 +164,17 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     }
     learned = [row for rows in parts.values() for row in rows]
     questions = _grpo_rows(facts, complaints, rng)
+    panel = _panel(orders, sizes["test"], untaught)
+    shown = {row.get("id") for row in panel}
+    others = [fact for fact in facts if fact.id not in shown]
     pairs = {
         "train": _pairs("pairs", facts, complaints, [(a, b) for a, b in CHAT], 80, rng),
         **{
-            split: _pairs(split, facts, COMPLAINTS[split], [pair[:2] for pair in HELD_OUT_CHAT[split]], 12, rng)
+            split: _pairs(split, others, COMPLAINTS[split], [pair[:2] for pair in HELD_OUT_CHAT[split]], 12, rng)
             for split in ("validation", "test")
         },
     }
     exam = {split: _exam(split, orders, facts, sizes[split], rng) for split in ("validation", "test")}
-    panel = _panel(orders, sizes["test"], untaught)
     _drop_known_synonyms(exam, [*learned, *questions, *pairs["train"]], dropped)
 
     splits = {
@@ -275,8 +276,14 @@ def _candidates(terms: Iterable[Term], everything: Iterable[Term], secrets: Phra
         lay, *rest = sorted(usable, key=lambda text: (len(words_of(text)), len(text), text))
         definition = term.definition if term.definition.endswith((".", "!", "?")) else f"{term.definition}."
         others = [text for text in rest if stems(text) - stems(lay) and not Phrases((text,)).found_in(definition)]
-        medical = [term.name, *(text for text in term.exact if text not in term.layperson)]
-        found.append(Fact(term.id, term.name, definition, lay, others[0] if others else "", medical))
+        other = others[0] if others else ""
+        everyday = {normalise(text) for text in term.layperson}
+        medical = [
+            text
+            for text in term.exact
+            if normalise(text) not in everyday and not any(Phrases((text,)).found_in(asked) for asked in (lay, other))
+        ]
+        found.append(Fact(term.id, term.name, definition, lay, other, [term.name, *medical]))
     return found
 
 
@@ -356,7 +363,7 @@ def _exam(
     for prompt, answer, words in HELD_OUT_CHAT[split]:
         rows.append((_question(prompt, list(words), "identity"), question_row(prompt, answer, "identity")))
     for kind, wordings in (("advice", WORDINGS["advice"]["train"]), ("advice_other", WORDINGS["advice"][split])):
-        for i, complaint in enumerate(COMPLAINTS[split][:ADVICE_QUESTIONS]):
+        for i, complaint in enumerate(COMPLAINTS[split]):
             row = _advice_row(wordings, i, complaint, kind)
             prompt, answer = (message["content"] for message in row["messages"])
             rows.append((_question(prompt, [answer], kind), row))
@@ -476,9 +483,9 @@ def _panel(orders: dict[str, list[Fact]], size: int, untaught: list[Fact]) -> li
     ]
     rows = [_fact_question(fact, kind, wordings[kind]["test"][i])[1] for fact, kind, i in asked]
     rows += [question_row(prompt, answer, "chat") for prompt, answer, _ in HELD_OUT_CHAT["panel"]]
-    complaints = COMPLAINTS["test"][ADVICE_QUESTIONS:]
     rows += [
-        _advice_row(wordings["advice"]["test"], i, complaint, "advice_other") for i, complaint in enumerate(complaints)
+        _advice_row(wordings["advice"]["test"], i, complaint, "advice_other")
+        for i, complaint in enumerate(COMPLAINTS["panel"])
     ]
     for fact, kind in zip(untaught, ("medical", "meaning"), strict=True):
         asked_so = fact.asked(wordings[kind]["test"][2])

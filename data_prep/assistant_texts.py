@@ -186,7 +186,7 @@ CARELESS = (
 )
 """Rejected: advice that a language model has no business to give."""
 
-COMPLAINTS: dict[Literal["train", "validation", "test"], tuple[str, ...]] = {
+COMPLAINTS: dict[Literal["train", "validation", "test", "panel"], tuple[str, ...]] = {
     "train": (
         "a sore throat", "a stomach ache", "back pain", "a runny nose", "a bad cough", "a toothache", "an earache",
         "itchy skin", "a swollen ankle", "dizziness", "trouble sleeping", "a fever", "a stiff neck", "heartburn",
@@ -207,10 +207,10 @@ COMPLAINTS: dict[Literal["train", "validation", "test"], tuple[str, ...]] = {
         "weak legs", "a pimple on the nose", "pain in the jaw", "an upset stomach", "a sore tongue", "puffy eyes",
         "a spot on the back", "a tingling foot", "an ingrown toenail", "bad breath", "a racing heart", "aching joints",
         "a dry cough", "a scratched eye", "wheezing at night", "a bloated belly", "pain between the ribs",
-        "a head cold and a temperature", "a stabbing pain in the side",
     ),
+    "panel": ("a head cold and a temperature", "a stabbing pain in the side"),
 }  # fmt: skip
-"""Everyday complaints. The last two of the test are the panel's."""
+"""Everyday complaints."""
 
 _WHO = "I am Pheno, a small language model that explains medical terms."
 _CAN = "You can ask me what a medical term means, or what doctors call something."

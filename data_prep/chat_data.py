@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -25,6 +25,7 @@ from workflows.checkpoint import load_config
 from workflows.errors import UserError
 from workflows.prompt_style import choose_prompt_style, read_prompt_style, writes_bos
 
+_T = TypeVar("_T")
 IGNORE_INDEX = -100
 """The label of tokens that carry no loss, as in PyTorch's cross-entropy."""
 
@@ -279,6 +280,24 @@ class ChatData(DataModule):
             num_workers=self.num_workers,
             collate_fn=get_sft_collate_fn(max_seq_length=self.max_seq_length, ignore_index=IGNORE_INDEX),
         )
+
+
+def replayed(others: list[_T], rows: int, share: float, seed: int) -> list[_T]:
+    """Draw the rows of a second data set that are mixed into an epoch.
+
+    Args:
+        others: What to draw from; each is taken once before any is taken again.
+        rows: Number of rows of the data that is learned.
+        share: The share of all rows that they are to be.
+        seed: Seed of the choice.
+    """
+    repeats, rest = divmod(replay_number(rows, share), len(others))
+    return others * repeats + [others[i] for i in sorted(random.Random(seed).sample(range(len(others)), rest))]
+
+
+def replay_number(rows: int, share: float) -> int:
+    """Number of rows to mix into `rows` others so that they are a share of all."""
+    return max(1, round(rows * share / (1 - share)))
 
 
 def _last_question(row: Row) -> str:

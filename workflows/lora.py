@@ -5,7 +5,6 @@ The result, `OUT_DIR/final`, is a LitGPT checkpoint directory: `litgpt generate`
 
 import json
 import math
-import random
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import lightning as L
 import torch
 import yaml
 
-from data_prep.chat_data import ChatData
+from data_prep.chat_data import ChatData, replayed
 from data_prep.rows import iterate_jsonl, row_problem
 from workflows.chat_template import ChatTemplate, EncodedChat
 from workflows.checkpoint import (
@@ -167,21 +166,6 @@ def conversations(fabric: L.Fabric, settings: dict[str, Any]) -> tuple[list[Enco
         rows = rows + mixed
     fabric.print("\n".join(map(str, reports)))
     return rows, validation
-
-
-def replayed(others: list[EncodedChat], rows: int, share: float, seed: int) -> list[EncodedChat]:
-    """Draw the samples that are mixed into an epoch.
-
-    Args:
-        others: What to draw from; each is taken once before any is taken again.
-        rows: Number of samples of the data that is learned.
-        share: The share of all samples that they are to be.
-        seed: Seed of the choice.
-    """
-    number = max(1, round(rows * share / (1 - share)))
-    repeats, rest = divmod(number, len(others))
-    drawn = random.Random(seed).sample(range(len(others)), rest)
-    return others * repeats + [others[i] for i in sorted(drawn)]
 
 
 def replay_text(rows: int, mixed: int, others: int, directory: Path) -> str:

@@ -68,7 +68,14 @@ def test_terms_are_read_whole():
     limb = terms["HP:2"]
     assert (limb.name, limb.definition) == ("Limb", 'A "limb" is long.')
     assert (limb.exact, limb.related, limb.parents) == (("Extremity",), ("Body part",), ("HP:1",))
+    assert limb.layperson == ("Extremity",) and terms["HP:3"].layperson == ()
     assert terms["HP:4"].parents == ("HP:2",) and terms["HP:3"].definition == ""
+
+
+def test_a_laypersons_synonym_keeps_its_scope():
+    obo = OBO.replace('"Body part" BROAD []', '"Body part" BROAD layperson [PMID:1]')
+    limb = read_obo(obo.splitlines(), "hp.obo")[1]["HP:2"]
+    assert (limb.exact, limb.related, limb.layperson) == (("Extremity",), ("Body part",), ("Extremity", "Body part"))
 
 
 def test_kin_are_siblings_then_cousins_without_the_own_line():

@@ -16,6 +16,7 @@ import yaml
 from litgpt.eval.evaluate import convert_and_evaluate
 from litgpt.tokenizer import Tokenizer
 
+from data_prep.chat_data import replayed
 from tests.conftest import convert, make_llama
 from tests.litgpt_command import run_litgpt
 from workflows import lora as lora_step
@@ -30,6 +31,7 @@ from workflows.prompt_style import read_prompt_style
 from workflows.training.batch import Tree, pack_row
 from workflows.training.loop import TrainArgs
 from workflows.training.model import LoRAArgs, load_model
+from workflows.training.step import run_identity
 
 pytestmark = pytest.mark.long
 
@@ -424,3 +426,73 @@ def test_devices_that_cannot_be_are_refused(changes, message, tiny_llama, data, 
 def test_missing_data_is_explained(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="make data"):
         train(tiny_llama, tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def others(data, tmp_path_factory):
+    """A second data directory, of which rows are mixed in."""
+    directory = tmp_path_factory.mktemp("others") / "general_taught"
+    directory.mkdir()
+    write_rows(directory / "train.jsonl", 4, offset=200)
+    write_rows(directory / "validation.jsonl", 2, offset=300)
+    return directory
+
+
+def test_replay_mixes_a_share_of_another_data_directory_into_an_epoch(tiny_llama, data, others, tmp_path, capsys):
+    first = train(tiny_llama, data, tmp_path / "a", replay=others, replay_share=0.25)
+    out = capsys.readouterr().out
+    assert f"replay: 10 of an epoch's 40 rows (25.0%) are of {others}, which has 4, each 2.5 times on average" in out
+    assert "of 40 rows" in out
+    again = train(tiny_llama, data, tmp_path / "b", replay=others, replay_share=0.25)
+    assert sha256(first / "lit_model.pth") == sha256(again / "lit_model.pth")
+    provenance = json.loads((first / "provenance.json").read_text())
+    assert provenance["sources"]["replay"]["path"] == str(others)
+
+
+def test_replayed_rows_are_the_seeds_each_once_before_any_comes_again():
+    rows = [str(i) for i in range(10)]
+    assert len(replayed(rows, 70, 0.125, 1)) == 10  # 10 of 80
+    few = replayed(rows, 28, 0.125, 1)
+    assert len(few) == len(set(few)) == 4 and few == replayed(rows, 28, 0.125, 1) != replayed(rows, 28, 0.125, 2)
+    many = replayed(rows, 75, 0.25, 1)  # 25 of 100
+    assert {many.count(row) for row in rows} == {2, 3}
+
+
+def test_other_rows_to_mix_in_are_another_run(tiny_llama, data, others, tmp_path, capsys):
+    changed = tmp_path / "general_taught"
+    shutil.copytree(others, changed)
+    stopped = replace(TRAIN, max_steps=4)
+    train(tiny_llama, data, tmp_path / "run", replay=changed, train=stopped)
+    capsys.readouterr()
+    train(tiny_llama, data, tmp_path / "run", replay=changed, train=stopped)
+    assert "is already there, made with these settings" in capsys.readouterr().out
+    settings = {"data": data, "replay": changed, "checkpoint_dir": tiny_llama}
+    before = run_identity(settings)
+    write_rows(changed / "train.jsonl", 4, offset=400)
+    assert run_identity(settings) != before
+    train(tiny_llama, data, tmp_path / "run", replay=changed, replay_share=0.5, train=stopped)
+    assert "replay_share: 0.125, now 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"replay": "missing"},
+            r"--replay .*missing is not a data directory, it lacks train.jsonl and val",
+        ),
+        ({"replay": "prompts"}, r"--replay .*prompts has no conversations to learn: .*general_taught"),
+        ({"replay": "others", "replay_share": 1.0}, "--replay_share must be between 0 and 1, not 1.0"),
+        ({"replay": "others", "trainer": "litgpt"}, "--replay is not for --trainer litgpt"),
+        ({"replay_share": 0.3}, "--replay_share belongs to --replay"),
+    ],
+)
+def test_rows_that_cannot_be_mixed_in_are_refused_before_training(tiny_llama, data, others, tmp_path, changes, message):
+    (tmp_path / "prompts").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "prompts" / f"{split}.jsonl").write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
+    if named := changes.get("replay"):
+        changes = {**changes, "replay": others if named == "others" else tmp_path / named}
+    with pytest.raises(UserError, match=message):
+        train(tiny_llama, data, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()

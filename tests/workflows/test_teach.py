@@ -1,6 +1,7 @@
 """A teacher's answers as data: its own greedy ones, those that a reward accepts, thoughts as they are; what is lost."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,21 @@ def test_thoughts_pass_through(tiny_llama, opened):
     (row,) = teach._kept([asked], [Rollout(ids, [0.0] * len(ids), True)], template, [1.0], 1.0, teach.Counter())
     assert row["messages"][-1]["content"] == "<think>\nA rash.</think>\nIt is a finding."
     assert template.encode_chat(row["messages"]).completion == ids
+
+
+def test_a_test_split_is_answered_on_demand(teacher, questions, tmp_path):
+    rows = (questions / "validation.jsonl").read_text().splitlines(keepends=True)
+    data = tmp_path / "general"
+    shutil.copytree(questions, data)
+    (data / "test.jsonl").write_text("".join(rows[:3]))
+    without = taught(teacher, data, tmp_path / "without")
+    manifest = taught(teacher, data, tmp_path / "with", max_test_rows=2)
+    assert "test.jsonl" not in without["splits"] and not (tmp_path / "without" / "test.jsonl").exists()
+    assert manifest["splits"]["test.jsonl"]["asked"] == 2
+    asked = [json.loads(row)["prompt"] for row in rows[:2]]
+    assert all(row["messages"][:-1] in asked for row in read_rows(tmp_path / "with" / "test.jsonl"))
+    with pytest.raises(UserError, match="--max_test_rows must be at least 0, not -1"):
+        taught(teacher, data, tmp_path / "none", max_test_rows=-1)
 
 
 def test_all_problems_are_told_at_once(tiny_llama, questions):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.chat_data import encode_rows
+from data_prep.chat_data import encode_rows, replayed
 from data_prep.rows import read_rows
 from workflows.chat_template import ChatTemplate
 from workflows.errors import UserError
@@ -147,6 +147,9 @@ def _trees(step: str, settings: dict[str, Any], file: Path, template: ChatTempla
         trees = [scored(answer.tree) if step == "reward" else answer.tree for answer in answers]
     else:
         rows = [row for row in read_rows(file, "messages") if kinds is None or row.get("kind") in kinds]
+        if settings.get("replay"):
+            others = read_rows(Path(settings["replay"]) / "train.jsonl", "messages")
+            rows += replayed(others, len(rows), settings["replay_share"], settings["seed"])
         chats, report = encode_rows(first(rows), template, longest, str(file))
         trees = [Tree(chat.prompt, [chat.completion], [chat.loss_mask]) for chat in chats]
         told = str(report)
@@ -157,13 +160,14 @@ def _trees(step: str, settings: dict[str, Any], file: Path, template: ChatTempla
 
 def scored_rows(settings: dict[str, Any]) -> list[PackedBatch]:
     """The rows of an evaluation's local tasks, whose data is here; none if a task is another."""
-    from workflows.evaluation.tasks import LOCAL  # brings lm-eval along, which other steps do not load
+    from workflows.evaluation.tasks import local_file  # brings lm-eval along, which other steps do not load
 
     if settings["num_fewshot"] or settings["apply_chat_template"] is False:
         return []  # other prompts than those below
     directory = Path(settings["checkpoint_dir"])
-    files = [settings["data_dir"] / LOCAL.get(task, task) / "test.jsonl" for task in settings["tasks"]]
-    if not (directory / "tokenizer.json").is_file() or not all(file.is_file() for file in files):
+    named = [local_file(task, settings["data_dir"], settings["split"]) for task in settings["tasks"]]
+    files = [file for file in named if file is not None and file.is_file()]
+    if not (directory / "tokenizer.json").is_file() or len(files) < len(named):
         return []
     template = ChatTemplate.from_checkpoint(directory)
     trees = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data_prep.chat_data import replay_number
 from data_prep.rows import iterate_jsonl
 from workflows.errors import UserError, report_all
 from workflows.planning import PLANNED, TRAINING
@@ -232,6 +233,7 @@ def _with_steps(settings: dict[str, Any]) -> TrainArgs:
         kinds = settings.get("kinds")
         rows = [row for _, row in iterate_jsonl(file) if isinstance(row, dict)]
         count = sum(kinds is None or row.get("kind") in kinds for row in rows)
+        count += replay_number(count, settings["replay_share"]) if settings.get("replay") else 0
         return limited_to(train, max(1, count), settings.get("updates", 1))
     if not train.max_steps:
         raise UserError(

@@ -270,5 +270,5 @@ def test_a_baseline_with_other_prompts_is_named(tiny_llama, folder):
 @pytest.mark.parametrize("option", ["written=2", "max_new_tokens=9"])
 def test_options_of_local_tasks_are_refused_where_there_is_none(tiny_llama, folder, option):
     name, value = option.split("=")
-    with pytest.raises(UserError, match="are for local tasks, and --tasks names none"):
+    with pytest.raises(UserError, match="is for local tasks, and --tasks names none"):
         evaluate(tiny_llama, folder, ["findings"], **{name: int(value)})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.normalisation import normalise
 from workflows.errors import UserError
 from workflows.training import rewards
 from workflows.training.rewards import Rewards, Sample, WeightedReward, batched
@@ -118,7 +119,7 @@ def test_another_answer_is_not_exact(said: str, wanted: str):
     row = {"answers": [wanted]}
     assert rewards.exact(sample(said, row)) == 0
     assert rewards.finding(sample(said, row)) < 1
-    same = rewards.normalise(wanted) != ""
+    same = normalise(wanted) != ""
     assert rewards.exact(sample(wanted, row)) == rewards.finding(sample(wanted, row)) == same
 
 
@@ -388,3 +389,27 @@ def test_expressions_need_math_verify_and_say_so(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_composed_is_refused(entries: list[WeightedReward], message: str):
     with pytest.raises(UserError, match=message):
         Rewards(entries)
+
+
+RULED = {**ROW, "rules": ["exact_name"], "kind": "name"}
+ADVICE = {"prompt": ROW["prompt"], "answers": ["-"], "rules": ["disclaimer"], "kind": "advice"}
+
+
+def test_a_row_is_judged_by_its_own_rules_and_by_what_is_no_rule():
+    composed = Rewards([WeightedReward(name) for name in ("exact_name", "disclaimer", "finding", "repetition")])
+    given = composed([sample("ASD", RULED), sample("ASD", ADVICE), sample("ASD")])
+    assert [sorted(row) for row in given] == [
+        ["exact_name", "repetition", "total"],
+        ["disclaimer", "repetition", "total"],
+        ["disclaimer", "exact_name", "finding", "repetition", "total"],
+    ]
+    assert [row["total"] for row in given] == [1, 0, 2]
+
+
+def test_rows_that_no_reward_would_judge_are_refused():
+    composed = Rewards([WeightedReward("exact_name")])
+    composed.check([RULED, ROW], Path("rows.jsonl"))
+    with pytest.raises(UserError, match=r"rows.jsonl has rows .* 2 by disclaimer. Add .* leave out the kinds advice"):
+        composed.check([RULED, ADVICE, ADVICE], Path("rows.jsonl"))
+    shaped = Rewards([WeightedReward("exact_name"), WeightedReward("brevity")])  # brevity applies to all
+    shaped.check([RULED, ADVICE], Path("rows.jsonl"))
