@@ -259,7 +259,7 @@ def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp
     assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 \(0\.521 to 0\.599\)\n", told)
     assert re.search(r"reward, change +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
     assert "before:   This" in told and "after:    That" in told
-    assert told.endswith("  WARNING: Greedy answers that are right fell.\n  WARNING: Use a lower --train.learning_rate.")
+    assert told.endswith("".join(f"\n  WARNING: {text}" for text in warnings))
     assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []
 
 

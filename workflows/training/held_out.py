@@ -29,7 +29,10 @@ def right_turns(row: Row) -> list[dict[str, Any]]:
     """The right answer of a row of any shape as turns of a conversation; none if the row has no right answer."""
     for name in ("chosen", "messages", "completion"):
         turns = row.get(name)
-        if turns and isinstance(turns, list) and (name != "completion" or row.get("label")):
+        if name == "completion" and not row.get("label"):
+            continue
+        # a step that needs only prompts has not checked the rest of its rows
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) and turn.get("role") for turn in turns):
             return turns[-1:] if name == "messages" else turns
     text = str(row["choices"][row["answer"]]) if "choices" in row else str((row.get("answers") or [""])[0])
     return [{"role": "assistant", "content": text}] if text else []

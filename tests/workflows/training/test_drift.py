@@ -221,12 +221,14 @@ def test_a_question_brings_its_right_answer_in_the_templates_form(tiny_llama: Pa
         {"prompt": question(2)["prompt"]},
         {**question(3), "chosen": "a text, which nothing checked"},
         {**question(4), "answers": ["long " * 300]},
+        {**question(5), "chosen": ["no turn"]},
     ]
     questions = [Question(row, template.prompt_ids(row["prompt"])) for row in rows]
     probes = probes_of_questions(questions, template, 128)
     chat = template.encode_chat([*rows[0]["prompt"], {"role": "assistant", "content": "finding 1"}], 1)
     assert probes[0].right == Tree(chat.prompt, [chat.completion], [chat.loss_mask])
     assert probes[1].right is None and right_turns(rows[2])[0]["content"] == "finding 3"
+    assert right_turns(rows[4])[0]["content"] == "finding 5"
     assert probes[3].right is not None and len(probes[3].prompt) + len(probes[3].right.completions[0]) == 128
 
 
