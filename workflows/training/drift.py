@@ -25,6 +25,7 @@ from workflows.checkpoint import metric, share_metric
 from workflows.errors import UserError
 from workflows.evaluation.compare import Comparison, compare
 from workflows.files import read_json, write_json
+from workflows.training.answer_rules import final_answer, token_f1
 from workflows.training.answers import Labelled
 from workflows.training.batch import Tree, pack
 from workflows.training.held_out import SHOWN, answered, right_answer, right_turns, text_of
@@ -32,7 +33,7 @@ from workflows.training.loop import Report
 from workflows.training.losses import per_completion
 from workflows.training.model import GPT
 from workflows.training.questions import Question
-from workflows.training.rewards import BUILT_IN, Rewards, Sample, final_answer, token_f1
+from workflows.training.rewards import BUILT_IN, Rewards, Sample
 from workflows.training.rollouts import Rollout, generate
 from workflows.training.step import model_identity
 from workflows.training.whole import whole
