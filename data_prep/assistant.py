@@ -150,14 +150,16 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         )
     hidden = Phrases([*(fact.other for fact in facts if fact.other), *(t for f in untaught for t in (f.name, f.lay))])
     complaints = [text for text in COMPLAINTS["train"] if not secrets.found_in(text)]
-    dropped["complaints that name a finding held out by hpo"] = len(COMPLAINTS["train"]) - len(complaints)
+    chat = [pair for pair in CHAT if not secrets.found_in("\n".join(pair))]
+    dropped["complaints and small talk that name a finding held out by hpo"] = (
+        len(COMPLAINTS["train"]) + len(CHAT) - len(complaints) - len(chat)
+    )
     orders = {kind: rng.sample(facts, len(facts)) for kind in ("medical", "meaning", "naming")}
 
     parts: dict[str, list[Row]] = {
         "facts": _fact_rows(facts, rng),
         "name": _name_rows(known, facts, untaught, hidden, rng),
-        "identity": [question_row(*pair, "identity") for pair in CHAT if not secrets.found_in(" ".join(pair))]
-        * CHAT_COPIES,
+        "identity": [question_row(*pair, "identity") for pair in chat] * CHAT_COPIES,
         "advice": [
             _advice_row(WORDINGS["advice"]["train"], i, complaint, "advice") for i, complaint in enumerate(complaints)
         ],
@@ -168,7 +170,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     shown = {row.get("id") for row in panel}
     others = [fact for fact in facts if fact.id not in shown]
     pairs = {
-        "train": _pairs("pairs", facts, complaints, [(a, b) for a, b in CHAT], 80, rng),
+        "train": _pairs("pairs", facts, complaints, chat, 80, rng),
         **{
             split: _pairs(split, others, COMPLAINTS[split], [pair[:2] for pair in HELD_OUT_CHAT[split]], 12, rng)
             for split in ("validation", "test")
@@ -294,7 +296,9 @@ def _choose(candidates: list[Fact], rng: random.Random) -> tuple[list[Fact], lis
     chosen = {fact.id for fact in preferred}
     order = [*preferred, *(fact for fact in drawn if fact.id not in chosen)]
     facts = order[: min(FACTS, len(order) - 2)]
-    return facts, order[len(facts) : len(facts) + 2]
+    told = "\n".join(fact.definition for fact in facts)
+    rest = sorted(order[len(facts) :], key=lambda fact: Phrases((fact.name, fact.lay)).found_in(told))
+    return facts, rest[:2]  # such as no definition mentions, as far as there are
 
 
 def _fact_rows(facts: list[Fact], rng: random.Random) -> list[Row]:
