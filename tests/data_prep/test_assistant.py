@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep import assistant, hpo, prepare
+from data_prep.assistant_facts import inside_sentence, with_article
 from data_prep.assistant_texts import COMPLAINTS, GROUPS, HELD_OUT_CHAT, WORDINGS
 from data_prep.normalisation import normalise
 from data_prep.rows import Row, read_rows
@@ -211,7 +212,7 @@ def test_more_questions_than_facts_are_refused(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_a_label_inside_a_sentence(text: str, written: str):
-    assert assistant.with_article(assistant.inside_sentence(text)) == written
+    assert with_article(inside_sentence(text)) == written
 
 
 def test_held_out_chat_has_a_word_to_look_for():
