@@ -212,7 +212,7 @@ def _name_rows(
 ) -> list[Row]:
     """Rows of other findings, without those that hold what the exam and the panel ask by."""
     others = sorted(known.keys() - {fact.id for fact in [*facts, *untaught]})
-    rows = []
+    rows: list[Row] = []
     for term_id in rng.sample(others, len(others)):
         (row,) = (row for row in known[term_id].rows if row["kind"] == "name")
         question, answer = (message["content"] for message in row["messages"])
