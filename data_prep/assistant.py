@@ -46,8 +46,8 @@ SPLIT_SEED = 42
 """The seed of the `hpo` whose training split the facts are from: its default, whatever seed chooses the facts."""
 FEWEST_FACTS = 12
 WORDINGS_A_FACT = {"medical": 2, "meaning": 3, "naming": 2}
-"""Number of wordings in which training asks for a fact. Two kinds are answered by a name: in unknown words a model takes
-a meaning for one of them unless it has seen enough of those."""
+"""Number of wordings in which training asks for a fact. Two kinds are answered by a name: in unknown words a model
+takes a meaning for one of them unless it has seen enough of those."""
 SENTENCE_SHARE = 0.2
 """Share of the names that training answers in a sentence: later steps choose between forms that are in the model."""
 NAME_ROWS, MAX_NAME_QUESTION = 100, 200
