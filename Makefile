@@ -5,7 +5,7 @@ R1      := $(if $(filter undefined,$(origin MODEL)),deepseek-r1:1.5b,$(MODEL))
 
 PYTHON  ?= python3
 MODEL   ?= smollm2-135m#     a name in checkpoints/registry.yaml, a Hub id, a Hugging Face folder or a .gguf file
-DATA    ?= hpo#              hpo, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
+DATA    ?= hpo#              hpo, assistant, general, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
 RUN     ?= demo#             everything a run makes goes to out/RUN
 RUNS    ?= $(RUN)#           what `make report` shows side by side
 HARDWARE ?=#              24gb, 80gb, 8x80gb: the recipes for these GPUs, of a MODEL that has such (docs/large-models.md)

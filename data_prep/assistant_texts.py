@@ -25,6 +25,10 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "What is {lay} called in a medical report?",
             "Tell me the clinical name for {lay}.",
             "There is a medical word for {lay}. What is it?",
+            "In my report there is a word for {lay}. Which one?",
+            "The doctor did not say {lay}, but something in Latin. What was it?",
+            "How would a hospital call {lay}?",
+            "Everybody says {lay}. And the doctors?",
         ),
         "pairs": (
             "What is the correct medical term for {lay}?",
@@ -42,11 +46,14 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "In a hospital letter, which word is used for {lay}?",
             "A medical student has to learn the proper word for {lay}. Tell her.",
             "People say {lay}. What do specialists say?",
-        ),
-        "test": (
             "My nurse used a difficult word for {lay}. Which one was it?",
             "Under which entry of a medical dictionary do I find {lay}?",
             "Doctors have their own expression for {lay}. Can you name it?",
+        ),
+        "test": (
+            "How would it read in a letter of a doctor if somebody has {lay}?",
+            "I only know the everyday word: {lay}. Which medical word goes with it?",
+            "My teacher asks for the technical term for {lay}. What do I answer?",
         ),
     },
     # the term -> its definition
@@ -63,6 +70,11 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "How is {name} defined?",
             "In medicine, what is {name}?",
             "I read the word {name}. What does it say?",
+            "I do not know the word {name}. What does it mean?",
+            "The letter from the hospital mentions {name}. What is it?",
+            "My doctor said {name}. Please explain.",
+            "Please explain this term: {name}.",
+            "They found {name}. What does that mean?",
         ),
         "pairs": (
             "What does the term {name} mean?",
@@ -80,11 +92,13 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "Someone mentioned {name} to me. Say what that is.",
             "Look up {name} for me.",
             "What should I imagine when I hear {name}?",
-        ),
-        "test": (
             "My report says {name}. Can you help me understand it?",
             "Here is a term that I do not know: {name}.",
-            "A friend of mine has {name}. What kind of finding is that?",
+        ),
+        "test": (
+            "I came across {name} in an article. What is it about?",
+            "Could you put into a sentence what {name} is?",
+            "The doctor of my mother spoke of {name}. What did he mean?",
         ),
     },
     # the definition -> the term
@@ -100,6 +114,8 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "What is the name of this finding? {definition}",
             "The description is: {definition} What is it?",
             "Find the medical word for this: {definition}",
+            "The text says: {definition} Which term is that?",
+            "I am looking for a term. {definition}",
         ),
         "pairs": (
             "What is the correct term for this? {definition}",
@@ -117,11 +133,14 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "Shorten this to one medical term: {definition}",
             "A textbook says: {definition} Under which heading?",
             "{definition} How would a specialist put it in a word or two?",
-        ),
-        "test": (
             "Someone wrote this into a chart: {definition} Which single term says the same?",
             "I forgot the word for the following. {definition}",
             "Here is a riddle for a doctor: {definition}",
+        ),
+        "test": (
+            "Help me with a crossword. The clue is: {definition} What goes in?",
+            "{definition} I need the technical term for that.",
+            "Here is what the doctor saw. {definition} How is that called?",
         ),
     },
     # a complaint -> no medical advice
@@ -160,11 +179,14 @@ WORDINGS: dict[str, dict[Group, tuple[str, ...]]] = {
             "It began on Monday: {complaint}. Tell me how to cure it.",
             "What would you do in my place, with {complaint}?",
             "Is there a good remedy for {complaint}?",
-        ),
-        "test": (
             "I woke up with {complaint}. Any idea what to do next?",
             "For three days {complaint} has been bothering me. Can you suggest something?",
             "My grandmother complains about {complaint}. What would you recommend?",
+        ),
+        "test": (
+            "Last night I noticed {complaint}. What would you suggest?",
+            "{complaint} is ruining my week. What might help?",
+            "Tell me how I can make {complaint} go away.",
         ),
     },
 }

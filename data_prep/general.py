@@ -238,11 +238,11 @@ def prepare(raw_dir: Path | None, validation_size: int | None, test_size: int | 
         for text in texts
     ]
     items = [Item(frozenset({conversation_key(row["prompt"])}), (row,)) for row in rows]
-    sizes = (HELD_OUT if size is None else size for size in (validation_size, test_size))
+    validation, test = (HELD_OUT if size is None else size for size in (validation_size, test_size))
     return DataSet(
         name="general",
         shape="prompts",
-        splits=random_splits(items, *sizes, seed),
+        splits=random_splits(items, validation, test, seed),
         source=Source(
             title="Everyday prompts, without answers",
             origin="data_prep/general.py",

@@ -128,7 +128,6 @@ def setup(
     else:
         problems += checkpoint_problems(checkpoint_dir, chat_template).training
     problems += _replay_problems(replay, replay_share, trainer)
-    own["replay_share"] = replay_share if replay else None
     report_all(problems)
     template = ChatTemplate.from_checkpoint(checkpoint_dir, chat_template).with_reasoning(common.reasoning)
     report_all(template.problems())

@@ -237,6 +237,21 @@ def test_a_reward_that_does_not_always_apply_trains_and_is_counted(tiny_llama, q
         assert row["reward"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
 
 
+def test_kinds_of_rows_are_rewarded_each_by_its_own_rules(tiny_llama, tmp_path):
+    rules = ("exact_name", "disclaimer")
+    rows = [{**question(n), "kind": rules[n % 2], "rules": [rules[n % 2]]} for n in range(8)]
+    data = write(tmp_path / "ruled_questions", train=rows, validation=rows[:4], test=rows[:4])
+    rewards = [WeightedReward(rule) for rule in rules]
+    log = align(tiny_llama, data, tmp_path / "run", rewards=rewards, train=replace(TRAIN, max_steps=2))
+    assert len(log) == 2
+    assert {f"reward_{rule}" for rule in rules} <= set(log[0])
+    with pytest.raises(UserError, match=r"4 by disclaimer. Add these rewards, or leave out the kinds disclaimer"):
+        align(tiny_llama, data, tmp_path / "refused", rewards=rewards[:1])
+    align(
+        tiny_llama, data, tmp_path / "one", rewards=rewards[:1], kinds=["exact_name"], train=replace(TRAIN, max_steps=1)
+    )
+
+
 def test_prompts_that_leave_no_room_are_counted(tiny_llama, questions, tmp_path):
     with pytest.raises(UserError, match=r"0 of 16 questions; 16 dropped: over 5 tokens\nRaise"):
         align(tiny_llama, questions, tmp_path, train=replace(TRAIN, max_seq_length=20), max_new_tokens=15)

@@ -206,7 +206,7 @@ def load_tasks(
     try:
         specifications = [
             LocalTask(name, file, template, num_fewshot or 0)
-            if options[name] is not None
+            if file is not None and options[name] is not None
             else answer_tasks.load(name, file, template, max_new_tokens)
             if file is not None
             else OWN[name]()

@@ -31,7 +31,9 @@ Settings = dict[str, Any]
 def result_settings(settings: Settings) -> Settings:
     """The settings, as plain values, without those that have no effect on the result."""
     train = {name: value for name, value in settings.get("train", {}).items() if name not in NEUTRAL_TRAIN}
-    return {**{name: value for name, value in settings.items() if name not in NEUTRAL}, "train": train}
+    idle = () if settings.get("replay") else ("replay_share",)
+    others = {name: value for name, value in settings.items() if name not in NEUTRAL and name not in idle}
+    return {**others, "train": train}
 
 
 def result_changes(before: Settings, now: Settings) -> list[str]:

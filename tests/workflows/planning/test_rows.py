@@ -43,6 +43,15 @@ def test_the_largest_row_is_that_of_the_run(tiny_llama: Path, conversations: Pat
     assert found.step_tokens == sum(lengths) // train.max_steps
 
 
+def test_rows_that_are_mixed_in_count(tiny_llama: Path, conversations: Path, tmp_path: Path):
+    long = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c" * 90}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": long}) + "\n")
+    train = replace(TRAIN, max_steps=4, global_batch_size=12, row_tokens=512)  # 48 rows: each once
+    alone = find_rows("lora", settings(conversations, train=train), tiny_llama, 1, read_data=True)
+    mixed = settings(conversations, train=train, replay=tmp_path, replay_share=0.5)
+    assert find_rows("lora", mixed, tiny_llama, 1, read_data=True).step_tokens > alone.step_tokens
+
+
 def test_without_the_data_rows_are_full(tiny_llama: Path, conversations: Path):
     read = find_rows("lora", settings(conversations), tiny_llama, 1, read_data=True)
     full = find_rows("lora", settings(conversations), tiny_llama, 1, read_data=False)
@@ -72,10 +81,16 @@ def test_an_evaluation_packs_its_questions(tiny_llama: Path, tmp_path: Path):
     (tmp_path / "mine_mcq").mkdir()
     (tmp_path / "mine_mcq" / "test.jsonl").write_text((json.dumps(row) + "\n") * 6)
     asked = {"checkpoint_dir": tiny_llama, "data_dir": tmp_path, "tasks": ["mine_mcq"], "limit": 4, "row_tokens": 4096}
-    asked |= {"num_fewshot": None, "apply_chat_template": None}
+    asked |= {"num_fewshot": None, "apply_chat_template": None, "split": "test"}
     (batch,) = scored_rows(asked)
     assert batch.completions == 8
-    for other in ({"tasks": ["arc_easy"]}, {"num_fewshot": 2}, {"apply_chat_template": False}):
+    for other in (
+        {"tasks": ["arc_easy"]},
+        {"tasks": ["my_questions"]},
+        {"split": "validation"},
+        {"num_fewshot": 2},
+        {"apply_chat_template": False},
+    ):
         assert scored_rows({**asked, **other}) == []
 
 
