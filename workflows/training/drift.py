@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -38,7 +38,9 @@ from workflows.training.step import model_identity
 from workflows.training.whole import whole
 
 WATCHED = 100
-"""Maximum number of held-out rows: a share's 95% interval is at most 20 points wide, at the cost of seconds."""
+"""Maximum number of held-out rows."""
+ASKED = 50
+"""Maximum number of these that are answered greedily, which takes most of the time. A fall by six answers is noticed."""
 LARGEST_FALL = 0.2
 """Largest fall of the right answers' log-probability without a warning, in nats a token: each token is then 18% less
 likely on average. docs/alignment.md has the runs that the figure separates."""
@@ -47,6 +49,7 @@ REPEATED = 12
 """Minimum number of tokens of a repeated phrase, all its repetitions together: "1000" and "---" repeat, too."""
 LARGEST_P = 0.05
 
+Item = TypeVar("Item")
 Judge = Callable[[Row, str], bool | None]
 """Whether an answer to a row is right; None if the row does not say."""
 
@@ -110,7 +113,7 @@ class DriftCheck:
         """
         self.probes, self.template, self.identity, self.cure = probes, template, identity, cure
         self.max_new_tokens, self.row_tokens, self.batch_size = max_new_tokens, row_tokens, batch_size
-        self.asked = [probe for probe in probes if len(probe.prompt) + max_new_tokens <= max_seq_length]
+        self.asked = _spread([probe for probe in probes if len(probe.prompt) + max_new_tokens <= max_seq_length], ASKED)
         self.judge = judge or says_right_answer
         self.before = Measured()
 
@@ -213,20 +216,22 @@ def probes_of_answers(labelled: Sequence[Labelled]) -> list[Probe]:
     """Rows of preferences to measure: those with a wanted answer, if there are any."""
     wanted = [answer for answer in labelled if answer.desirable[0]] or list(labelled)
     found = []
-    for number in _some([answer.tree.prompt for answer in wanted]):
-        tree, desirable = wanted[number].tree, wanted[number].desirable
+    different = {tuple(answer.tree.prompt): answer for answer in reversed(wanted)}
+    for answer in _spread([answer for answer in wanted if different[tuple(answer.tree.prompt)] is answer], WATCHED):
+        tree = answer.tree
         masks = tree.loss_masks and tree.loss_masks[:1]
-        right = Tree(tree.prompt, tree.completions[:1], masks) if desirable[0] else None
-        found.append(Probe(wanted[number].row, tree.prompt, right))
+        right = Tree(tree.prompt, tree.completions[:1], masks) if answer.desirable[0] else None
+        found.append(Probe(answer.row, tree.prompt, right))
     return found
 
 
 def probes_of_questions(questions: Sequence[Question], template: ChatTemplate, max_seq_length: int) -> list[Probe]:
     """Questions to measure, each with the answer that its row holds to be right, cut to the length that fits."""
     found = []
-    for number in _some([question.prompt for question in questions]):
-        row, prompt = questions[number].row, questions[number].prompt
-        found.append(Probe(row, prompt, _right_tree(row, template, max_seq_length)))
+    different = {tuple(question.prompt): question for question in reversed(questions)}
+    for question in _spread([q for q in questions if different[tuple(q.prompt)] is q], WATCHED):
+        right = _right_tree(question.row, template, max_seq_length)
+        found.append(Probe(question.row, question.prompt, right))
     return found
 
 
@@ -243,14 +248,10 @@ def _right_tree(row: Row, template: ChatTemplate, max_seq_length: int) -> Tree |
     return Tree(chat.prompt, [completion], [mask]) if any(mask) else None
 
 
-def _some(prompts: Sequence[list[int]]) -> list[int]:
-    """At most `WATCHED` indices, evenly spaced, of prompts that differ."""
-    first: dict[tuple[int, ...], int] = {}
-    for number, prompt in enumerate(prompts):
-        first.setdefault(tuple(prompt), number)
-    different = list(first.values())
-    count = min(WATCHED, len(different))
-    return [different[i * len(different) // count] for i in range(count)]
+def _spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def says_right_answer(row: Row, text: str) -> bool | None:
