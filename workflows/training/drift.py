@@ -40,7 +40,7 @@ from workflows.training.whole import whole
 WATCHED = 100
 """Maximum number of held-out rows."""
 ASKED = 50
-"""Maximum number of these that are answered greedily, which takes most of the time. A fall by six answers is noticed."""
+"""Maximum number of these that are answered greedily, which takes most of the time; six fewer right ones are noticed."""
 LARGEST_FALL = 0.2
 """Largest fall of the right answers' log-probability without a warning, in nats a token: each token is then 18% less
 likely on average. docs/alignment.md has the runs that the figure separates."""
