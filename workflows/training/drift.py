@@ -40,7 +40,7 @@ from workflows.training.whole import whole
 WATCHED = 100
 """Maximum number of held-out rows."""
 ASKED = 50
-"""Maximum number of these that are answered greedily, which takes most of the time; six fewer right ones are noticed."""
+"""Maximum number of these that are answered greedily, which takes most of the time; a loss of six is noticed."""
 LARGEST_FALL = 0.2
 """Largest fall of the right answers' log-probability without a warning, in nats a token: each token is then 18% less
 likely on average. docs/alignment.md has the runs that the figure separates."""
@@ -166,8 +166,8 @@ class DriftCheck:
                 found.metrics.append(share_metric(f"{name}_before", compared.base, compared.n))
                 found.metrics.append(share_metric(name, compared.tuned, compared.n))
         found.gain = [compared.row() for compared in by_name.values()]
-        for probe, (was, now) in list(zip(self.asked, asked, strict=True))[:SHOWN]:
-            found.shown.append(answered(probe.row, was, now, self.template))
+        for probe, (earlier, later) in list(zip(self.asked, asked, strict=True))[:SHOWN]:
+            found.shown.append(answered(probe.row, earlier, later, self.template))
         if worse := losses_of(by_name):
             found.warnings = [*worse, self.cure]
         return found
@@ -320,7 +320,7 @@ def losses_of(compared: dict[str, Comparison]) -> list[str]:
     """What got worse by more than chance, a sentence each; see the constants for the limits."""
     found = []
     chosen = compared.get("chosen_logprob")
-    if chosen and chosen.difference < -LARGEST_FALL and chosen.high < 0:
+    if chosen and not chosen.difference >= -LARGEST_FALL and not chosen.high >= 0:  # not a number is a fall, too
         found.append(
             f"The log-probability of right answers fell by {-chosen.difference:.2f} nats a token (95% interval "
             f"{-chosen.high:.2f} to {-chosen.low:.2f}), from {chosen.base:.2f} to {chosen.tuned:.2f}; "
