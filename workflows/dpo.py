@@ -57,7 +57,7 @@ def setup(
             undesirable_weight times the number of bad ones; weights that balance the data are printed before training.
         undesirable_weight: Weight of bad answers (kto).
         max_val_rows: At most this many validation rows are scored each time.
-        max_test_rows: At most this many test pairs are scored at the end, and at most 100 of their prompts are
+        max_test_rows: At most this many test pairs are scored at the end, and at most 50 of their prompts are
             answered before and after training; 0 for none.
         max_new_tokens: Maximum number of tokens of the answers that are compared before and after training.
         train: Training settings; a sample is a pair (kto: a prompt with its labelled answers).

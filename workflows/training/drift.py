@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -39,7 +39,9 @@ from workflows.training.step import model_identity
 from workflows.training.whole import whole
 
 WATCHED = 100
-"""Maximum number of held-out rows: a share's 95% interval is at most 20 points wide, at the cost of seconds."""
+"""Maximum number of held-out rows."""
+ASKED = 50
+"""Maximum number of these that are answered greedily, which takes most of the time; a loss of six is noticed."""
 LARGEST_FALL = 0.2
 """Largest fall of the right answers' log-probability without a warning, in nats a token: each token is then 18% less
 likely on average. docs/alignment.md has the runs that the figure separates."""
@@ -48,6 +50,7 @@ REPEATED = 12
 """Minimum number of tokens of a repeated phrase, all its repetitions together: "1000" and "---" repeat, too."""
 LARGEST_P = 0.05
 
+Item = TypeVar("Item")
 Judge = Callable[[Row, str], bool | None]
 """Whether an answer to a row is right; None if the row does not say."""
 
@@ -111,7 +114,7 @@ class DriftCheck:
         """
         self.probes, self.template, self.identity, self.cure = probes, template, identity, cure
         self.max_new_tokens, self.row_tokens, self.batch_size = max_new_tokens, row_tokens, batch_size
-        self.asked = [probe for probe in probes if len(probe.prompt) + max_new_tokens <= max_seq_length]
+        self.asked = _spread([probe for probe in probes if len(probe.prompt) + max_new_tokens <= max_seq_length], ASKED)
         self.judge = judge or says_right_answer
         self.before = Measured()
 
@@ -164,8 +167,8 @@ class DriftCheck:
                 found.metrics.append(share_metric(f"{name}_before", compared.base, compared.n))
                 found.metrics.append(share_metric(name, compared.tuned, compared.n))
         found.gain = [compared.row() for compared in by_name.values()]
-        for probe, (was, now) in list(zip(self.asked, asked, strict=True))[:SHOWN]:
-            found.shown.append(answered(probe.row, was, now, self.template))
+        for probe, (earlier, later) in list(zip(self.asked, asked, strict=True))[:SHOWN]:
+            found.shown.append(answered(probe.row, earlier, later, self.template))
         if worse := losses_of(by_name):
             found.warnings = [*worse, self.cure]
         return found
@@ -214,20 +217,22 @@ def probes_of_answers(labelled: Sequence[Labelled]) -> list[Probe]:
     """Rows of preferences to measure: those with a wanted answer, if there are any."""
     wanted = [answer for answer in labelled if answer.desirable[0]] or list(labelled)
     found = []
-    for number in _some([answer.tree.prompt for answer in wanted]):
-        tree, desirable = wanted[number].tree, wanted[number].desirable
+    different = {tuple(answer.tree.prompt): answer for answer in reversed(wanted)}
+    for answer in _spread([answer for answer in wanted if different[tuple(answer.tree.prompt)] is answer], WATCHED):
+        tree = answer.tree
         masks = tree.loss_masks and tree.loss_masks[:1]
-        right = Tree(tree.prompt, tree.completions[:1], masks) if desirable[0] else None
-        found.append(Probe(wanted[number].row, tree.prompt, right))
+        right = Tree(tree.prompt, tree.completions[:1], masks) if answer.desirable[0] else None
+        found.append(Probe(answer.row, tree.prompt, right))
     return found
 
 
 def probes_of_questions(questions: Sequence[Question], template: ChatTemplate, max_seq_length: int) -> list[Probe]:
     """Questions to measure, each with the answer that its row holds to be right, cut to the length that fits."""
     found = []
-    for number in _some([question.prompt for question in questions]):
-        row, prompt = questions[number].row, questions[number].prompt
-        found.append(Probe(row, prompt, _right_tree(row, template, max_seq_length)))
+    different = {tuple(question.prompt): question for question in reversed(questions)}
+    for question in _spread([q for q in questions if different[tuple(q.prompt)] is q], WATCHED):
+        right = _right_tree(question.row, template, max_seq_length)
+        found.append(Probe(question.row, question.prompt, right))
     return found
 
 
@@ -244,14 +249,10 @@ def _right_tree(row: Row, template: ChatTemplate, max_seq_length: int) -> Tree |
     return Tree(chat.prompt, [completion], [mask]) if any(mask) else None
 
 
-def _some(prompts: Sequence[list[int]]) -> list[int]:
-    """At most `WATCHED` indices, evenly spaced, of prompts that differ."""
-    first: dict[tuple[int, ...], int] = {}
-    for number, prompt in enumerate(prompts):
-        first.setdefault(tuple(prompt), number)
-    different = list(first.values())
-    count = min(WATCHED, len(different))
-    return [different[i * len(different) // count] for i in range(count)]
+def _spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def says_right_answer(row: Row, text: str) -> bool | None:
@@ -320,7 +321,7 @@ def losses_of(compared: dict[str, Comparison]) -> list[str]:
     """What got worse by more than chance, a sentence each; see the constants for the limits."""
     found = []
     chosen = compared.get("chosen_logprob")
-    if chosen and chosen.difference < -LARGEST_FALL and chosen.high < 0:
+    if chosen and not chosen.difference >= -LARGEST_FALL and not chosen.high >= 0:  # not a number is a fall, too
         found.append(
             f"The log-probability of right answers fell by {-chosen.difference:.2f} nats a token (95% interval "
             f"{-chosen.high:.2f} to {-chosen.low:.2f}), from {chosen.base:.2f} to {chosen.tuned:.2f}; "

@@ -16,6 +16,7 @@ from workflows.training import drift
 from workflows.training.answers import Labelled, encode_answers
 from workflows.training.batch import Tree, pack_row
 from workflows.training.drift import (
+    ASKED,
     LARGEST_FALL,
     WATCHED,
     DriftCheck,
@@ -206,6 +207,7 @@ def test_probes_differ_in_their_prompts_and_are_spread_over_the_rows(tiny_llama:
     probes = probes_of_answers([*answers, *answers])
     assert len(probes) == WATCHED
     assert [probe.row for probe in probes] == [pair(3 * n) for n in range(WATCHED)]
+    assert [probe.row for probe in check_of(tiny_llama, probes).asked] == [pair(6 * n) for n in range(ASKED)]
     first = probes[0].right
     assert first is not None and first.completions == answers[0].tree.completions[:1]
     bad = [Labelled(Tree(answer.tree.prompt, [[5]]), [False], answer.row) for answer in answers[:4]]
