@@ -58,7 +58,7 @@ def test_every_wrong_argument_is_reported_at_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["data", "--data", "mine"], '"data": must be one of hpo, pubmedqa'),
+        (["data", "--data", "mine"], '"data": must be one of hpo, assistant, general'),
         (
             ["lora", "--checkpoint_dir", "c", "--precision", "8"],
             '"precision": must be one of 32-true, bf16-true, 16-true, null',
