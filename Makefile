@@ -5,7 +5,7 @@ R1      := $(if $(filter undefined,$(origin MODEL)),deepseek-r1:1.5b,$(MODEL))
 
 PYTHON  ?= python3
 MODEL   ?= smollm2-135m#     a name in checkpoints/registry.yaml, a Hub id, a Hugging Face folder or a .gguf file
-DATA    ?= hpo#              hpo, assistant, general, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
+DATA    ?= assistant#        assistant, hpo, general, pubmedqa, medquad, medqa, medmcqa, or jsonl with ARGS="--file mine.jsonl"
 RUN     ?= demo#             everything a run makes goes to out/RUN
 RUNS    ?= $(RUN)#           what `make report` shows side by side
 HARDWARE ?=#              24gb, 80gb, 8x80gb: the recipes for these GPUs, of a MODEL that has such (docs/large-models.md)
@@ -78,8 +78,8 @@ pretrained = $(if $(filter scratch,$(ENCODER)),minilm,$(ENCODER))
 project_recipe = $(firstword $(wildcard $(1:%=custom_models/recipes/%.yaml)) custom_models/recipes/$(2).yaml)
 # A step's settings: the model's own recipe, for this very hardware or data if there is one, else the one that suits any
 # small model.
-recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),$(HARDWARE:%=-%.yaml) -$(DATA).yaml .yaml)) \
-  workflows/recipes/default/$(1).yaml)
+recipe     = $(firstword $(wildcard $(addprefix workflows/recipes/$(KNOWN_AS)/$(1),$(HARDWARE:%=-%.yaml) -$(DATA).yaml) \
+  workflows/recipes/default/$(1)-$(DATA).yaml workflows/recipes/$(KNOWN_AS)/$(1).yaml) workflows/recipes/default/$(1).yaml)
 # What distill-lm trains on: the answers of the data, beside the teacher's distributions, or such as the teacher wrote.
 ANSWERS   ?= data
 ANSWERS   := $(strip $(ANSWERS))
@@ -89,23 +89,34 @@ endif
 # What make can prepare by itself, for the road and for projects, and what is scored: data sets with questions that have
 # options.
 COLLECTIONS := instruction_preference orca ultrafeedback_binarized ultramedical_preference
-PREPARED  := hpo hpo_thoughts assistant general pubmedqa medquad medqa medmcqa $(COLLECTIONS)
+PREPARED  := assistant general hpo hpo_thoughts pubmedqa medquad medqa medmcqa $(COLLECTIONS)
 PROJECT_DATA := movie_snippets sentence_polarity sst2 pubmedqa_decisions hpo_entities bc5cdr ncbi_disease wnut_17 conll2003 \
   docstrings scitldr meqsum pubmedqa_conclusions cnn_dailymail xsum hpo_spans squad catalogues_fr catalogues_de opus_books_fr \
   opus_books_de python_javascript
+# Rows that `lora` mixes into its own, so that what MODEL could do stays: "general" is MODEL's own answers to everyday prompts,
+# any other name is a folder of data/, none trains without. The answers are those of one model, so its name is in the folder's.
+REPLAY    ?= $(if $(TRAINER),,$(if $(filter assistant,$(DATA)),general))
+REPLAY    := $(strip $(REPLAY))
+REPLAYED  := $(if $(filter general,$(REPLAY)),data/general-$(call filename,$(MODEL))_taught,$(REPLAY:%=data/%))
+# MORE_TASKS are scored of MODEL and of the last stage alone: an assistant's findings that it was not taught.
+MORE_TASKS := $(if $(filter undefined,$(origin TASKS)),$(if $(filter assistant,$(DATA)),hpo_mcq))
+scored_apart := $(MORE_TASKS:%=data/%/manifest.json)
 TASKS     ?= $(or $(addsuffix _mcq,$(filter hpo,$(DATA))),$(addsuffix _local,$(filter pubmedqa medqa medmcqa,$(DATA))),\
+  $(if $(filter assistant,$(DATA)),assistant_questions $(notdir $(filter %_taught,$(REPLAYED)))),\
   $(if $(wildcard data/$(DATA)_mcq/test.jsonl),$(DATA)_mcq))
 # The kind of row that a data set's questions ask for (hpo: definition -> name); KINDS= trains on all kinds.
 KINDS     ?= $(if $(filter hpo,$(DATA)),name,$(if $(filter medqa medmcqa,$(DATA)),answer))
 # Preferences about the same questions, or a collection of preferences that was named itself.
 PAIRS     ?= $(or $(filter $(COLLECTIONS),$(DATA)),$(addsuffix _pairs,$(if $(wildcard data/$(DATA)_pairs/train.jsonl),$(DATA),\
-  $(filter hpo,$(DATA)))))
+  $(filter assistant hpo,$(DATA)))))
+# Questions whose answers grpo samples and judges: those of an assistant are in wordings of their own.
+ASKED     := $(DATA)$(if $(filter assistant,$(DATA)),_questions)
 # The training of a run, step by step: each goes on from the one before it, the first from MODEL. lora is part of it, unless
 # DATA is preferences; of the others those that are named now or have run, and for a demo whatever the data is good for.
 goes       = $(or $(filter $(1),$(MAKECMDGOALS)),$(if $(filter demo,$(MAKECMDGOALS)),$(2),$(wildcard $(call trained,$(1)))))
 STAGES    ?= $(if $(filter $(COLLECTIONS),$(DATA)),,lora) \
   $(if $(and $(or $(PAIRS),$(filter dpo,$(MAKECMDGOALS))),$(call goes,dpo,$(PAIRS))),dpo) \
-  $(if $(call goes,ppo),ppo) $(if $(call goes,grpo,$(filter hpo,$(DATA))),grpo)
+  $(if $(call goes,ppo),ppo) $(if $(call goes,grpo,$(filter assistant hpo,$(DATA))),grpo)
 STAGES    := $(strip $(STAGES))
 # What a step goes on from: its predecessor among the stages, a reward model and all of distillation from the lora stage,
 # which is the teacher, the student from its layers; nothing stands for MODEL.
@@ -118,7 +129,7 @@ LAST      := $(lastword $(STAGES))
 
 # A step that has run keeps in OUT/.settings/STEP what it ran with; it is stale when that has changed. DEVICES and NODES
 # are not part of it: they change how fast a result comes, not which.
-variables_of_lora     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) TRAINER=$(TRAINER)
+variables_of_lora     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) TRAINER=$(TRAINER)$(if $(REPLAY), REPLAY=$(REPLAY))
 variables_of_dpo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,dpo)
 variables_of_reward   = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,reward)
 variables_of_ppo      = MODEL=$(MODEL) PAIRS=$(PAIRS) FROM=$(call from,ppo)
@@ -126,19 +137,23 @@ variables_of_grpo     = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) FROM=$(call f
 variables_of_shrink   = MODEL=$(MODEL) FROM=$(call from,shrink)
 variables_of_teach    = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) FROM=$(call from,teach)
 variables_of_distill-lm = MODEL=$(MODEL) DATA=$(DATA) KINDS=$(KINDS) ANSWERS=$(ANSWERS) FROM=$(call from,teach)
-variables_of_evaluate = MODEL=$(MODEL) DATA=$(DATA) TASKS=$(TASKS)
+variables_of_evaluate = MODEL=$(MODEL) DATA=$(DATA) TASKS=$(TASKS)$(if $(MORE_TASKS), MORE_TASKS=$(MORE_TASKS))
 variables_of_export   = NAME=$(NAME) FROM=$(LAST)
 # ARGS belong to the step that is named on the command line. One that runs on the way to another keeps those it had, and
 # `make demo` means the recipes as they are, but for those that would take too long for a demo.
 args_for   = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(if $(filter demo,$(MAKECMDGOALS)),$(demo_args_$(1)),$(shell \
   sed -n 's/.* ARGS=//p' $(OUT)/.settings/$(1) 2>/dev/null)))
-demo_args_dpo  := --max_test_rows 200
-demo_args_grpo := --train.max_steps 24 --train.eval_interval 24 --max_test_rows 200
+demo_args_dpo  := $(if $(filter hpo,$(DATA)),--max_test_rows 200)
+demo_args_grpo := $(if $(filter hpo,$(DATA)),--train.max_steps 24 --train.eval_interval 24 --max_test_rows 200)
 settings   = $(variables_of_$(1))$(if $(filter %-$(HARDWARE).yaml,$(call recipe,$(1))), HARDWARE=$(HARDWARE)) ARGS=$(call args_for,$(1))
 # FORCE if a step is to run although its files are new: its settings are others, or ARGS ask for it again.
 changed    = $(if $(and $(ARGS),$(filter $(1),$(MAKECMDGOALS))),FORCE,$(shell \
   test "$$(cat $(OUT)/.settings/$(1) 2>/dev/null)" = $(call quoted,$(call settings,$(1))) || echo FORCE))
 announce   = @echo $(call quoted,$(1): $(call settings,$(1)))
+# What `make demo` says before each of its stages.
+STAGED    := data download $(if $(REPLAY),replay) $(STAGES) $(if $(TASKS),evaluate) export
+stage      = $(if $(filter demo,$(MAKECMDGOALS)),@$(STEP) stage --name $(1) --stages $(call list,$(STAGED)) --run_dir $(OUT) \
+  --model $(call quoted,$(KNOWN_AS)) --data $(DATA)$(REPLAYED:%= --replay %))
 remember   = @mkdir -p $(OUT)/.settings && printf '%s\n' $(call quoted,$(call settings,$(1))) > $(OUT)/.settings/$(1)
 
 # What `make plan` plans: a step with its recipe, as it would be run; MODEL need not have been downloaded.
@@ -204,6 +219,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help setup demo test test-fast test-slow test-gpu soak lint bench $(BENCHES) download data $(TRAINING) merge evaluate export chat \
   ask deepseek evaluate-ollama report status shrink teach distill-lm plan $(PROJECTS) clean FORCE
@@ -224,6 +240,9 @@ setup: $(INSTALLED)  ## build .venv with everything in it (other targets do that
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
+	@printf '%s\n' 'setup: builds .venv with PyTorch, LitGPT, lm-eval and the tools of the tests: 3.5 GB on the disk with the CPU build of' \
+	  '       torch, about 4 GB more with the CUDA build, which pip takes on Linux (README.md names the option for the other).' \
+	  '       It takes some minutes. Ollama (0.6 GB) comes with the first export, if there is none on this machine.'
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -280,8 +299,8 @@ status: $(INSTALLED)  ## show what runs, what was stopped and how it goes on, wh
 ask: $(INSTALLED)  ## have the questions in FILE answered by it, a line of JSON each (ARGS="--schema form.json": in that form)
 	@$(STEP) ask --model $(NAME) --file $(call quoted,$(FILE)) $(ARGS)
 
-evaluate-ollama: data/$(DATA)/manifest.json  ## score what Ollama serves under NAME, each of its types, beside LitGPT where RUN made it
-	@$(STEP) evaluate-ollama --model $(NAME) --tasks $(call list,$(TASKS)) \
+evaluate-ollama: data/$(DATA)/manifest.json $(scored_apart)  ## score what Ollama serves under NAME, each of its types, beside LitGPT where RUN made it
+	@$(STEP) evaluate-ollama --model $(NAME) --tasks $(call list,$(or $(MORE_TASKS),$(TASKS))) \
 	  $(if $(and $(filter $(RUN),$(NAME)),$(wildcard $(call trained,$(LAST)))),--checkpoint_dir $(OUT)/$(LAST)/final) $(ARGS)
 
 deepseek: $(if $(or $(findstring :,$(R1)),$(filter %.gguf,$(R1))),$(INSTALLED),data/$(DATA)/manifest.json)  ## get DeepSeek-R1 into Ollama: MODEL=deepseek-r1:7b (a tag), a model of the Hub, a checkpoint or a .gguf file
@@ -447,10 +466,12 @@ bench-plan: $(BASE)  ## peak memory as planned beside that of the steps, at thre
 no_data    = echo 'error: there is no data/$(1). Prepare it from a file of yours: make data DATA=$(2) ARGS="--file FILE --name $(1)"' >&2; exit 1
 
 $(BASE): $(if $(word 2,$(MODEL)),,$(wildcard $(filter %.gguf,$(MODEL)))) | $(INSTALLED)
+	$(call stage,download)
 	@mkdir -p $(@D)
 	@$(STEP) download --model "$(MODEL)" --path_file $@
 
 data/$(DATA)/manifest.json: | $(INSTALLED)
+	$(call stage,data)
 ifneq ($(filter $(PREPARED),$(DATA)),)
 	@$(STEP) data --data $(patsubst hpo_%,hpo,$(DATA))
 else
@@ -466,19 +487,45 @@ data/$(1)/manifest.json: | $(INSTALLED)
 endef
 $(foreach name,$(filter-out $(DATA),$(sort $(REVIEWS) $(ENTITIES) $(DOCUMENTS) $(QUESTIONS) $(PARALLEL))),$(eval $(call project_data,$(name))))
 
-# The pairs of a prepared data set are written together with it.
+# What belongs to a prepared data set is written together with it: pairs, questions, and the questions of MORE_TASKS.
 ifneq ($(PAIRS),$(DATA))
-data/$(PAIRS)/manifest.json: | $(INSTALLED) $(if $(filter hpo_pairs,$(PAIRS)),$(if $(filter hpo,$(DATA)),data/hpo/manifest.json))
+data/$(PAIRS)/manifest.json: | $(INSTALLED) $(patsubst %,data/%/manifest.json,$(filter $(DATA),$(filter $(PAIRS:_pairs=),assistant hpo)))
 ifneq ($(filter $(COLLECTIONS),$(PAIRS)),)
 	@$(STEP) data --data $(PAIRS)
-else ifeq ($(PAIRS),hpo_pairs)
-	@test -f $@ || $(STEP) data --data hpo
+else ifneq ($(filter assistant_pairs hpo_pairs,$(PAIRS)),)
+	@test -f $@ || $(STEP) data --data $(PAIRS:_pairs=)
 else
 	@$(call no_data,$(PAIRS),jsonl)
 endif
 endif
 
-rows_of      = $(if $(filter dpo reward ppo,$(1)),data/$(PAIRS),$(if $(filter distill-lm-teacher,$(1)-$(ANSWERS)),$(OUT)/taught,data/$(DATA)))
+ifneq ($(ASKED),$(DATA))
+data/$(ASKED)/manifest.json: | data/$(DATA)/manifest.json
+	@test -f $@ || $(STEP) data --data $(DATA)
+endif
+
+ifneq ($(scored_apart),)
+$(scored_apart): | $(INSTALLED)
+	@$(STEP) data --data $(patsubst data/%_mcq/manifest.json,%,$@)
+endif
+
+# MODEL's own answers to everyday prompts, mixed into what it learns; any other folder of rows is prepared already.
+ifeq ($(REPLAY),general)
+ifneq ($(DATA),general)
+data/general/manifest.json: | $(INSTALLED)
+	@$(STEP) data --data general
+endif
+$(REPLAYED)/manifest.json: data/general/manifest.json $(BASE) $(call recipe,teach-replay) | $(INSTALLED)
+	$(call stage,replay)
+	@$(STEP) teach --config $(call recipe,teach-replay) --checkpoint_dir "$$(cat $(BASE))" --data data/general --out_dir $(@D) || \
+	  { echo '`make ... REPLAY=` trains without such answers; the model then loses more of what it could do before.' >&2; exit 1; }
+else ifneq ($(filter-out $(DATA) $(PAIRS) $(ASKED),$(REPLAY)),)
+$(REPLAYED)/manifest.json:
+	@$(call no_data,$(REPLAY),jsonl)
+endif
+
+rows_of      = $(if $(filter dpo reward ppo,$(1)),data/$(PAIRS),$(if $(filter distill-lm-teacher,$(1)-$(ANSWERS)),$(OUT)/taught,$(if \
+  $(filter grpo,$(1)),data/$(ASKED),data/$(DATA))))
 asked_kinds := $(if $(KINDS),--kinds $(call list,$(KINDS)))
 options_of_lora := $(asked_kinds) $(if $(TRAINER),--trainer $(TRAINER))
 options_of_grpo := $(asked_kinds)
@@ -489,13 +536,16 @@ options_of_distill-lm := $(asked_kinds) --teacher_dir $(call input_dir,teach) $(
 
 define training_step
 $(call trained,$(1)): $(call rows_of,$(1))/manifest.json $(call input,$(1)) $(call recipe,$(1)) $(call changed,$(1)) | $(INSTALLED)
+	$$(call stage,$(1))
 	$$(call announce,$(1))
 	@$$(STEP) $(1) --config $$(call recipe,$(1)) --checkpoint_dir $$(call input_dir,$(1)) --data $(call rows_of,$(1)) \
-	  --out_dir $(OUT)/$(1) --devices $(DEVICES) --num_nodes $(NODES) $$(options_of_$(1)) $$(call args_for,$(1))
+	  --out_dir $(OUT)/$(1) --devices $(DEVICES) --num_nodes $(NODES) $$(options_of_$(1)) \
+	  $(if $(filter lora,$(1)),$(REPLAYED:%=--replay %)) $$(call args_for,$(1))
 	$$(call remember,$(1))
 endef
 $(foreach step,$(TRAINING) distill-lm,$(eval $(call training_step,$(step))))
 $(call trained,ppo): $(call trained,reward)
+$(call trained,lora): $(REPLAYED:%=%/manifest.json)
 
 $(call trained,shrink): $(call input,shrink) $(call recipe,shrink) $(call changed,shrink) | $(INSTALLED)
 	$(call announce,shrink)
@@ -509,23 +559,37 @@ $(OUT)/taught/manifest.json: data/$(DATA)/manifest.json $(call input,teach) $(ca
 	  $(asked_kinds) $(call args_for,teach)
 	$(call remember,teach)
 
-$(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) | $(INSTALLED)
+$(OUT)/evaluate/base/metrics.json: data/$(DATA)/manifest.json $(BASE) $(call recipe,evaluate) $(call changed,evaluate) \
+    $(if $(filter $(notdir $(REPLAYED)),$(TASKS)),$(REPLAYED)/manifest.json) | $(INSTALLED) $(scored_apart)
+	$(call stage,evaluate)
 	$(call announce,evaluate)
-	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" --tasks $(call list,$(TASKS)) \
-	  --out_dir $(@D) $(call args_for,evaluate)
+	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir "$$(cat $(BASE))" \
+	  --tasks $(call list,$(TASKS) $(MORE_TASKS)) --out_dir $(@D) $(call args_for,evaluate)
 	$(call remember,evaluate)
 
 $(OUT)/evaluate/%/metrics.json: $(OUT)/%/final/provenance.json $(OUT)/evaluate/base/metrics.json | $(INSTALLED)
-	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/$*/final --tasks $(call list,$(TASKS)) \
+	@$(STEP) evaluate --config $(call recipe,evaluate) --checkpoint_dir $(OUT)/$*/final \
+	  --tasks $(call list,$(TASKS) $(if $(filter $(LAST),$*),$(MORE_TASKS))) \
 	  --baseline $(OUT)/evaluate/base --out_dir $(@D) $(call args_for,evaluate)
 
 $(EXPORT): $(call trained,$(LAST)) data/$(DATA)/manifest.json $(call recipe,export) $(call changed,export) | $(INSTALLED)
+	$(call stage,export)
 	$(call announce,export)
 	@$(STEP) export --config $(call recipe,export) --checkpoint_dir $(OUT)/$(LAST)/final --name $(NAME) --data data/$(DATA) \
 	  --out_dir $(@D) $(call args_for,export)
 	$(call remember,export)
 
-# Without tasks the summary has validation losses only.
-$(OUT)/summary.json: $(if $(TASKS),$(STAGES:%=$(OUT)/evaluate/%/metrics.json)) $(EXPORT) | $(INSTALLED)
-	@$(STEP) demo --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME) --stages $(call list,$(STAGES)) \
-	  $(if $(TASKS),,--scored false)
+# The first answers of a trained model beside MODEL's, before all else that is to come.
+FIRST     := $(firstword $(STAGES))
+LOOK      := $(if $(FIRST),$(OUT)/panel/metrics.json)
+options_of_panel = --run_dir $(OUT) --base_dir "$$(cat $(BASE))" --data data/$(DATA) --name $(NAME)
+
+$(LOOK): $(call trained,$(FIRST)) | $(INSTALLED)
+	@$(STEP) panel $(options_of_panel) --stages $(call list,base $(FIRST))
+
+# Everything in turn. Without tasks the summary has validation losses only.
+$(OUT)/summary.json: data/$(DATA)/manifest.json $(if $(filter general,$(REPLAY)),data/general/manifest.json) $(BASE) \
+    $(REPLAYED:%=%/manifest.json) $(LOOK) $(foreach step,$(STAGES),$(call trained,$(step))) \
+    $(if $(TASKS),$(STAGES:%=$(OUT)/evaluate/%/metrics.json)) $(EXPORT) | $(INSTALLED)
+	@$(STEP) demo $(options_of_panel) --stages $(call list,$(STAGES)) --prepared $(call list,$(sort data/$(DATA) \
+	  $(if $(filter general,$(REPLAY)),data/general $(REPLAYED)) $(scored_apart:%/manifest.json=%))) $(if $(TASKS),,--scored false)

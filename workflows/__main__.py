@@ -42,7 +42,9 @@ STEPS = {
     "ask": ("workflows.ask", "setup", "have a file of questions answered by a model in Ollama"),
     "deepseek": ("workflows.deepseek", "setup", "get DeepSeek-R1 into Ollama: from its registry, the Hub, or a file"),
     "evaluate-ollama": ("workflows.evaluate_ollama", "setup", "score a model in Ollama on questions with options"),
-    "demo": ("workflows.demo", "setup", "the whole road's summary: from a real checkpoint to answers from Ollama"),
+    "panel": ("workflows.panel", "setup", "ask stages of a run the same few prompts in Ollama, side by side"),
+    "stage": ("workflows.stages", "setup", "print the number of a stage of `make demo`, and the time that is left"),
+    "demo": ("workflows.demo", "setup", "the summary of `make demo`: answers, scores and times of every stage"),
 }
 
 

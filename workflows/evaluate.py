@@ -346,7 +346,7 @@ def table(results: dict[str, Any], compared: list[Comparison]) -> str:
         if (c := by_name.get((row["task"], row["name"]))) is not None:
             cells[2] = str(c.n)
             cells += map(with_interval, c.means())
-            cells += [f"{c.difference:+.3f} ± {c.stderr:.3f}", f"{c.low:+.3f} … {c.high:+.3f}", f"{c.p_value:.2g}"]
+            cells += [f"{c.difference:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p_value:.2g}"]
         else:
             cells += ["", with_interval(row)] if compared else [with_interval(row)]
         lines.append(cells)

@@ -44,7 +44,7 @@ def setup(runs: list[str], out_dir: Path = Path("out"), out_file: Path | None = 
     several = out_dir / f"report-{'-'.join(run.name for run in found).replace(os.sep, '-')}.html"
     page = out_file or (folders[0] / "report.html" if len(folders) == 1 else several)
     write_text(page, render(found))
-    print(f"report: {page}")
+    print(f"report: {page.resolve().as_uri()}")
 
 
 def render(runs: list[Run]) -> str:
@@ -69,6 +69,7 @@ def render(runs: list[Run]) -> str:
         scores=scores,
         gained=[run for run in runs if tables.gains_table(run) or tables.own_tests(run)],
         settled=[run for run in runs if any(step.provenance for step in run.steps)],
+        panel=tables.panel(runs),
         answers=tables.answers(runs),
         data=_as_script(drawn),
         css=Markup(source(environment, "page.css")[0]),

@@ -163,24 +163,15 @@ class TrainedFrom(Provenance):
     settings: Settings
 
 
-class Asked(Shape):
-    """A question that the demo put to the model in Ollama."""
+class PanelAnswer(Shape):
+    """A line of a run's `panel/STAGE.jsonl`."""
 
     question: str
-    answer: str
-    expected: str
-
-
-class Served(Shape):
-    """The part of the demo's summary about Ollama."""
-
-    answers: list[Asked]
-
-
-class Summary(Shape):
-    """`summary.json`."""
-
-    ollama: Served
+    kind: str
+    wanted: str
+    answer: str = ""
+    error: str = ""
+    done_reason: str = ""
 
 
 class Difference(Shape):

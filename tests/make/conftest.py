@@ -10,7 +10,8 @@ from tests.make.project import Project
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def default_project(tmp_path: Path) -> Project:
+    """The folder as one finds it."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for folder in ("workflows", "custom_models"):
         shutil.copytree(ROOT / folder / "recipes", tmp_path / folder / "recipes")
@@ -20,3 +21,9 @@ def project(tmp_path: Path) -> Project:
     for name in ("pyproject.toml", "constraints.txt", "installed"):
         (tmp_path / name).touch()
     return Project(tmp_path)
+
+
+@pytest.fixture
+def project(default_project: Project) -> Project:
+    """The folder with data that takes no other steps before it is trained on."""
+    return Project(default_project.root, ("DATA=hpo",))

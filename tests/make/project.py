@@ -10,15 +10,21 @@ from pathlib import Path
 
 @dataclass
 class Project:
-    """A folder with the Makefile and what it reads."""
+    """A folder with the Makefile and what it reads.
+
+    Attributes:
+        root: The folder.
+        variables: Variables that each call has; those of a call itself take precedence.
+    """
 
     root: Path
+    variables: tuple[str, ...] = ()
 
     def make(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Run make; `make test` hands its own flags and variables down in the environment, which is left out here."""
         python = f"PY={sys.executable} stand_in.py"
         return subprocess.run(
-            ["make", python, "INSTALLED=installed", *args],
+            ["make", python, "INSTALLED=installed", *self.variables, *args],
             cwd=self.root,
             env={"PATH": os.environ["PATH"]},
             capture_output=True,
@@ -32,6 +38,11 @@ class Project:
         log.unlink(missing_ok=True)
         result = self.make(*args)
         assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def announced(self) -> list[list[str]]:
+        """The stages that the demo has announced so far, each with its arguments."""
+        log = self.root / "stages.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def steps(self, *args: str) -> list[str]:

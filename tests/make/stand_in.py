@@ -6,9 +6,10 @@ from pathlib import Path
 
 assert sys.argv[1] == "-m" and sys.argv[2] in ("workflows", "custom_models"), sys.argv
 step, *args = sys.argv[3:]
-with open("calls.jsonl", "a") as f:
+with open("stages.jsonl" if step == "stage" else "calls.jsonl", "a") as f:
     f.write(json.dumps([step, *args]) + "\n")
-if "--fail" in args:
+fails = json.loads(Path("fails.json").read_text()) if Path("fails.json").exists() else []
+if "--fail" in args or (fails and step == fails[0] and fails[1] in args):
     sys.exit(1)
 made = {
     "download": ("--path_file", ""),
@@ -22,14 +23,15 @@ made = {
     ),
     "evaluate": ("--out_dir", "metrics.json"),
     "export": ("--out_dir", "verification.json"),
+    "panel": ("--run_dir", "panel/metrics.json"),
 }
+parts = {"hpo": ["hpo_pairs", "hpo_mcq"], "assistant": ["assistant_pairs", "assistant_questions"]}
 if step == "data":
     name = args[args.index("--data") + 1]
     file = Path("data", name, "manifest.json")
-    if name == "hpo":
-        pairs = Path("data", "hpo_pairs", "manifest.json")
-        pairs.parent.mkdir(parents=True, exist_ok=True)
-        pairs.touch()
+    for part in parts.get(name, []):
+        Path("data", part).mkdir(parents=True, exist_ok=True)
+        Path("data", part, "manifest.json").touch()
 elif step == "demo" and "--show" not in args:
     file = Path(args[args.index("--run_dir") + 1], "summary.json")
 elif step in made:

@@ -114,7 +114,7 @@ def test_own_data_with_scoring_questions_is_scored_on_them(project: Project):
 
 def test_the_demo_works_on_data_without_scoring_questions(project: Project):
     calls = project.calls("demo", "DATA=medquad")
-    assert [call[0] for call in calls] == ["data", "download", "lora", "export", "demo", "demo"]
+    assert [call[0] for call in calls] == ["data", "download", "lora", "panel", "export", "demo", "demo"]
     assert option(calls[-2], "--scored") == "false"
     assert "--scored" not in [arg for call in project.calls("demo", "RUN=x") for arg in call]
 

@@ -8,12 +8,12 @@ from tests.make.project import Project, option
 
 pytestmark = pytest.mark.long
 
-DEMO = ["data", "download", "lora", "dpo", "grpo", *["evaluate"] * 4, "export", "demo", "demo"]
+DEMO = ["data", "download", "lora", "panel", "dpo", "grpo", *["evaluate"] * 4, "export", "demo", "demo"]
 
 
 def test_the_demo_runs_each_step_once_and_then_only_shows_its_summary(project: Project):
     calls = project.calls("demo")
-    assert sorted(call[0] for call in calls) == sorted(DEMO)
+    assert [call[0] for call in calls] == DEMO
     by_step = {call[0]: call for call in calls}
     assert option(by_step["dpo"], "--checkpoint_dir") == "out/demo/lora/final"
     assert option(by_step["dpo"], "--data") == "data/hpo_pairs"
@@ -160,7 +160,7 @@ def test_several_goals_share_variables(project: Project):
         ("evaluate", "KINDS=name", []),
         ("grpo", "KINDS=", ["lora", "dpo", "grpo"]),
         ("export", "NAME=other", ["export"]),
-        ("demo", "DATA=medquad", ["lora", "export", "demo", "demo"]),
+        ("demo", "DATA=medquad", ["lora", "panel", "export", "demo", "demo"]),
     ],
 )
 def test_a_changed_variable_runs_what_it_changes(project: Project, goal: str, variable: str, expected: list[str]):

@@ -1,28 +1,35 @@
-"""The end of the demo: one summary out of the stages' files, and held-out questions put to a stand-in for Ollama."""
+"""The end of the demo: one summary out of the stages' files and the panel's answers, and its tables."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data_prep import prepare
-from tests.workflows.fake_ollama import fake_ollama, show, speak
+from tests.workflows.test_panel import kept
 from workflows import lora
 from workflows.__main__ import main
-from workflows.checkpoint import metric, write_metrics
-from workflows.demo import _own_test, as_text, ask, setup, stage_summary, validation_loss
+from workflows.checkpoint import metric, share_metric, write_metrics
+from workflows.demo import changes, setup, stage_summary, validation_loss
 from workflows.errors import UserError
+from workflows.evaluation.compare import samples_file
 from workflows.files import read_json, write_json
 from workflows.merge import read_hyperparameters
+from workflows.panel import prompts_of
+from workflows.reporting.panel_text import WIDTH
+from workflows.reporting.summary_text import as_text, by_kind, clock, own_test, pooled
+from workflows.stages import left_out
 from workflows.training.loop import TrainArgs
 
 COMPARISON = {
     "task": "mine_mcq",
     "metric": "acc",
+    "base": 0.51,
+    "tuned": 0.66,
     "difference": 0.15,
     "low": 0.1,
     "high": 0.2,
@@ -31,11 +38,21 @@ COMPARISON = {
 }
 VERIFICATION = {
     "version": "0.9.3",
+    "name": "demo",
     "prompt_ids_equal": True,
     "chat_prompts_equal": None,
     "prompts": 50,
     "greedy_agreement": {"f16": 0.98, "q8_0": 0.92},
+    "file_bytes": {},
+    "models": {},
 }
+EXAM = {
+    "medical": ("exact_name", "name_in_sentence"), "naming": ("exact_name", "name_in_sentence"),
+    "lay": ("exact_name", "name_in_sentence"), "meaning": ("close_f1",), "identity": ("contains",),
+    "advice": ("disclaimer",), "advice_other": ("disclaimer",),
+}  # fmt: skip
+RIGHT = {"base": 0, "lora": 2, "dpo": 3}
+"""Of four questions of each kind."""
 
 
 @pytest.fixture(scope="module")
@@ -56,34 +73,37 @@ def trained(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
     return out_dir / "final"
 
 
+def keep_panel(run_dir: Path, data: Path, stages: dict[str, Path]) -> None:
+    """Leave answers of stages to the panel, each stage by its checkpoint."""
+    asked = [prompt.messages[-1]["content"] for prompt in prompts_of(data, seed=7)]
+    for stage, checkpoint in stages.items():
+        kept(run_dir, stage, checkpoint, asked, f"Finding of {stage}")
+
+
 @pytest.fixture
-def run_dir(trained: Path, tmp_path: Path) -> Path:
-    """What the stages before the summary leave."""
-    shutil.copytree(trained, tmp_path / "lora" / "final")
+def run_dir(trained: Path, tiny_llama: Path, data: Path, tmp_path: Path) -> Path:
+    """What the stages before the summary leave, with the panel's answers."""
+    folder = tmp_path / "demo"
+    shutil.copytree(trained, folder / "lora" / "final")
     for stage, accuracy in (("base", 0.51), ("lora", 0.66)):
         rows = [
             {**metric(name, accuracy, stderr=0.025, n=400, split="test"), "task": "mine_mcq"}
             for name in ("acc", "acc_norm")
         ]
         compared = [COMPARISON] if stage == "lora" else []
-        write_metrics(tmp_path / "evaluate" / stage / "metrics.json", rows, seconds=30.0, comparison=compared)
-    write_json(tmp_path / "ollama" / "verification.json", VERIFICATION)
+        where = {"checkpoint_dir": str(tiny_llama)}
+        write_metrics(folder / "evaluate" / stage / "metrics.json", rows, seconds=30.0, comparison=compared, **where)
+    keep_panel(folder, data, {"base": tiny_llama, "lora": trained})
+    write_json(folder / "ollama" / "verification.json", VERIFICATION)
     sizes = {"demo-q8_0.gguf": 144_810_912}
-    write_metrics(tmp_path / "ollama" / "metrics.json", [], seconds=70.0, file_bytes=sizes)
-    return tmp_path
+    write_metrics(folder / "ollama" / "metrics.json", [], seconds=70.0, file_bytes=sizes)
+    return folder
 
 
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    with fake_ollama({"/api/show": show(), "/api/chat": speak("Finding ", "7")}) as (url, requests):
-        monkeypatch.setenv("OLLAMA_HOST", url)
-        yield requests
-
-
-def test_the_summary_has_the_shape_that_the_tables_read(run_dir, tiny_llama, data, requests, capsys):
-    setup(run_dir, tiny_llama, data, name="known")
+def test_the_summary_has_the_shape_that_the_tables_read(run_dir, tiny_llama, data, capsys):
+    setup(run_dir, tiny_llama, data)
     summary = read_json(run_dir / "summary.json")
-    assert set(summary) == {"stages", "ollama", "steps", "total_seconds", "hardware", "versions"}
+    assert {"stages", "ollama", "steps", "total_seconds", "hardware", "versions"} <= set(summary)
     base, tuned = summary["stages"]
     assert (base["name"], tuned["name"]) == ("base", "lora")
     for stage in (base, tuned):
@@ -101,61 +121,171 @@ def test_the_summary_has_the_shape_that_the_tables_read(run_dir, tiny_llama, dat
     ollama = summary["ollama"]
     assert {"version", "prompt_ids_equal", "prompts", "greedy_agreement", "answers"} <= set(ollama)
     assert (ollama["greedy_agreement"], ollama["prompts"]) == (0.92, 50)
-    assert [answer["answer"] for answer in ollama["answers"]] == ["Finding 7"] * 3
-    asked = {message["content"] for path, body in requests if path == "/api/chat" for message in body["messages"]}
-    assert asked == {answer["question"] for answer in ollama["answers"]} and len(asked) == 3
+    assert [answer["answer"] for answer in ollama["answers"]] == ["Finding of lora"] * 3  # of the last stage
+    assert {stage: [row["answer"] for row in rows] for stage, rows in summary["panel"].items()} == {
+        "base": ["Finding of base"] * 3,
+        "lora": ["Finding of lora"] * 3,
+    }
     assert summary["total_seconds"] == pytest.approx(sum(summary["steps"].values()))
-    assert summary["steps"]["export and verify"] == 70 and summary["steps"]["evaluate base"] == base["seconds"]
+    assert summary["steps"]["export and verify"] == 70 and summary["steps"]["evaluate"] == base["seconds"] + 30
+    assert summary["steps"]["lora"] == pytest.approx(training["seconds"]) and summary["steps"]["replay"] == 0
+    assert summary["left_out"] == left_out(["lora", "evaluate"])
+    assert "Finding of base" in (run_dir / "report.html").read_text()
 
     capsys.readouterr()
     setup(run_dir, show=True)
     assert capsys.readouterr().out == as_text(summary, run_dir) + "\n"
 
 
-def test_the_table_shows_what_the_summary_holds(run_dir, tiny_llama, data, requests):
-    setup(run_dir, tiny_llama, data, name="known")
+def test_the_table_shows_what_the_summary_holds(run_dir, tiny_llama, data):
+    setup(run_dir, tiny_llama, data)
     summary = read_json(run_dir / "summary.json")
     summary["stages"][1]["metrics"][2]["value"] = 1.43
-    summary["ollama"]["answers"][0]["question"] = "Abstract: " + "word " * 500 + "\n\nQuestion: does it help?"
     text = as_text(summary, run_dir)
     for expected in (
+        "base   Finding of base",
         "51.0% (46.1 to 55.9)",
         "1.430",
-        "lora - base, acc: +15.0 points, 95% interval +10.0 to +20.0, p = 1.6e-09, 400 questions",
+        "lora - base, mine_mcq acc: +15.0 points (+10.0 to +20.0), p = 1.6e-09, 400 questions",
         "In Ollama 0.9.3",
         "prompt token ids of 50 questions: equal to ours; conversations: not verified",
         "greedy answers as LitGPT's (q8_0): 92%",
         "demo-q8_0.gguf: 145 MB",
-        "not medical advice",
-        "A: Finding 7",
-        "Question: does it help?",
+        "ot medical advice",
+        "left out: dpo, since there are no preferences for this data",
         f"{run_dir}/summary.json",
     ):
         assert expected in text
-    assert max(map(len, text.splitlines())) < 400
+    assert "±" not in text
 
 
-def test_several_tasks_have_a_line_each(run_dir, tiny_llama, data, requests):
-    setup(run_dir, tiny_llama, data, name="known")
+def test_the_end_names_the_next_commands_with_what_they_need(run_dir, tiny_llama, data):
+    setup(run_dir, tiny_llama, data)
+    summary = read_json(run_dir / "summary.json")
+    text = as_text(summary, run_dir)
+    page = (run_dir / "report.html").as_uri()
+    assert "\n  make chat  " in text and re.search(rf"\n  make report +the page .*{page}", text)
+    assert "make data DATA=jsonl ARGS=" in text and "make lora export chat DATA=mine RUN=mine" in text
+    summary["ollama"]["name"] = "doctor"
+    other = as_text(summary, run_dir.rename(run_dir.with_name("other")))
+    assert "make chat RUN=other NAME=doctor" in other and "make report RUN=other" in other
+
+
+def test_showing_a_summary_loads_no_model_library():
+    code = "import sys, workflows.demo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_several_tasks_have_a_table_each(run_dir, tiny_llama, data):
+    setup(run_dir, tiny_llama, data)
     summary = read_json(run_dir / "summary.json")
     for stage, accuracy in zip(summary["stages"], (0.3, 0.4), strict=True):
         stage["metrics"].append({**metric("acc", accuracy, stderr=0.025, n=100, split="test"), "task": "medqa_local"})
-    summary["stages"][1]["comparison"].append({**COMPARISON, "task": "medqa_local", "difference": 0.1})
     lines = as_text(summary, run_dir).splitlines()
-    for label, score in (("base mine_mcq", "51.0%"), ("base medqa_local", "30.0%"), ("lora medqa_local", "40.0%")):
-        assert [score in line for line in lines if line.startswith(f"  {label} ")] == [True]
-    assert sum("lora - base, medqa_local acc: +10.0 points" in line for line in lines) == 1
-    assert sum("lora - base, mine_mcq acc: +15.0 points" in line for line in lines) == 1
+    for task, scores in (("mine_mcq", ("51.0%", "66.0%")), ("medqa_local", ("30.0%", "40.0%"))):
+        begin = lines.index(f"Held-out questions of {task}")
+        assert [score in line for score, line in zip(scores, lines[begin + 2 :], strict=False)] == [True, True]
 
 
-def test_data_without_scores_is_compared_by_validation_loss(run_dir, tiny_llama, data, requests):
+def test_data_without_scores_is_compared_by_validation_loss(run_dir, tiny_llama, data):
     shutil.rmtree(run_dir / "evaluate")
-    setup(run_dir, tiny_llama, data, name="known", scored=False)
+    setup(run_dir, tiny_llama, data, scored=False)
     summary = read_json(run_dir / "summary.json")
     losses = [[(row["name"], row["value"]) for row in stage["metrics"]] for stage in summary["stages"]]
     (before, after) = losses
     assert [name for name, _ in before + after] == ["val_loss", "val_loss"]
     assert f"{before[0][1]:.3f}" in as_text(summary, run_dir)
+    assert summary["left_out"] == left_out(["lora"])
+
+
+@pytest.fixture
+def examined(run_dir: Path) -> Path:
+    """Evaluations of three stages on an assistant's exam of four questions a kind."""
+    for stage, right in RIGHT.items():
+        folder = run_dir / "evaluate" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for kind, metrics in EXAM.items():
+            task = f"assistant_questions/{kind}"
+            rows += [{**share_metric(name, right / 4, 4), "task": task} for name in metrics]
+            samples = [
+                {"doc_id": i, "doc_hash": str(i), "metrics": metrics, **dict.fromkeys(metrics, float(i < right))}
+                for i in range(4)
+            ]
+            samples_file(folder, task).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        taught = "general-mine_taught"
+        rows.append({**metric("logprob", -0.6 - 0.1 * right, stderr=0.05, n=4, split="test"), "task": taught})
+        lines = [{"doc_id": i, "doc_hash": str(i), "metrics": ["logprob"], "logprob": -0.6 - right} for i in range(4)]
+        samples_file(folder, taught).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if stage != "lora":
+            rows.append({**share_metric("acc", 0.25 * (1 + right), 4), "task": "hpo_mcq"})
+        write_metrics(folder / "metrics.json", rows, seconds=9.0, comparison=[], checkpoint_dir="x")
+    return run_dir
+
+
+def blocks_of(text: str) -> dict[str, list[str]]:
+    """The paragraphs of a text, each by the beginning of its first line."""
+    paragraphs = [block.strip("\n").splitlines() for block in text.split("\n\n") if block.strip()]
+    return {first[:14]: lines for first, *lines in paragraphs}
+
+
+def test_an_assistants_exam_has_a_table_for_each_thing(examined: Path, tiny_llama, trained, data):
+    shutil.copytree(examined / "lora", examined / "dpo")
+    keep_panel(examined, data, {"dpo": trained})
+    metrics = read_json(examined / "dpo" / "final" / "metrics.json")
+    write_json(examined / "dpo" / "final" / "metrics.json", {**metrics, "warnings": ["Greedy answers fell."]})
+    setup(examined, tiny_llama, data, stages=["lora", "dpo"])
+    summary = read_json(examined / "summary.json")
+    assert all(row["name"] != "val_loss" for row in summary["stages"][0]["metrics"])  # nothing is measured for it
+    blocks = blocks_of(as_text(summary, examined))
+    facts, manner, stays, changed = (blocks[f"{title:.14}"] for title in (
+        "Taught facts, asked", "Manner: form of", "What must stay", "Change from the",
+    ))  # fmt: skip
+    assert [line.split()[0] for line in facts[1:]] == ["base", "lora", "dpo"]
+    assert facts[2].count("50% (15 to 85)") == 4
+    assert "50% (22 to 78)" in manner[2]  # eight questions whose answer is a name
+    assert re.search(r"dpo +-0\.900 \(-0\.998 to -0\.802\) +100% ", stays[3]) and stays[2].count("%") == 0
+    assert changed[1].startswith("  lora ") and changed[1].count("+50 (") == 3 and "-2.00 (" in changed[1]
+    assert changed[2].startswith("  dpo ") and changed[2].count("+25 (") == 3 and "-1.00 (" in changed[2]
+    assert "  WARNING, dpo: Greedy answers fell." in as_text(summary, examined).splitlines()
+
+
+def test_tables_keep_to_the_width_of_a_terminal_with_the_longest_figures(examined: Path, tiny_llama, data):
+    setup(examined, tiny_llama, data)
+    summary = read_json(examined / "summary.json")
+    for row in (row for stage in summary["stages"] for row in stage["metrics"] if row.get("low") is not None):
+        row.update(value=1.0, low=1.0, high=1.0)
+    for compared in (compared for change in summary["changes"] for compared in change["compared"]):
+        compared.update(difference=-1.0, low=-1.0, high=-1.0)
+    tables = as_text(summary, examined).partition("Taught facts, asked")[2].partition("In Ollama")[0]
+    assert "100% (100 to 100)" in tables and "-100 (-100 to -100)" in tables
+    assert max(map(len, tables.splitlines())) <= WIDTH
+
+
+def test_changes_are_of_the_questions_that_both_stages_were_asked(examined: Path):
+    stages = [
+        {"name": stage, **read_json(examined / "evaluate" / stage / "metrics.json")} for stage in ("base", "lora")
+    ]
+    (change,) = changes(examined, stages)
+    assert (change["before"], change["stage"]) == ("base", "lora")
+    assert {c["metric"]: (c["n"], c["difference"]) for c in change["compared"]} == {
+        "facts": (12, 0.5), "sentence": (8, 0.5), "disclaimer": (8, 0.5), "general": (4, -2.0),
+    }  # fmt: skip
+    file = samples_file(examined / "evaluate" / "lora", "assistant_questions/naming")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
+    (change,) = changes(examined, stages)
+    assert {c["metric"]: c["n"] for c in change["compared"]}["facts"] == 9
+
+
+def test_shares_of_several_kinds_are_one_share_of_all_their_questions():
+    row = pooled([share_metric("exact_name", 1.0, 2), share_metric("exact_name", 0.25, 4)])
+    assert (row["value"], row["n"]) == (0.5, 6) and 0 < row["low"] < 0.5 < row["high"] < 1
+    (key,) = by_kind([{**share_metric("contains", 1.0, 2), "task": "mine_questions/small talk"}])
+    assert key == ("small talk", "contains")
+
+
+def test_times_are_minutes_and_seconds():
+    assert [clock(seconds) for seconds in (0.4, 59.6, 61, 754)] == ["0:00", "1:00", "1:01", "12:34"]
 
 
 def test_the_loss_before_training_is_measured_as_training_does(trained, tiny_llama, data):
@@ -165,9 +295,9 @@ def test_the_loss_before_training_is_measured_as_training_does(trained, tiny_lla
     assert loss == pytest.approx(reported["value"], abs=1e-5)
 
 
-def test_a_run_of_litgpts_own_command_reports_no_loss_to_compare_with(run_dir, tiny_llama, data, requests):
+def test_a_run_of_litgpts_own_command_reports_no_loss_to_compare_with(run_dir, tiny_llama, data):
     write_metrics(run_dir / "lora" / "final" / "metrics.json", [], seconds=9.0)
-    setup(run_dir, tiny_llama, data, name="known")
+    setup(run_dir, tiny_llama, data)
     stages = read_json(run_dir / "summary.json")["stages"]
     assert all(row["name"] != "val_loss" for stage in stages for row in stage["metrics"])
 
@@ -182,10 +312,10 @@ def test_a_run_of_litgpts_own_command_reports_no_loss_to_compare_with(run_dir, t
         ("ollama/metrics.json", "export"),
     ],
 )
-def test_a_stage_that_has_not_run_is_named(run_dir, tiny_llama, data, requests, missing: str, target: str):
+def test_a_stage_that_has_not_run_is_named(run_dir, tiny_llama, data, missing: str, target: str):
     (run_dir / missing).unlink()
     with pytest.raises(UserError, match=f"{missing} does not exist: `make {target}`"):
-        setup(run_dir, tiny_llama, data, name="known")
+        setup(run_dir, tiny_llama, data)
     assert not (run_dir / "summary.json").exists()
 
 
@@ -201,50 +331,6 @@ def test_nothing_to_show_is_one_message(tmp_path: Path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/summary.json does not exist: `make demo`")
 
 
-def conversation(question: str, kind: str | None = None, system: str | None = None) -> dict[str, Any]:
-    before = [{"role": "system", "content": system}] if system else []
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"answer to {question}"}]
-    return {"messages": before + turns, **({"kind": kind} if kind else {})}
-
-
-def ask_of(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ask(folder, "known", seed=7)
-
-
-def test_questions_with_a_short_answer_are_preferred(tmp_path: Path, requests):
-    rows = [conversation(f"{kind} {i}", kind) for i in range(20) for kind in ("signs", "name", "definition")]
-    asked = ask_of(tmp_path, rows)
-    assert len({answer["question"] for answer in asked}) == 3
-    assert all(answer["question"].startswith("name ") for answer in asked)
-    assert all(answer["expected"] == f"answer to {answer['question']}" for answer in asked)
-
-
-@pytest.mark.parametrize("kind", [None, "decision", "answer"])
-def test_rows_of_other_kinds_are_asked_where_there_are_no_such(tmp_path: Path, requests, kind: str | None):
-    assert len(ask_of(tmp_path, [conversation(f"q{i}", kind) for i in range(9)])) == 3
-
-
-def test_a_small_test_split_is_asked_whole(tmp_path: Path, requests):
-    assert [answer["question"] for answer in ask_of(tmp_path, [conversation("only")])] == ["only"]
-
-
-def test_a_conversation_is_asked_up_to_its_first_question(tmp_path: Path, requests):
-    row = conversation("first", system="Be short.")
-    row["messages"] += conversation("second")["messages"]
-    (answer,) = ask_of(tmp_path, [row])
-    assert (answer["question"], answer["expected"]) == ("first", "answer to first")
-    (sent,) = [body for path, body in requests if path == "/api/chat"]
-    assert sent["messages"] == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "first"}]
-    assert sent["options"] == {"num_predict": 256}  # a model that never stops does not hold up the demo
-
-
-def test_a_test_split_without_questions_is_one_message(tmp_path: Path, requests):
-    speech = {"messages": [{"role": "system", "content": "Speak."}, {"role": "assistant", "content": "Well."}]}
-    with pytest.raises(UserError, match=r"test\.jsonl has no message of a user"):
-        ask_of(tmp_path, [speech])
-
-
 def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp_path: Path):
     gain = {"metric": "reward", "difference": 0.06, "low": 0.04, "high": 0.08, "n": 200}
     shown = [{"question": "Which one?", "before": "This", "after": "That", "wanted": "That one"}]
@@ -255,25 +341,11 @@ def test_stages_after_lora_say_what_they_did_to_held_out_rows(trained: Path, tmp
     write_metrics(final / "metrics.json", measured, seconds=9.0, peak_bytes=1, **more)
     found = stage_summary(tmp_path, "grpo", scored=False)
     assert (found["gain"], found["shown"], found["seconds"]) == ([gain], shown, 9.0)
-    told = "\n".join(_own_test(found))
+    told = "\n".join(own_test(found))
     assert re.search(r"grpo, 200 held-out rows\n  reward +0\.560 \(0\.521 to 0\.599\)\n", told)
-    assert re.search(r"reward, change +\+0\.060, 95% interval \+0\.040 to \+0\.080", told)
+    assert re.search(r"reward, change +\+0\.060 \(\+0\.040 to \+0\.080\)", told)
     assert "before:   This" in told and "after:    That" in told
-    assert told.endswith("".join(f"\n  WARNING: {text}" for text in warnings))
-    assert _own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"answers": ["right", "as well"]}, {"chosen": [{"role": "assistant", "content": "right"}], "rejected": [
-        {"role": "assistant", "content": "wrong"}]}],
-    ids=["verifiable", "preference"],
-)  # fmt: skip
-def test_prompts_of_other_shapes_are_asked(fields, tmp_path: Path, requests):
-    rows = [{"prompt": [{"role": "user", "content": f"Question {i}?"}], **fields} for i in range(4)]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "verifiable" if "answers" in fields else "preference"
-    (tmp_path / "manifest.json").write_text(json.dumps({"shape": shape}))
-    answers = ask(tmp_path, "known", 7)
-    assert [answer["expected"] for answer in answers] == ["right"] * 3
-    assert {answer["question"] for answer in answers} <= {f"Question {i}?" for i in range(4)}
+    assert told.endswith(
+        "  WARNING, grpo: Greedy answers that are right fell.\n  WARNING, grpo: Use a lower --train.learning_rate."
+    )
+    assert own_test({"name": "lora", "metrics": [metric("val_loss", 1.0, split="validation")]}) == []

@@ -70,7 +70,17 @@ def out(tiny_llama: Path, pairs: Path, questions: Path, tmp_path_factory: pytest
         evaluate.setup(checkpoint, ["toy_mcq"], **scored, **base)
         base = {"baseline": run / "evaluate" / "base"}
     write_json(run / "ollama" / "verification.json", VERIFIED)
+    write(run / "panel", **{stage: panel_rows(stage) for stage in ("lora", "base")})
     return folder / "out"
+
+
+def panel_rows(stage: str) -> list[dict[str, Any]]:
+    """A stage's answers to the demo's prompts."""
+    return [
+        {"question": "Which term?", "kind": "medical", "wanted": "Epistaxis", "answer": f"{stage} {HOSTILE}"},
+        {"question": "Hello?", "kind": "chat", "wanted": "Hello.", "answer": "and " * 99, "done_reason": "length"},
+        {"question": "Why?", "kind": "chat", "wanted": "So.", "error": "It was cut while it was thinking."},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +121,16 @@ def data_of(page: Path) -> dict[str, Any]:
 
 
 # ---- without a browser ----
+
+
+def test_the_panel_comes_first_with_the_whole_answers_of_each_stage(page):
+    text = " ".join(Tags(page.read_text().replace("><", "> <")).text.split())
+    found = text.index("Side by side The same prompts")
+    assert found < text.index("What was run step state")
+    shown = text[found : text.index("What was run step state")]
+    assert f"base base {' '.join(HOSTILE.split())} lora lora" in shown and "right answer Epistaxis" in shown
+    assert "and " * 98 + "and …" in shown and "(no answer: It was cut while it was thinking.)" in shown
+    assert shown.count("Chat") == 1 and "Hello." not in shown  # many answers to small talk are as good
 
 
 def test_curves_are_the_numbers_of_the_logs(page, out):
@@ -282,7 +302,7 @@ def test_a_run_that_is_not_there_is_one_message(out, capsys, runs, told):
         ("grpo/completions.jsonl", '"\\ud800"\n', ", line 1: not valid JSON"),
         ("evaluate/base/metrics.json", "{}", "(metrics: field required)"),
         ("evaluate/dpo/answers.jsonl", "[]\n", ", line 1 is not what a step writes (the whole: "),
-        ("summary.json", '{"ollama": null}', "(ollama: input should be"),
+        ("panel/base.jsonl", "{}\n", ", line 1 is not what a step writes (question: field required)"),
         ("ollama/provenance.json", "{}", "(sources: field required)"),
         ("ollama/verification.json", "{}", "(version: field required)"),
         ("ollama/verification.json", "{", "not valid JSON"),

@@ -149,7 +149,7 @@ def how_to_make(name: str) -> str:
     if name.endswith(TAUGHT):
         return (
             "It holds a model's own answers: `python -m workflows teach --checkpoint_dir BASE --data "
-            f"data/{name.removesuffix(TAUGHT)} --max_test_rows 1000`."
+            f"data/{name.removesuffix(TAUGHT).partition('-')[0]} --out_dir data/{name} --max_test_rows 1000`."
         )
     return f"Make it with `make data DATA={name.removesuffix(QUESTIONS)}`."
 

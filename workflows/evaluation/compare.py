@@ -193,7 +193,7 @@ def compare_samples(base_dir: Path, tuned: dict[str, list[dict[str, Any]]]) -> t
         if not file.is_file():
             remarks.append(f"{task} is not among the baseline's tasks")
             continue
-        before, after = _by_question(_read_samples(file)), _by_question(samples)
+        before, after = _by_question(read_samples(file)), _by_question(samples)
         shared = [question for question in after if question in before]
         changed = [q for q in shared if before[q]["doc_hash"] != after[q]["doc_hash"]]
         if changed:
@@ -219,7 +219,12 @@ def _by_question(samples: list[dict[str, Any]]) -> dict[tuple[int, str], dict[st
     return {(sample["doc_id"], sample.get("filter", "none")): sample for sample in samples}
 
 
-def _read_samples(file: Path) -> list[dict[str, Any]]:
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's samples file.
+
+    Raises:
+        UserError: If a line is not a sample.
+    """
     samples = []
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold other line separators
     for number, line in enumerate(lines, start=1):

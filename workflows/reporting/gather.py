@@ -12,10 +12,10 @@ from workflows.files import read_json, read_text
 from workflows.shapes import (
     Answer,
     Evaluated,
+    PanelAnswer,
     Provenance,
     Sampled,
     Shape,
-    Summary,
     Trained,
     TrainedFrom,
     Verification,
@@ -63,7 +63,7 @@ class Run:
         answers: Each stage's answers to the first questions.
         export: The export's provenance.json; empty without one.
         verified: The export's verification.json; empty without one.
-        asked: Questions that the demo put to the model in Ollama.
+        panel: Each stage's answers to the demo's prompts, from Ollama.
         base: What is known of the checkpoint that the run began with: its path, and its provenance.json.
         data: The manifests of the data directories, by path.
     """
@@ -74,7 +74,7 @@ class Run:
     answers: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     verified: dict[str, Any] = field(default_factory=dict)
-    asked: list[dict[str, str]] = field(default_factory=list)
+    panel: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -92,6 +92,7 @@ def read_run(folder: Path) -> Run:
         raise no_run(folder)
     scored = {path.parent.name: path for path in folder.glob("evaluate/*/metrics.json")}
     stages = in_turn(scored)
+    asked = {path.stem: path for path in folder.glob("panel/*.jsonl")}
     steps = [_read_step(path, folder) for path in step_folders(folder) if path.parent in (folder, folder.parent)]
     by_name = {step.name: step for step in steps if step.log or step.provenance}
     ollama = folder / "ollama"
@@ -102,7 +103,7 @@ def read_run(folder: Path) -> Run:
         answers={stage: _read_lines(scored[stage].with_name(ANSWERS), Answer) for stage in stages},
         export=_read(ollama / PROVENANCE, Provenance),
         verified=_read(ollama / "verification.json", Verification),
-        asked=_read(folder / "summary.json", Summary).get("ollama", {}).get("answers", []),
+        panel={stage: _read_lines(asked[stage], PanelAnswer) for stage in in_turn(asked)},
     )
     if not run.steps and not run.scores and not run.export:
         raise UserError(f"{folder} holds no step of a run yet. `make lora RUN={folder.name}` makes one.")

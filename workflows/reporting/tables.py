@@ -6,6 +6,7 @@ from typing import Any
 from workflows.evaluation.compare import with_interval
 from workflows.measure import duration, gigabytes
 from workflows.reporting.gather import Run, Step, in_turn
+from workflows.reporting.panel_text import answer_of, heading_of, right_of
 
 Rows = list[list[str]]
 
@@ -139,6 +140,19 @@ def answers(runs: list[Run]) -> list[dict[str, Any]]:
                 asked = {"question": row["question"], "wanted": row["wanted"], "answers": []}
                 who = stage if len(runs) == 1 else f"{run.name}, {stage}"
                 found.setdefault((row["task"], row["question"]), asked)["answers"].append((who, row["answer"]))
+    return list(found.values())
+
+
+def panel(runs: list[Run]) -> list[dict[str, Any]]:
+    """The demo's prompts, answered by each stage of each run: {"heading", "question", "wanted", "answers"}."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for stage, records in run.panel.items():
+            who = stage if len(runs) == 1 else f"{run.name}, {stage}"
+            for record in records:
+                heading, wanted = heading_of(record["kind"]), right_of(record)
+                asked = {"heading": heading, "question": record["question"], "wanted": wanted, "answers": []}
+                found.setdefault(record["question"], asked)["answers"].append((who, answer_of(record)))
     return list(found.values())
 
 

@@ -217,8 +217,10 @@ def probes_of_answers(labelled: Sequence[Labelled]) -> list[Probe]:
     """Rows of preferences to measure: those with a wanted answer, if there are any."""
     wanted = [answer for answer in labelled if answer.desirable[0]] or list(labelled)
     found = []
-    different = {tuple(answer.tree.prompt): answer for answer in reversed(wanted)}
-    for answer in _spread([answer for answer in wanted if different[tuple(answer.tree.prompt)] is answer], WATCHED):
+    different: dict[tuple[int, ...], Labelled] = {}
+    for answer in wanted:
+        different.setdefault(tuple(answer.tree.prompt), answer)
+    for answer in _spread(list(different.values()), WATCHED):
         tree = answer.tree
         masks = tree.loss_masks and tree.loss_masks[:1]
         right = Tree(tree.prompt, tree.completions[:1], masks) if answer.desirable[0] else None
@@ -229,8 +231,10 @@ def probes_of_answers(labelled: Sequence[Labelled]) -> list[Probe]:
 def probes_of_questions(questions: Sequence[Question], template: ChatTemplate, max_seq_length: int) -> list[Probe]:
     """Questions to measure, each with the answer that its row holds to be right, cut to the length that fits."""
     found = []
-    different = {tuple(question.prompt): question for question in reversed(questions)}
-    for question in _spread([q for q in questions if different[tuple(q.prompt)] is q], WATCHED):
+    different: dict[tuple[int, ...], Question] = {}
+    for question in questions:
+        different.setdefault(tuple(question.prompt), question)
+    for question in _spread(list(different.values()), WATCHED):
         right = _right_tree(question.row, template, max_seq_length)
         found.append(Probe(question.row, question.prompt, right))
     return found
