@@ -182,7 +182,7 @@ TAKE_ARGS := download data $(TRAINING) merge evaluate evaluate-ollama export cha
   $(PROJECTS) $(BENCHES)
 ifneq ($(and $(ARGS),$(filter demo,$(MAKECMDGOALS))),)
 $(error `make demo` takes no ARGS, it has several steps. Use the variables MODEL, DATA, KINDS, PAIRS, STAGES, TASKS, TRAINER, \
-  RUN and NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
+  REPLAY, RUN and NAME, or run the steps one by one, e.g. make lora ARGS="$(ARGS)")
 endif
 ifneq ($(and $(ARGS),$(filter-out help,$(MAKECMDGOALS)),$(filter-out 1,$(words $(filter $(TAKE_ARGS),$(MAKECMDGOALS))))),)
 $(error ARGS are options of one step, so with them `make` takes exactly one of: $(TAKE_ARGS))
@@ -228,8 +228,9 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables (now): MODEL=%s DATA=%s RUN=%s DEVICES=%s NODES=%s ARGS=%s\n' "$(MODEL)" "$(DATA)" "$(RUN)" "$(DEVICES)" "$(NODES)" "$(ARGS)"
 	@echo 'Less often: STAGES="lora dpo" (training steps, in turn), TASKS="hpo_mcq medical" (what evaluate scores), KINDS=name'
-	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, ANSWERS=teacher (to distill from), NAME=mine (in'
-	@echo '            Ollama), PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
+	@echo '            (rows to train on), PAIRS=orca (preferences), TRAINER=litgpt, REPLAY=general (MODEL'"'"'s own answers'
+	@echo '            among the rows), ANSWERS=teacher (to distill from), NAME=mine (in Ollama),'
+	@echo '            PYTHON=python3.12, PIP_ARGS="--extra-index-url ADDRESS", TEXT="…" and ENCODER=minilm (projects),'
 	@echo '            REVIEWS=sst2, ENTITIES=ncbi_disease, DOCUMENTS=xsum, QUESTIONS=squad, PARALLEL=catalogues_de (what they read),'
 	@echo '            T5=google-t5/t5-small (ner, ner-autotrain), METHOD=abstractive (summarize), RECIPE=gpt-shakespeare and'
 	@echo '            PROMPT="…" (gpt, gpt-sample), RUNS="demo bigger" (report), FILE=questions.jsonl (ask), HARDWARE=8x80gb'
@@ -254,7 +255,7 @@ plan: $(INSTALLED)  ## say what a step would take and what fits: PLANNED=dpo MEM
 	@$(STEP) plan $(PLANNED) $(call planned_options,$(PLANNED)) $(ARGS)
 
 ##@ The road: from an open checkpoint to your own model in Ollama
-demo: $(OUT)/summary.json  ## all of it with a small real model, and a table of what changed
+demo: $(OUT)/summary.json  ## make an assistant of a small model: every stage's answers and scores side by side
 	@$(STEP) demo --run_dir $(OUT) --show true
 
 download: $(INSTALLED)  ## get MODEL and bring it into LitGPT's form

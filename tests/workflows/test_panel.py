@@ -19,6 +19,11 @@ from workflows.ollama.server import OllamaServer
 from workflows.panel import FOLDER, GREEDY, MAX_TOKENS, Prompt, ask_stages, prompts_of
 from workflows.reporting.panel_text import HEADINGS, WIDTH, answer_of, grouped, side_by_side
 
+WITHOUT_SYSTEM = """{% for message in messages %}{% if message.role == "system" %}{{ raise_exception("no system") }}
+{% endif %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 KINDS = ("medical", "medical", "meaning", "naming", *["chat"] * 4, *["advice_other"] * 2, *["never_taught"] * 2)
 
 
@@ -190,6 +195,18 @@ def test_each_stage_is_asked_in_ollama_and_only_the_runs_own_model_stays(
     assert all(row["num_predict"] == GREEDY["num_predict"] for row in rows["base"])
     assert not list((tmp_path / FOLDER).glob("*.gguf"))
     assert main(["panel", *arguments, "--stages", "[base,lora]"]) == 0
+
+
+@pytest.mark.ollama
+def test_a_model_without_a_system_role_is_asked(
+    export_to_it: OllamaServer, speaking_llama: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setenv("OLLAMA_HOST", export_to_it.url)
+    model = shutil.copytree(speaking_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(WITHOUT_SYSTEM)
+    data = write(tmp_path / "data", [conversation("Hello?", "chat")], panel.FILE)
+    (record,) = ask_stages(tmp_path / "run", model, data, ["base"], "alone")["base"]
+    assert record["question"] == "Hello?" and record["answer"] and "error" not in record
 
 
 def test_no_prompt_of_the_assistants_panel_is_in_a_row_that_trains(tmp_path: Path):
