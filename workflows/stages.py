@@ -11,12 +11,12 @@ from workflows.files import read_json
 MODEL = "smollm2-135m"
 SECONDS: dict[str, dict[str, float]] = {
     "assistant": {
-        "data": 10, "download": 10, "replay": 55, "lora": 265, "dpo": 80, "grpo": 100, "evaluate": 140, "export": 90,
+        "data": 27, "download": 9, "replay": 52, "lora": 550, "dpo": 108, "grpo": 378, "evaluate": 214, "export": 140,
     },
     "hpo": {"data": 15, "download": 10, "lora": 200, "dpo": 155, "grpo": 250, "evaluate": 160, "export": 90},
 }  # fmt: skip
-"""Seconds of each stage by data set, on two idle cores of an AMD EPYC; `lora` with its first answers, `export` with the
-panel and the summary."""
+"""Seconds of each stage by data set, of one run each on two idle cores of an AMD EPYC, whose speed varies twofold;
+`lora` with its first answers, `export` with the panel and the summary."""
 ABOUT = {
     "data": "writes what is learned, and what is asked, to data/",
     "download": "gets the model",
